@@ -1,0 +1,1 @@
+"""What is computed: one decoder-only transformer, described by `ModelConfig` fields."""

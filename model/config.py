@@ -1,0 +1,185 @@
+"""Architecture of a decoder-only transformer, as data.
+
+Fields alone express a family (Llama, Qwen, Mixtral, Gemma, DeepSeek-style MoE): nothing reads a model's name.
+How and where the model runs (mesh, precision, kernels, remat) is not here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+NormPlacement = Literal["pre", "post", "both"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Context extension of rotary embeddings.
+
+    `linear`: positions divided by `factor` (Chen et al. 2023, arXiv 2306.15595).
+    `llama3`: wavelengths longer than the original context divided by `factor`, with a smooth band between
+    `low_frequency_factor` and `high_frequency_factor` (Llama 3.1 model card).
+    `yarn`: the ramp between `beta_fast` and `beta_slow` rotations, and attention scaled by `attention_factor`,
+    by default 0.1·ln(factor) + 1 (Peng et al. 2023, arXiv 2309.00071).
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_max_positions: int = 8192
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding. `fraction` of each head is rotated, the rest passes through.
+
+    Layers with a sliding window use `local_theta` without scaling where it is set (Gemma 3).
+    """
+
+    theta: float = 10_000.0
+    fraction: float = 1.0
+    scaling: RopeScaling | None = None
+    local_theta: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """Mixture-of-Experts feed-forward, in every layer but the first `num_dense_layers`.
+
+    Routing: `scoring` of the router's logits, top `experts_per_token` chosen on score + balancing bias, weights
+    are the scores of the chosen (divided by their sum if `normalize_weights`) times `weight_scale`.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    mlp_dim: int
+    shared_mlp_dim: int = 0
+    """Width of the always-active shared expert (all shared experts together); 0 for none."""
+    num_dense_layers: int = 0
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    normalize_weights: bool = True
+    weight_scale: float = 1.0
+    dispatch: Literal["dropless", "capacity"] = "dropless"
+    capacity_factor: float = 1.25
+    """Capacity dispatch: slots per expert and sequence, over the balanced share; assignments beyond it are dropped."""
+    load_balance_coef: float = 0.0
+    """Weight of the auxiliary loss E·sum_e(f_e·P_e) (Switch, arXiv 2101.03961 eq. 4, over top-k assignments)."""
+    router_z_coef: float = 0.0
+    """Weight of mean(logsumexp(logits)^2) (ST-MoE, arXiv 2202.08906 eq. 5)."""
+    bias_update_rate: float = 0.0
+    """Step of the balancing bias, by the sign of the load error (arXiv 2408.15664); 0 for no bias."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """One decoder-only transformer.
+
+    Widths are in elements, `window_pattern` in tokens: entry i % len of it is layer i's sliding window, None for full
+    causal attention. A window of W lets a token see itself and the W - 1 tokens before it.
+    """
+
+    vocab_size: int
+    embed_dim: int
+    mlp_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int = 8192
+    activation: Activation = "silu"
+    gated_mlp: bool = True
+    norm_epsilon: float = 1e-5
+    norm_placement: NormPlacement = "pre"
+    norm_zero_centered: bool = False
+    """RMSNorm multiplies by 1 + scale (Gemma) instead of by scale."""
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
+    attention_scale: float | None = None
+    """Factor on q·k; None for 1/sqrt(head_dim)."""
+    window_pattern: tuple[int | None, ...] = (None,)
+    attention_soft_cap: float | None = None
+    final_soft_cap: float | None = None
+    attention_sinks: bool = False
+    """One learnt logit per query head that joins each softmax and carries no value (gpt-oss)."""
+    tie_embeddings: bool = False
+    embedding_scale: float | None = None
+    """Factor on embedded tokens; Gemma uses sqrt(embed_dim)."""
+    moe: MoEConfig | None = None
+    init_stddev: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_model(self)
+
+    def window(self, layer: int) -> int | None:
+        """Sliding window of a layer, None for full causal attention."""
+        return self.window_pattern[layer % len(self.window_pattern)]
+
+    def is_moe(self, layer: int) -> bool:
+        return self.moe is not None and layer >= self.moe.num_dense_layers
+
+    @property
+    def num_moe_layers(self) -> int:
+        return sum(self.is_moe(layer) for layer in range(self.num_layers))
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+
+def check_model(config: ModelConfig) -> None:
+    """Raises ValueError for a field that no transformer can have, naming it."""
+    counts = (
+        "vocab_size",
+        "embed_dim",
+        "mlp_dim",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "max_positions",
+    )
+    for name in counts:
+        if getattr(config, name) < 1:
+            raise ValueError(f"model.{name}={getattr(config, name)} must be at least 1")
+    if config.num_heads % config.num_kv_heads:
+        raise ValueError(
+            f"model.num_heads={config.num_heads} is not divisible by model.num_kv_heads={config.num_kv_heads}; "
+            "each kv head serves the same number of query heads"
+        )
+    if not config.window_pattern or any(w is not None and w < 1 for w in config.window_pattern):
+        raise ValueError(
+            f"model.window_pattern={config.window_pattern} needs at least one entry, each None or at least 1"
+        )
+    rotated = config.head_dim * config.rope.fraction
+    if not 0 <= config.rope.fraction <= 1 or rotated != int(rotated) or int(rotated) % 2:
+        raise ValueError(
+            f"model.rope.fraction={config.rope.fraction} of head_dim={config.head_dim} is {rotated} elements; "
+            "rotation needs an even whole number between 0 and head_dim"
+        )
+    if config.moe is not None:
+        _check_moe(config.moe, config.num_layers)
+
+
+def _check_moe(moe: MoEConfig, num_layers: int) -> None:
+    if moe.num_experts < 1 or moe.mlp_dim < 1:
+        raise ValueError(
+            f"model.moe.num_experts={moe.num_experts} and model.moe.mlp_dim={moe.mlp_dim} must be at least 1"
+        )
+    if not 1 <= moe.experts_per_token <= moe.num_experts:
+        raise ValueError(
+            f"model.moe.experts_per_token={moe.experts_per_token} must be between 1 and num_experts={moe.num_experts}"
+        )
+    if not 0 <= moe.num_dense_layers <= num_layers:
+        raise ValueError(
+            f"model.moe.num_dense_layers={moe.num_dense_layers} must be between 0 and num_layers={num_layers}"
+        )
+    if moe.dispatch == "capacity" and moe.capacity_factor <= 0:
+        raise ValueError(f"model.moe.capacity_factor={moe.capacity_factor} must be above 0")

@@ -1,0 +1,1 @@
+"""Where it is computed: mesh, logical-axis rules, collectives, multi-host start-up."""

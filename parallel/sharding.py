@@ -1,0 +1,125 @@
+"""Logical axes to mesh axes: the only vocabulary in which the model speaks of placement."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from parallel.mesh import MESH_AXES
+
+MeshAxes = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """Where each logical axis lives: a mesh axis, several (major first), or None for replicated.
+
+    The first group names activation axes, the second weight axes. Expert weights have names of their own, because
+    `experts` already takes the mesh axis that dense weights may be spread over.
+    """
+
+    batch: MeshAxes = ("slice", "data", "fsdp", "expert")
+    sequence: MeshAxes = None
+    act_embed: MeshAxes = None
+    act_heads: MeshAxes = "tensor"
+    act_mlp: MeshAxes = "tensor"
+    act_vocab: MeshAxes = "tensor"
+
+    vocab: MeshAxes = "tensor"
+    embed: MeshAxes = ("fsdp", "expert")
+    heads: MeshAxes = "tensor"
+    kv_heads: MeshAxes = "tensor"
+    head_dim: MeshAxes = None
+    mlp: MeshAxes = "tensor"
+    norm: MeshAxes = None
+    experts: MeshAxes = "expert"
+    expert_embed: MeshAxes = "fsdp"
+    expert_mlp: MeshAxes = "tensor"
+    layers: MeshAxes = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            axes = as_tuple(getattr(self, field.name))
+            unknown = [axis for axis in axes if axis not in MESH_AXES]
+            if unknown:
+                raise ValueError(
+                    f"rules.{field.name}={axes} names unknown mesh axes {unknown}; known: {', '.join(MESH_AXES)}"
+                )
+            if len(set(axes)) != len(axes):
+                raise ValueError(f"rules.{field.name}={axes} uses a mesh axis twice")
+
+    def spec(self, *logical: str | None) -> PartitionSpec:
+        """PartitionSpec of an array whose axes have these logical names (None: replicated).
+
+        Raises ValueError for an unknown name, or when two axes of the array land on one mesh axis.
+        """
+        entries: list[MeshAxes] = []
+        used: dict[str, str] = {}
+        for name in logical:
+            if name is None:
+                entries.append(None)
+                continue
+            if name not in self.__dataclass_fields__:
+                raise ValueError(
+                    f"unknown logical axis {name!r}; known: {', '.join(self.__dataclass_fields__)}"
+                )
+            axes = getattr(self, name)
+            for axis in as_tuple(axes):
+                if axis in used:
+                    raise ValueError(
+                        f"logical axes {logical}: mesh axis '{axis}' is used by both '{used[axis]}' and '{name}'; "
+                        f"change rules.{used[axis]} or rules.{name}"
+                    )
+                used[axis] = name
+            entries.append(axes)
+        return PartitionSpec(*entries)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A mesh and the rules that map logical axes onto it. Hashable: it may be a static argument of `jit`."""
+
+    mesh: Mesh
+    rules: ShardingRules = dataclasses.field(default_factory=ShardingRules)
+
+    def sharding(self, *logical: str | None) -> NamedSharding:
+        return NamedSharding(self.mesh, self.rules.spec(*logical))
+
+    def axes(self, logical: str) -> tuple[str, ...]:
+        """Mesh axes of more than one device that a logical axis is spread over, major first."""
+        return tuple(axis for axis in as_tuple(getattr(self.rules, logical)) if self.mesh.shape[axis] > 1)
+
+    def size(self, logical: str) -> int:
+        """Number of shards of a logical axis."""
+        size = 1
+        for axis in self.axes(logical):
+            size *= self.mesh.shape[axis]
+        return size
+
+    def check(self, setting: str, length: int, logical: str) -> None:
+        """Raises ValueError unless `length` (the value of `setting`) divides over the mesh axes of `logical`."""
+        shards = self.size(logical)
+        if length % shards:
+            axes = self.axes(logical)
+            named = " × ".join(f"'{axis}'={self.mesh.shape[axis]}" for axis in axes)
+            divisors = [d for d in range(1, length + 1) if length % d == 0]
+            raise ValueError(
+                f"{setting}={length} is not divisible by mesh axis {named}; set {' × '.join('mesh.' + a for a in axes)} "
+                f"to a divisor of {length} ({', '.join(map(str, divisors[:12]))}) or change {setting}"
+            )
+
+
+def as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+    if axes is None:
+        return ()
+    return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def constrain(x: jax.Array, placement: Placement | None, *logical: str | None) -> jax.Array:
+    """`x` held to the sharding of its logical axes; `x` itself without a placement. Differentiable."""
+    if placement is None:
+        return x
+    assert x.ndim == len(logical), f"{x.ndim} axes named by {logical}"
+    return jax.lax.with_sharding_constraint(x, placement.sharding(*logical))

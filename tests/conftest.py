@@ -1,0 +1,17 @@
+"""Tests run on eight virtual CPU devices, with one compilation cache for all workers and runs."""
+
+import os
+from pathlib import Path
+
+# Before the first import of jax: the backend reads these once.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+
+import jax
+
+_CACHE = Path(__file__).resolve().parents[1] / ".cache" / "xla-tests"
+jax.config.update("jax_compilation_cache_dir", str(_CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
