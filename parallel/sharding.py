@@ -62,9 +62,7 @@ class ShardingRules:
                 entries.append(None)
                 continue
             if name not in self.__dataclass_fields__:
-                raise ValueError(
-                    f"unknown logical axis {name!r}; known: {', '.join(self.__dataclass_fields__)}"
-                )
+                raise ValueError(f"unknown logical axis {name!r}; known: {', '.join(self.__dataclass_fields__)}")
             axes = getattr(self, name)
             for axis in as_tuple(axes):
                 if axis in used:
