@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -16,8 +17,8 @@ MeshAxes = str | tuple[str, ...] | None
 class ShardingRules:
     """Where each logical axis lives: a mesh axis, several (major first), or None for replicated.
 
-    The first group names activation axes, the second weight axes. Expert weights have names of their own, because
-    `experts` already takes the mesh axis that dense weights may be spread over.
+    The first group names activation axes, the second weight axes. Arrays with an `experts` axis have names of their
+    own for the others, because `experts` takes a mesh axis that `batch` and `embed` are spread over elsewhere.
     """
 
     batch: MeshAxes = ("slice", "data", "fsdp", "expert")
@@ -26,6 +27,7 @@ class ShardingRules:
     act_heads: MeshAxes = "tensor"
     act_mlp: MeshAxes = "tensor"
     act_vocab: MeshAxes = "tensor"
+    expert_batch: MeshAxes = ("slice", "data", "fsdp")
 
     vocab: MeshAxes = "tensor"
     embed: MeshAxes = ("fsdp", "expert")
@@ -34,6 +36,7 @@ class ShardingRules:
     head_dim: MeshAxes = None
     mlp: MeshAxes = "tensor"
     norm: MeshAxes = None
+    router: MeshAxes = None
     experts: MeshAxes = "expert"
     expert_embed: MeshAxes = "fsdp"
     expert_mlp: MeshAxes = "tensor"
@@ -102,10 +105,10 @@ class Placement:
         if length % shards:
             axes = self.axes(logical)
             named = " × ".join(f"'{axis}'={self.mesh.shape[axis]}" for axis in axes)
-            divisors = [d for d in range(1, length + 1) if length % d == 0]
+            settings = " × ".join(f"mesh.{axis}" for axis in axes)
             raise ValueError(
-                f"{setting}={length} is not divisible by mesh axis {named}; set {' × '.join('mesh.' + a for a in axes)} "
-                f"to a divisor of {length} ({', '.join(map(str, divisors[:12]))}) or change {setting}"
+                f"{setting}={length} is not divisible by mesh axis {named}; "
+                f"set {settings} to a divisor of {length}, or change {setting}"
             )
 
 
@@ -121,3 +124,33 @@ def constrain(x: jax.Array, placement: Placement | None, *logical: str | None) -
         return x
     assert x.ndim == len(logical), f"{x.ndim} axes named by {logical}"
     return jax.lax.with_sharding_constraint(x, placement.sharding(*logical))
+
+
+def map_shards(
+    fn: Callable, placement: Placement | None, inputs: tuple[tuple[str | None, ...], ...], outputs: object
+) -> Callable:
+    """`fn` run once per device on its shards, every mesh axis manual; `fn` itself without a placement.
+
+    `inputs` has the logical axes of each positional argument (an argument may be None), `outputs` those of the result,
+    or a tuple of such for several results. A logical axis that maps to no mesh axis arrives whole.
+    """
+    if placement is None:
+        return fn
+
+    def mapped(*args):
+        present = [i for i, arg in enumerate(args) if arg is not None]
+
+        def body(*shards):
+            whole = [None] * len(args)
+            for i, shard in zip(present, shards, strict=True):
+                whole[i] = shard
+            return fn(*whole)
+
+        specs = tuple(placement.rules.spec(*inputs[i]) for i in present)
+        several = isinstance(outputs, tuple) and outputs and isinstance(outputs[0], tuple)
+        out = tuple(placement.rules.spec(*o) for o in outputs) if several else placement.rules.spec(*outputs)
+        # check_vma=False: the bodies hold custom gradients and loops, whose replication JAX can't infer.
+        sharded = jax.shard_map(body, mesh=placement.mesh, in_specs=specs, out_specs=out, check_vma=False)
+        return sharded(*(args[i] for i in present))
+
+    return mapped

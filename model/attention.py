@@ -1,0 +1,75 @@
+"""Multi-head attention with grouped keys and values."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kernels.attention import attention
+from model.config import ModelConfig
+from model.execution import Execution
+from model.layers import RMSNorm, project, residual_stddev
+from model.parameter import Creator, normal, zeros
+from model.rope import Rotation, rotate
+from parallel.sharding import constrain, map_shards
+
+
+class Attention(nnx.Module):
+    """Query, key, value projections, rotation, causal attention, output projection. One layer's window is static."""
+
+    def __init__(self, config: ModelConfig, window: int | None, create: Creator):
+        D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+        self.config, self.window = config, window
+        init = normal(config.init_stddev)
+        self.query = create("query", (D, N, H), ("embed", "heads", "head_dim"), init)
+        self.key = create("key", (D, K, H), ("embed", "kv_heads", "head_dim"), init)
+        self.value = create("value", (D, K, H), ("embed", "kv_heads", "head_dim"), init)
+        self.output = create("output", (N, H, D), ("heads", "head_dim", "embed"), normal(residual_stddev(config)))
+        qkv = config.qkv_bias
+        self.query_bias = create("query_bias", (N, H), ("heads", "head_dim"), zeros) if qkv else None
+        self.key_bias = create("key_bias", (K, H), ("kv_heads", "head_dim"), zeros) if qkv else None
+        self.value_bias = create("value_bias", (K, H), ("kv_heads", "head_dim"), zeros) if qkv else None
+        self.output_bias = create("output_bias", (D,), ("norm",), zeros) if config.attention_output_bias else None
+        self.query_norm = RMSNorm(H, config, create.scope("query_norm")) if config.qk_norm else None
+        self.key_norm = RMSNorm(H, config, create.scope("key_norm")) if config.qk_norm else None
+        self.sinks = create("sinks", (N,), ("heads",), zeros) if config.attention_sinks else None
+
+    @jax.named_scope("attention")
+    def __call__(
+        self, x_BTD: jax.Array, rotation: Rotation, segments_BT: jax.Array | None, execution: Execution
+    ) -> jax.Array:
+        placement = execution.placement
+        q_BTNH = project("btd,dnh->btnh", x_BTD, self.query, self.query_bias)
+        k_BTKH = project("btd,dkh->btkh", x_BTD, self.key, self.key_bias)
+        v_BTKH = project("btd,dkh->btkh", x_BTD, self.value, self.value_bias)
+        if self.query_norm is not None:
+            q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
+        q_BTNH, k_BTKH = rotate(q_BTNH, rotation), rotate(k_BTKH, rotation)
+        heads = ("batch", "sequence", "act_heads", None)
+        q_BTNH, k_BTKH, v_BTKH = (constrain(x, placement, *heads) for x in (q_BTNH, k_BTKH, v_BTKH))
+        o_BTNH = self._attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, execution)
+        y_BTD = project("btnh,nhd->btd", o_BTNH, self.output, self.output_bias)
+        return constrain(y_BTD, placement, "batch", "sequence", "act_embed")
+
+    def _attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, segments_BT: jax.Array | None, execution: Execution
+    ) -> jax.Array:
+        op = functools.partial(
+            attention,
+            causal=True,
+            window=self.window,
+            soft_cap=self.config.attention_soft_cap,
+            scale=self.config.scale,
+            impl=execution.attention,
+        )
+        sinks = None if self.sinks is None else self.sinks[...].astype(jnp.float32)
+
+        def local(q, k, v, segments, sinks):
+            return op(q, k, v, q_segments=segments, kv_segments=segments, sinks=sinks)
+
+        heads = ("batch", "sequence", "act_heads", None)
+        inputs = (heads, heads, heads, ("batch", "sequence"), ("act_heads",))
+        return map_shards(local, execution.placement, inputs, heads)(q, k, v, segments_BT, sinks)

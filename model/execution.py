@@ -1,0 +1,28 @@
+"""How a forward pass runs: everything that may change without changing the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from model.precision import Precision
+from parallel.sharding import Placement
+
+Remat = Literal["none", "dots", "full"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """Static argument of the forward pass. `attention` and `grouped_matmul` are concrete kernel implementations.
+
+    `remat` is what the backward pass recomputes in each layer: nothing, everything but matrix products without a
+    batch dimension (`dots`), or the whole layer from its input (`full`).
+    """
+
+    precision: Precision = dataclasses.field(default_factory=Precision)
+    placement: Placement | None = None
+    attention: str = "xla"
+    grouped_matmul: str = "blocked"
+    remat: Remat = "none"
+    check_finite: bool = False
+    """Also return, per layer, whether its output is finite (the diagnosis after a non-finite loss)."""

@@ -1,0 +1,213 @@
+"""Mixture-of-Experts feed-forward: router, dispatch, experts, combine.
+
+Dropless dispatch runs per device inside `map_shards`: assignments sorted by expert, one grouped product per
+projection. With the experts split over devices, tokens travel by all-to-all (`model/exchange.py`). Capacity dispatch
+gathers a fixed number of slots per expert and sequence and leaves the all-to-all to GSPMD.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kernels.grouped_matmul import grouped_matmul
+from model.config import ModelConfig, MoEConfig
+from model.exchange import exchange_experts
+from model.execution import Execution
+from model.layers import MLP, activate, residual_stddev
+from model.parameter import Creator, RouterBias, normal, zeros
+from model.permute import combine, expand, sort_by_expert
+from parallel.sharding import constrain, map_shards
+
+
+class MoEMetrics(NamedTuple):
+    """Of one layer: assignments per expert, float32 [E], and scalars. Padding tokens do not count."""
+
+    load_E: jax.Array
+    load_balance: jax.Array
+    router_z: jax.Array
+    dropped: jax.Array
+    """Fraction of assignments dropped (0 when dropless)."""
+
+
+class Routing(NamedTuple):
+    experts_BTA: jax.Array
+    weights_BTA: jax.Array
+
+
+class Router(nnx.Module):
+    """Scores experts per token; float32 throughout.
+
+    fp32 because top-k is discontinuous: a rounding that swaps two experts changes the output by a whole expert.
+    """
+
+    def __init__(self, config: ModelConfig, create: Creator):
+        moe = config.moe
+        assert moe is not None
+        self.moe = moe
+        shape = (config.embed_dim, moe.num_experts)
+        self.kernel = create("kernel", shape, ("router", None), normal(config.init_stddev), dtype="float32")
+        balanced = moe.bias_update_rate > 0
+        bias = ("bias", (moe.num_experts,), (None,), zeros)
+        self.bias = create(*bias, dtype="float32", kind=RouterBias) if balanced else None
+
+    @jax.named_scope("router")
+    def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> tuple[Routing, MoEMetrics]:
+        moe = self.moe
+        logits_BTE = jnp.einsum(
+            "btd,de->bte", x_BTD.astype(jnp.float32), self.kernel[...], precision=jax.lax.Precision.HIGHEST
+        )
+        if moe.scoring == "softmax":
+            scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+        else:
+            scores_BTE = jax.nn.sigmoid(logits_BTE)
+        ranked_BTE = scores_BTE if self.bias is None else scores_BTE + self.bias[...]
+        _, experts_BTA = jax.lax.top_k(jax.lax.stop_gradient(ranked_BTE), moe.experts_per_token)
+        weights_BTA = jnp.take_along_axis(scores_BTE, experts_BTA, axis=-1)
+        if moe.normalize_weights:
+            weights_BTA = weights_BTA / (weights_BTA.sum(axis=-1, keepdims=True) + 1e-20)
+        routing = Routing(experts_BTA, weights_BTA * moe.weight_scale)
+        return routing, _metrics(moe, logits_BTE, scores_BTE, experts_BTA, valid_BT)
+
+
+def _metrics(
+    moe: MoEConfig, logits_BTE: jax.Array, scores_BTE: jax.Array, experts_BTA: jax.Array, valid_BT: jax.Array
+) -> MoEMetrics:
+    count = jnp.maximum(valid_BT.sum(), 1.0)
+    chosen_BTE = jax.nn.one_hot(experts_BTA, moe.num_experts, dtype=jnp.float32).sum(axis=-2)
+    load_E = jnp.einsum("bte,bt->e", chosen_BTE, valid_BT)
+    share_BTE = scores_BTE / (scores_BTE.sum(axis=-1, keepdims=True) + 1e-20)
+    probability_E = jnp.einsum("bte,bt->e", share_BTE, valid_BT) / count
+    fraction_E = load_E / (count * moe.experts_per_token)
+    z_BT = jax.nn.logsumexp(logits_BTE, axis=-1) ** 2
+    return MoEMetrics(
+        load_E=load_E,
+        load_balance=moe.num_experts * jnp.sum(fraction_E * probability_E),
+        router_z=jnp.sum(z_BT * valid_BT) / count,
+        dropped=jnp.zeros((), jnp.float32),
+    )
+
+
+class Experts(nnx.Module):
+    """The routed feed-forwards, stacked over experts: up and gate [E, D, F], down [E, F, D]."""
+
+    def __init__(self, config: ModelConfig, create: Creator):
+        moe = config.moe
+        assert moe is not None
+        E, D, F = moe.num_experts, config.embed_dim, moe.mlp_dim
+        self.config = config
+        logical = ("experts", "expert_embed", "expert_mlp")
+        self.up = create("up", (E, D, F), logical, normal(config.init_stddev))
+        self.gate = create("gate", (E, D, F), logical, normal(config.init_stddev)) if config.gated_mlp else None
+        down = ("experts", "expert_mlp", "expert_embed")
+        self.down = create("down", (E, F, D), down, normal(residual_stddev(config)))
+
+    def kernels(self, dtype: str) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        gate = None if self.gate is None else self.gate[...].astype(dtype)
+        return self.up[...].astype(dtype), gate, self.down[...].astype(dtype)
+
+    def dropless(self, x_BTD: jax.Array, routing: Routing, execution: Execution) -> jax.Array:
+        """Every assignment is computed, whatever the balance."""
+        num_experts = self.config.moe.num_experts
+        placement = execution.placement
+
+        def feed_forward(rows_MD: jax.Array, group_sizes: jax.Array, up, gate, down) -> jax.Array:
+            """Rows sorted by expert through their expert; partial over the shards of F."""
+            up_MF = grouped_matmul(rows_MD, up, group_sizes, impl=execution.grouped_matmul)
+            if gate is None:
+                hidden_MF = activate(up_MF, self.config.activation)
+            else:
+                gate_MF = grouped_matmul(rows_MD, gate, group_sizes, impl=execution.grouped_matmul)
+                hidden_MF = activate(gate_MF, self.config.activation) * up_MF
+            return grouped_matmul(hidden_MF, down, group_sizes, impl=execution.grouped_matmul)
+
+        def local(x_BTD, experts_BTA, weights_BTA, up, gate, down):
+            x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+            experts_NA = experts_BTA.reshape(-1, experts_BTA.shape[-1])
+            weights_NA = weights_BTA.reshape(experts_NA.shape)
+            axes = () if placement is None else placement.axes("experts")
+            if axes:
+                y_ND = exchange_experts(
+                    x_ND, experts_NA, weights_NA, (up, gate, down), feed_forward, num_experts, axes, placement
+                )
+            else:
+                order = sort_by_expert(experts_NA, num_experts)
+                y_MD = feed_forward(expand(x_ND, order), order.group_sizes, up, gate, down)
+                y_ND = combine(y_MD, weights_NA, order)
+            if placement is not None:
+                # F is split: each shard holds a part of the sum. Combined first: there are A times fewer tokens than rows.
+                y_ND = jax.lax.psum(y_ND, placement.axes("expert_mlp"))
+            return y_ND.astype(x_BTD.dtype).reshape(x_BTD.shape)
+
+        tokens = ("batch", None, None)
+        wide, narrow = ("experts", None, "expert_mlp"), ("experts", "expert_mlp", None)
+        run = map_shards(local, placement, (tokens, tokens, tokens, wide, wide, narrow), tokens)
+        return run(x_BTD, routing.experts_BTA, routing.weights_BTA, *self.kernels(x_BTD.dtype))
+
+    def capacity(self, x_BTD: jax.Array, routing: Routing, execution: Execution) -> tuple[jax.Array, jax.Array]:
+        """At most C assignments per expert and sequence, earlier tokens first. Also returns which were kept [B, T, A]."""
+        moe, placement = self.config.moe, execution.placement
+        B, T, A = routing.experts_BTA.shape
+        D, E = x_BTD.shape[-1], moe.num_experts
+        slots = min(max(-int(-moe.capacity_factor * T * A // E), 1), T)
+        experts_BM = routing.experts_BTA.reshape(B, T * A)
+        order_BM = jnp.argsort(experts_BM, axis=-1, stable=True)
+        counts_BE = jax.nn.one_hot(experts_BM, E, dtype=jnp.int32).sum(axis=1)
+        start_BE = jnp.cumsum(counts_BE, axis=-1) - counts_BE
+        source_BEC = jnp.minimum(start_BE[..., None] + jnp.arange(slots), T * A - 1)
+        filled_BEC = jnp.arange(slots) < counts_BE[..., None]
+        token_BS = jnp.take_along_axis(order_BM, source_BEC.reshape(B, -1), axis=-1) // A
+        x_BSD = jnp.take_along_axis(x_BTD, token_BS[..., None], axis=1) * filled_BEC.reshape(B, -1, 1).astype(
+            x_BTD.dtype
+        )
+        rows = ("expert_batch", "experts", None, None)
+        x_BECD = constrain(x_BSD.reshape(B, E, slots, D), placement, *rows)
+
+        up, gate, down = self.kernels(x_BTD.dtype)
+        up_BECF = jnp.einsum("becd,edf->becf", x_BECD, up)
+        if gate is None:
+            hidden_BECF = activate(up_BECF, self.config.activation)
+        else:
+            hidden_BECF = activate(jnp.einsum("becd,edf->becf", x_BECD, gate), self.config.activation) * up_BECF
+        hidden_BECF = constrain(hidden_BECF, placement, "expert_batch", "experts", None, "act_mlp")
+        y_BECD = constrain(jnp.einsum("becf,efd->becd", hidden_BECF, down), placement, *rows)
+        y_BSD = constrain(y_BECD.reshape(B, E * slots, D), placement, "batch", None, None)
+
+        # Rank of each assignment among those of its expert: its slot.
+        rank_BM = jnp.argsort(order_BM, axis=-1) - jnp.take_along_axis(start_BE, experts_BM, axis=-1)
+        kept_BM = rank_BM < slots
+        slot_BM = experts_BM * slots + jnp.minimum(rank_BM, slots - 1)
+        y_BTAD = jnp.take_along_axis(y_BSD, slot_BM[..., None], axis=1).reshape(B, T, A, D)
+        kept_BTA = kept_BM.reshape(B, T, A)
+        weights_BTA = (routing.weights_BTA * kept_BTA).astype(jnp.float32)
+        y_BTD = jnp.einsum("btad,bta->btd", y_BTAD.astype(jnp.float32), weights_BTA)
+        return y_BTD.astype(x_BTD.dtype), kept_BTA
+
+
+class MoE(nnx.Module):
+    """Router and experts, and the shared expert that every token takes."""
+
+    def __init__(self, config: ModelConfig, create: Creator):
+        assert config.moe is not None
+        self.moe = config.moe
+        self.router = Router(config, create.scope("router"))
+        self.experts = Experts(config, create.scope("experts"))
+        width = config.moe.shared_mlp_dim
+        self.shared = MLP(width, config, create.scope("shared")) if width else None
+
+    @jax.named_scope("moe")
+    def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, execution: Execution) -> tuple[jax.Array, MoEMetrics]:
+        routing, metrics = self.router(x_BTD, valid_BT)
+        if self.moe.dispatch == "dropless":
+            y_BTD = self.experts.dropless(x_BTD, routing, execution)
+        else:
+            y_BTD, kept_BTA = self.experts.capacity(x_BTD, routing, execution)
+            kept = jnp.sum(kept_BTA.mean(axis=-1) * valid_BT) / jnp.maximum(valid_BT.sum(), 1.0)
+            metrics = metrics._replace(dropped=1.0 - kept)
+        y_BTD = constrain(y_BTD, execution.placement, "batch", "sequence", "act_embed")
+        if self.shared is not None:
+            y_BTD = y_BTD + self.shared(x_BTD, execution)
+        return y_BTD, metrics

@@ -1,0 +1,65 @@
+"""A parameter, described once: shape, dtype, logical axes, initialiser."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
+
+
+class RouterBias(nnx.Variable):
+    """Balancing bias of a router: follows the load, not the gradient."""
+
+
+def normal(stddev: float) -> Init:
+    return lambda key, shape, dtype: stddev * jax.random.normal(key, shape, dtype)
+
+
+def zeros(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    return jnp.zeros(shape, dtype)
+
+
+def ones(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    return jnp.ones(shape, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Creator:
+    """Creates the parameters of a module from keys.
+
+    `keys` has one key per copy of the module: a scalar, or [L] for L layers stacked into one array, whose values then
+    equal those of L modules created from the keys one by one. A parameter's key depends on its path alone.
+    """
+
+    keys: jax.Array
+    dtype: str
+
+    def scope(self, name: str | int) -> Creator:
+        number = name if isinstance(name, int) else zlib.crc32(name.encode()) & 0x7FFFFFFF
+        return dataclasses.replace(self, keys=_per_copy(lambda key: jax.random.fold_in(key, number), self.keys))
+
+    def __call__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        logical: tuple[str | None, ...],
+        init: Init,
+        *,
+        dtype: str | None = None,
+        kind: type[nnx.Variable] = nnx.Param,
+    ) -> nnx.Variable:
+        """A variable of `kind` whose metadata `logical` names its axes, `layers` first where stacked."""
+        assert len(shape) == len(logical), f"{name}: {shape} named by {logical}"
+        dtype = jnp.dtype(dtype or self.dtype)
+        value = _per_copy(lambda key: init(key, shape, dtype), self.scope(name).keys)
+        return kind(value, logical=("layers",) * self.keys.ndim + tuple(logical))
+
+
+def _per_copy(fn: Callable[[jax.Array], jax.Array], keys: jax.Array) -> jax.Array:
+    return jax.vmap(fn)(keys) if keys.ndim else fn(keys)

@@ -1,0 +1,27 @@
+"""Number formats of a run, in one place: the model names no dtype of its own except where fp32 is required."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+Float = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """Dtypes of parameters and arithmetic. Matrix products always accumulate in float32."""
+
+    param: Float = "float32"
+    """Stored parameters, the optimizer's master copy."""
+    compute: Float = "bfloat16"
+    """Activations and the operands of matrix products."""
+    gradient: Float = "float32"
+    """Gradients as summed over microbatches and given to the optimizer: `param` or `compute`."""
+
+    def __post_init__(self) -> None:
+        if self.gradient not in (self.param, self.compute):
+            raise ValueError(
+                f"precision.gradient={self.gradient} must be precision.param={self.param} "
+                f"or precision.compute={self.compute}"
+            )

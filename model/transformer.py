@@ -1,0 +1,257 @@
+"""The decoder-only transformer, and its parameters as plain trees."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from model.attention import Attention
+from model.config import ModelConfig
+from model.execution import Execution
+from model.layers import MLP, Embedding, RMSNorm
+from model.moe import MoE, MoEMetrics
+from model.parameter import Creator, RouterBias, normal
+from model.rope import Rotation, rotations
+from parallel.sharding import constrain
+
+Tree = dict[Any, Any]
+
+
+class Output(NamedTuple):
+    """Final hidden states [B, T, D], normed, and per-layer records stacked over layers in order."""
+
+    hidden_BTD: jax.Array
+    moe: MoEMetrics | None
+    finite_L: jax.Array | None
+
+
+class Layer(nnx.Module):
+    """Attention and feed-forward, each around a residual connection."""
+
+    def __init__(self, config: ModelConfig, index: int, create: Creator):
+        self.attention = Attention(config, config.window(index), create.scope("attention"))
+        self.is_moe = config.is_moe(index)
+        self.is_local = config.window(index) is not None
+        if self.is_moe:
+            self.mlp = MoE(config, create.scope("moe"))
+        else:
+            self.mlp = MLP(config.mlp_dim, config, create.scope("mlp"))
+        norms = {}
+        for block in ("attention", "mlp"):
+            if config.norm_placement in ("pre", "both"):
+                norms[f"{block}_norm"] = RMSNorm(config.embed_dim, config, create.scope(f"{block}_norm"))
+            if config.norm_placement in ("post", "both"):
+                norms[f"{block}_post_norm"] = RMSNorm(config.embed_dim, config, create.scope(f"{block}_post_norm"))
+        self.norms = nnx.Dict(norms)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        rotation: dict[bool, Rotation],
+        segments_BT: jax.Array | None,
+        execution: Execution,
+    ) -> tuple[jax.Array, MoEMetrics | None]:
+        y_BTD = self.attention(self._norm("attention_norm", x_BTD), rotation[self.is_local], segments_BT, execution)
+        x_BTD = x_BTD + self._norm("attention_post_norm", y_BTD)
+        h_BTD, metrics = self._norm("mlp_norm", x_BTD), None
+        if self.is_moe:
+            valid_BT = jnp.ones(h_BTD.shape[:2], jnp.float32) if segments_BT is None else segments_BT > 0
+            y_BTD, metrics = self.mlp(h_BTD, valid_BT.astype(jnp.float32), execution)
+        else:
+            y_BTD = self.mlp(h_BTD, execution)
+        return x_BTD + self._norm("mlp_post_norm", y_BTD), metrics
+
+    def _norm(self, name: str, x: jax.Array) -> jax.Array:
+        return self.norms[name](x) if name in self.norms else x
+
+
+class Plan(NamedTuple):
+    """Layer indices: `prefix` and `suffix` stand alone; `blocks` repeats a period of layers, stacked and scanned."""
+
+    prefix: range
+    period: int
+    num_blocks: int
+    suffix: range
+
+
+def plan_layers(config: ModelConfig, scan: bool) -> Plan:
+    """What can be scanned: whole repetitions of the window pattern after the leading dense layers."""
+    total = config.num_layers
+    if not scan:
+        return Plan(range(total), 1, 0, range(total, total))
+    first = 0 if config.moe is None else config.moe.num_dense_layers
+    period = len(config.window_pattern)
+    num_blocks = (total - first) // period
+    return Plan(range(first), period, num_blocks, range(first + num_blocks * period, total))
+
+
+class Transformer(nnx.Module):
+    """Token ids to hidden states; `head` gives the projection to logits. `scan` stacks equal layers."""
+
+    def __init__(self, config: ModelConfig, create: Creator, *, scan: bool):
+        self.config, self.plan = config, plan_layers(config, scan)
+        self.embedding = Embedding(config, create.scope("embedding"))
+        layers = create.scope("layers")
+        self.prefix = nnx.List([Layer(config, i, layers.scope(i)) for i in self.plan.prefix])
+        self.blocks = nnx.List([self._stacked(config, offset, layers) for offset in range(self._stacked_layers())])
+        self.suffix = nnx.List([Layer(config, i, layers.scope(i)) for i in self.plan.suffix])
+        self.final_norm = RMSNorm(config.embed_dim, config, create.scope("final_norm"))
+        head = ("lm_head", (config.embed_dim, config.vocab_size), ("embed", "vocab"), normal(config.init_stddev))
+        self.lm_head = None if config.tie_embeddings else create(*head)
+
+    def _stacked_layers(self) -> int:
+        return self.plan.period if self.plan.num_blocks else 0
+
+    def _stacked(self, config: ModelConfig, offset: int, layers: Creator) -> Layer:
+        """Layer `offset` of each block, as one module of stacked parameters."""
+        first = len(self.plan.prefix) + offset
+        indices = range(first, first + self.plan.num_blocks * self.plan.period, self.plan.period)
+        keys = jnp.stack([layers.scope(index).keys for index in indices])
+        return Layer(config, first, dataclasses.replace(layers, keys=keys))
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array | None,
+        execution: Execution,
+    ) -> Output:
+        """`segments_BT` numbers the documents of a row from 1, 0 for padding; None for one document per row."""
+        x_BTD = self.embedding(tokens_BT, execution)
+        rotation = rotations(self.config, positions_BT)
+        records: list[tuple[MoEMetrics | None, jax.Array | None]] = []
+        for layer in self.prefix:
+            x_BTD, record = _run_layer(layer, x_BTD, rotation, segments_BT, execution)
+            records.append(record)
+        if self.plan.num_blocks:
+            x_BTD, stacked = self._scan(x_BTD, rotation, segments_BT, execution)
+            records.extend(stacked)
+        for layer in self.suffix:
+            x_BTD, record = _run_layer(layer, x_BTD, rotation, segments_BT, execution)
+            records.append(record)
+        moe = [metrics for metrics, _ in records if metrics is not None]
+        finite = [flag for _, flag in records if flag is not None]
+        return Output(
+            self.final_norm(x_BTD),
+            jax.tree.map(lambda *leaves: jnp.stack(leaves), *moe) if moe else None,
+            jnp.stack(finite) if finite else None,
+        )
+
+    def _scan(self, x_BTD, rotation, segments_BT, execution):
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def body(x_BTD, parameters):
+            records = []
+            for layer in nnx.merge(graphdef, parameters):
+                x_BTD, record = _run_layer(layer, x_BTD, rotation, segments_BT, execution)
+                records.append(record)
+            return x_BTD, records
+
+        x_BTD, stacked_records = jax.lax.scan(body, x_BTD, stacked)
+
+        def unstack(block: int):
+            return [jax.tree.map(lambda leaf: leaf[block], record) for record in stacked_records]
+
+        return x_BTD, [record for block in range(self.plan.num_blocks) for record in unstack(block)]
+
+    def head(self, execution: Execution) -> jax.Array:
+        """Projection to logits [D, V], in the compute dtype."""
+        kernel = self.embedding.table[...].T if self.lm_head is None else self.lm_head[...]
+        return kernel.astype(execution.precision.compute)
+
+    @jax.named_scope("lm_head")
+    def logits(self, hidden_BTD: jax.Array, execution: Execution) -> jax.Array:
+        """float32 [B, T, V], soft-capped. Training takes `head` instead and never holds all logits."""
+        logits_BTV = jnp.einsum("btd,dv->btv", hidden_BTD, self.head(execution), preferred_element_type=jnp.float32)
+        cap = self.config.final_soft_cap
+        logits_BTV = logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
+        return constrain(logits_BTV, execution.placement, "batch", "sequence", "act_vocab")
+
+
+def _run_layer(layer: Layer, x_BTD, rotation, segments_BT, execution: Execution):
+    """One layer under the remat policy, and its record: MoE metrics and, if asked, whether its output is finite."""
+
+    def run(layer, x_BTD):
+        x_BTD, metrics = layer(x_BTD, rotation, segments_BT, execution)
+        finite = jnp.all(jnp.isfinite(x_BTD)) if execution.check_finite else None
+        return x_BTD, (metrics, finite)
+
+    if execution.remat == "none":
+        return run(layer, x_BTD)
+    policy = None
+    if execution.remat == "dots":
+        policy = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims
+    graphdef, parameters = nnx.split(layer)
+    return jax.checkpoint(lambda p, x: run(nnx.merge(graphdef, p), x), policy=policy)(parameters, x_BTD)
+
+
+@dataclasses.dataclass(frozen=True)
+class Definition:
+    """A model's parameters described without arrays: what init, shardings, restore and the optimizer derive from.
+
+    Trees are nested dicts: `params` what the gradient reaches, `biases` the routers' balancing biases (often empty).
+    """
+
+    config: ModelConfig
+    scan: bool
+    param_dtype: str = "float32"
+
+    def init(self, key: jax.Array) -> tuple[Tree, Tree]:
+        """(params, biases) from a PRNG key. The same for any mesh, and for scanned or unrolled layers."""
+        _, params, biases = nnx.split(self._create(key), nnx.Param, RouterBias)
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(biases)
+
+    @functools.cached_property
+    def _split(self) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+        abstract = nnx.eval_shape(lambda: self._create(jax.random.key(0)))
+        return nnx.split(abstract, nnx.Param, RouterBias)
+
+    def _create(self, key: jax.Array) -> Transformer:
+        return Transformer(self.config, Creator(key, self.param_dtype), scan=self.scan)
+
+    @property
+    def abstract(self) -> tuple[Tree, Tree]:
+        """(params, biases) as ShapeDtypeStructs."""
+        _, params, biases = self._split
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(biases)
+
+    @property
+    def logical(self) -> tuple[Tree, Tree]:
+        """(params, biases) as tuples of logical axis names."""
+        _, params, biases = self._split
+        return _logical(params), _logical(biases)
+
+    def layer_of_bias(self, path: tuple[str | int, ...]) -> range:
+        """Layers whose balancing bias is at this path of the `biases` tree, in the order they are stacked."""
+        group, position = path[0], int(path[1])
+        plan = plan_layers(self.config, self.scan)
+        if group == "blocks":
+            first = len(plan.prefix) + position
+            return range(first, first + plan.num_blocks * plan.period, plan.period)
+        layer = (plan.prefix if group == "prefix" else plan.suffix)[position]
+        return range(layer, layer + 1)
+
+    def bind(self, params: Tree, biases: Tree) -> Transformer:
+        graphdef, abstract_params, abstract_biases = self._split
+        return nnx.merge(graphdef, _fill(abstract_params, params), _fill(abstract_biases, biases))
+
+
+def _logical(state: nnx.State) -> Tree:
+    tree: Tree = {}
+    for path, variable in nnx.to_flat_state(state):
+        *parents, name = path
+        node = functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)
+        node[name] = variable.get_metadata("logical")
+    return tree
+
+
+def _fill(abstract: nnx.State, values: Tree) -> nnx.State:
+    """`abstract` with the arrays of a nested dict; both flatten in the order of sorted keys."""
+    structure = jax.tree.structure(nnx.to_pure_dict(abstract))
+    assert structure == jax.tree.structure(values), f"{structure} != {jax.tree.structure(values)}"
+    return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(values))

@@ -1,0 +1,57 @@
+"""Everything a run must save to go on: one pytree."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from model.transformer import Definition, Tree
+from parallel.sharding import Placement
+from training.optimizer import optimizer_state_shardings
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """`step` counts finished updates. `bad_step` is -1, or the step whose loss or gradient was not finite: from
+    then on updates leave the state as it was before that step."""
+
+    step: jax.Array
+    bad_step: jax.Array
+    params: Tree
+    biases: Tree
+    opt_state: Any
+
+
+def init_state(definition: Definition, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    params, biases = definition.init(jax.random.key(seed))
+    return TrainState(jnp.int32(0), jnp.int32(-1), params, biases, optimizer.init(params))
+
+
+def state_shardings(
+    definition: Definition, optimizer: optax.GradientTransformation, placement: Placement
+) -> TrainState:
+    """A NamedSharding for each leaf of the state: parameters by their logical axes, optimizer moments likewise."""
+    params, biases = (named_shardings(tree, placement) for tree in definition.logical)
+    abstract = jax.eval_shape(lambda: init_state(definition, optimizer, 0))
+    scalar = placement.sharding()
+    return TrainState(
+        scalar, scalar, params, biases, optimizer_state_shardings(abstract.opt_state, abstract.params, params, scalar)
+    )
+
+
+def named_shardings(logical: Tree, placement: Placement) -> Tree:
+    """NamedShardings of a tree of logical axis tuples."""
+    return jax.tree.map(lambda axes: placement.sharding(*axes), logical, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def abstract_state(
+    definition: Definition, optimizer: optax.GradientTransformation, shardings: TrainState
+) -> TrainState:
+    """ShapeDtypeStructs with shardings: what a restore fills and what ahead-of-time compilation takes."""
+    shapes = jax.eval_shape(lambda: init_state(definition, optimizer, 0))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

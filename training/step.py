@@ -1,0 +1,181 @@
+"""One optimizer step, and one evaluation step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from model.config import ModelConfig
+from model.execution import Execution
+from model.transformer import Definition, Tree
+from training.loss import cross_entropy
+from training.state import TrainState
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Cross-entropy over the vocabulary."""
+
+    chunk_tokens: int = 4096
+    """Tokens per device whose logits exist at one time."""
+    z_loss_coef: float = 0.0
+    """Weight of mean(logsumexp(logits)^2) (PaLM, arXiv 2204.02311 section 5: 1e-4)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSpec:
+    """What a step is compiled from, besides shapes."""
+
+    definition: Definition
+    execution: Execution
+    loss: LossConfig
+    accumulation: int = 1
+
+
+def make_train_step(
+    spec: StepSpec, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """step(state, batch) -> (state, metrics), to be jitted with the state donated.
+
+    The batch is [B, T] arrays (tokens, targets, segments, positions, weights); it is cut into `accumulation`
+    microbatches whose gradients are summed. The loss is the mean over the whole batch's weights, so the number of
+    microbatches changes rounding alone. A step with a non-finite loss or gradient changes nothing but `bad_step`.
+    """
+    gradient_dtype = spec.execution.precision.gradient
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        total_weight = jnp.maximum(batch["weights"].sum(), 1.0)
+
+        def microstep(carry: Tree, micro: Batch) -> tuple[Tree, Metrics]:
+            gradient_fn = jax.value_and_grad(_objective, has_aux=True)
+            (_, metrics), gradient = gradient_fn(state.params, state.biases, micro, total_weight, spec)
+            return jax.tree.map(lambda sum_, g: sum_ + g.astype(gradient_dtype), carry, gradient), metrics
+
+        gradient, metrics = _accumulate(microstep, state.params, batch, spec.accumulation, gradient_dtype)
+        return _update(state, gradient, metrics, spec.definition, optimizer, schedule)
+
+    return step
+
+
+def make_eval_step(spec: StepSpec) -> Callable[[Tree, Tree, Batch], tuple[jax.Array, jax.Array]]:
+    """eval(params, biases, batch) -> (sum of nats, sum of weights), float32 scalars."""
+
+    def step(params: Tree, biases: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        _, metrics = _objective(params, biases, batch, jnp.float32(1.0), spec)
+        return metrics["loss_sum"], metrics["weight_sum"]
+
+    return step
+
+
+def _objective(
+    params: Tree, biases: Tree, batch: Batch, total_weight: jax.Array, spec: StepSpec
+) -> tuple[jax.Array, Metrics]:
+    """This microbatch's share of the loss, and sums to add up over microbatches (router terms are averaged)."""
+    config, execution = spec.definition.config, spec.execution
+    model = spec.definition.bind(params, biases)
+    output = model(batch["tokens"], batch["positions"], batch.get("segments"), execution)
+    with jax.named_scope("cross_entropy"):
+        sums = cross_entropy(
+            output.hidden_BTD,
+            model.head(execution),
+            batch["targets"],
+            batch["weights"],
+            placement=execution.placement,
+            soft_cap=config.final_soft_cap,
+            z_loss_coef=spec.loss.z_loss_coef,
+            chunk_tokens=spec.loss.chunk_tokens,
+        )
+    objective = (sums.loss_sum + spec.loss.z_loss_coef * sums.z_loss_sum) / total_weight
+    metrics = {"loss_sum": sums.loss_sum, "weight_sum": sums.weight_sum, "correct_sum": sums.correct_sum}
+    if output.moe is not None:
+        moe = config.moe
+        balance, router_z = output.moe.load_balance.mean(), output.moe.router_z.mean()
+        objective += (moe.load_balance_coef * balance + moe.router_z_coef * router_z) / spec.accumulation
+        metrics |= {"load_LE": output.moe.load_E, "load_balance": balance, "router_z": router_z}
+        metrics |= {"dropped": output.moe.dropped.mean()}
+    return objective, metrics
+
+
+def _accumulate(
+    microstep: Callable[[Tree, Batch], tuple[Tree, Metrics]], params: Tree, batch: Batch, count: int, dtype: str
+) -> tuple[Tree, Metrics]:
+    zero = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params)
+    if count == 1:
+        return microstep(zero, batch)
+    # Microbatch i takes rows i, i + count, ...: a device's rows stay its own.
+    micro = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+    gradient, metrics = jax.lax.scan(microstep, zero, micro)
+    averaged = ("load_balance", "router_z", "dropped")
+    return gradient, {k: m.mean(axis=0) if k in averaged else m.sum(axis=0) for k, m in metrics.items()}
+
+
+def _update(
+    state: TrainState,
+    gradient: Tree,
+    metrics: Metrics,
+    definition: Definition,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+) -> tuple[TrainState, Metrics]:
+    loss = metrics["loss_sum"] / jnp.maximum(metrics["weight_sum"], 1.0)
+    gradient_norm = optax.global_norm(gradient)
+    finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+    good = finite & (state.bad_step < 0)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+    biases = state.biases
+    if definition.config.moe is not None and definition.config.moe.bias_update_rate:
+        biases = balance_biases(definition, state.biases, metrics["load_LE"])
+    new: Any = (params, biases, opt_state)
+    old: Any = (state.params, state.biases, state.opt_state)
+    params, biases, opt_state = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+    bad_step = jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step)
+    report = {
+        "loss": loss,
+        "accuracy": metrics["correct_sum"] / jnp.maximum(metrics["weight_sum"], 1.0),
+        "gradient_norm": gradient_norm,
+        "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        "target_tokens": metrics["weight_sum"],
+        "bad_step": bad_step,
+    }
+    report |= _moe_report(definition.config, metrics)
+    step = state.step + good.astype(jnp.int32)
+    return TrainState(step, bad_step, params, biases, opt_state), report
+
+
+def _moe_report(config: ModelConfig, metrics: Metrics) -> Metrics:
+    """Balance of the experts: `expert_load_max` is the busiest expert's load over the mean, worst layer."""
+    if config.moe is None:
+        return {}
+    load_LE = metrics["load_LE"]
+    mean_L = jnp.maximum(load_LE.mean(axis=-1), 1e-9)
+    return {
+        "expert_load_max": (load_LE.max(axis=-1) / mean_L).max(),
+        "expert_load_min": (load_LE.min(axis=-1) / mean_L).min(),
+        "expert_load_LE": load_LE,
+        "load_balance": metrics["load_balance"],
+        "router_z": metrics["router_z"],
+        "dropped": metrics["dropped"],
+    }
+
+
+def balance_biases(definition: Definition, biases: Tree, load_LE: jax.Array) -> Tree:
+    """Each expert's bias one step up if it got less than the mean load, down if more (arXiv 2408.15664, algorithm 1)."""
+    moe = definition.config.moe
+    error_LE = jnp.sign(load_LE.mean(axis=-1, keepdims=True) - load_LE)
+
+    def move(path, bias):
+        layers = definition.layer_of_bias(tuple(entry.key for entry in path))
+        moe_layers = jnp.array([layer - moe.num_dense_layers for layer in layers])
+        return bias + moe.bias_update_rate * error_LE[moe_layers].reshape(bias.shape)
+
+    return jax.tree_util.tree_map_with_path(move, biases)
