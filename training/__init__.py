@@ -1,0 +1,1 @@
+"""Training: config, loss, optimizer, state, step, loop, evaluation."""
