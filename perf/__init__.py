@@ -1,0 +1,8 @@
+"""How far from the hardware's limit: chip peaks, the FLOP ledger, the step meter and the goodput ledger.
+
+- `chips`: what a device can do, each figure with its source; a CPU is measured.
+- `flops`: FLOPs and parameters of a model, per layer and op, from its configuration alone.
+- `jaxpr`: the matmul FLOPs that a JAX program executes, to hold the ledger against.
+- `meter`: step times into tokens/s, MFU and HFU; a utilisation above 1 is an error.
+- `goodput`: where the wall time of a run went, over all of its attempts.
+"""
