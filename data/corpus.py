@@ -43,6 +43,9 @@ class SplitStats:
     bytes: int
     tokens: int
 
+    def describe(self) -> str:
+        return f"{self.documents:,} documents, {self.bytes / 1e6:.1f} MB, {self.tokens:,} tokens"
+
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
@@ -82,19 +85,15 @@ class Corpus:
         """One line for the log."""
         if self.train_stats is None or self.heldout_stats is None:
             return f"random tokens, corpus {self.fingerprint}"
-        kept, held = self.train_stats, self.heldout_stats
-        left_out = [
-            f"{count} {name}"
-            for count, name in (
-                (self.skipped.undecodable_files, "files that are not UTF-8"),
-                (self.skipped.empty_documents, "empty documents"),
-            )
-            if count
-        ]
+        left_out = {
+            "files that are not UTF-8": self.skipped.undecodable_files,
+            "empty documents": self.skipped.empty_documents,
+        }
+        skipped = " and ".join(f"{count} {what}" for what, count in left_out.items() if count)
         return (
-            f"{kept.documents:,} documents, {kept.bytes / 1e6:.1f} MB, {kept.tokens:,} tokens "
-            f"in {len(self.train):,} rows ({self.packing_efficiency:.1%} full); held out {held.documents:,} documents, {held.bytes / 1e6:.1f} MB, "
-            f"{held.tokens:,} tokens; left out {' and '.join(left_out) or 'nothing'}"
+            f"training on {self.train_stats.describe()} in {len(self.train):,} rows "
+            f"({self.packing_efficiency:.1%} full); held out {self.heldout_stats.describe()}; "
+            f"left out {skipped or 'nothing'}"
         )
 
 

@@ -49,7 +49,7 @@ class Loader:
         self.num_steps: int | None = None if config.epochs is None else len(samples) // config.batch_size
         self.next_step = start_step
         self._identity = _identity(rows, config)
-        parts = samples.batch(size)
+        parts = samples.batch(size, drop_remainder=True)
         # Part j of `size` rows is host j mod P's of step j div P. Every host stops at the last step that all have.
         stop = (len(samples) // config.batch_size) * process_count
         parts = parts[start_step * process_count + process_index : stop : process_count]
