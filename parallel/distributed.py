@@ -158,8 +158,8 @@ def _gke_arguments(config: DistributedConfig, environ: Mapping[str, str]) -> dic
     index = environ.get("JOB_COMPLETION_INDEX")
     if index is None or not index.isdecimal():
         raise ValueError(
-            "distributed.mode=gke, but this process is not a pod of an indexed job: neither TPU_WORKER_HOSTNAMES (TPU) "
-            f"nor JOB_COMPLETION_INDEX (GPU; got {index!r}) is set; use completionMode: Indexed, or set distributed.mode"
+            "distributed.mode=gke, but this is not a pod of an indexed job: neither TPU_WORKER_HOSTNAMES (TPU) nor "
+            f"JOB_COMPLETION_INDEX (GPU; got {index!r}) is set; use completionMode: Indexed, or set distributed.mode"
         )
     if config.coordinator_address is None or config.num_processes is None:
         raise ValueError(
@@ -216,7 +216,7 @@ def _tasks_on_node(environ: Mapping[str, str]) -> int:
 def _check_coordinator(address: str, process_id: int, timeout: int) -> None:
     """Raises ValueError if process 0 can't open its port, or if another process can't reach it within `timeout` s.
 
-    JAX answers the first with a segmentation fault (jaxlib 0.10.2) and the second with an abort: neither names a setting.
+    JAX itself ends in a segmentation fault (jaxlib 0.10.2) and in an abort: neither names a setting.
     """
     host, port = split_address(address)
     if process_id == 0:

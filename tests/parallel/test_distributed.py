@@ -218,7 +218,7 @@ def test_gke_gpu_takes_the_completion_index(launched):
 
 
 def test_gke_outside_a_job_says_what_is_missing(launched):
-    with pytest.raises(ValueError, match="neither TPU_WORKER_HOSTNAMES .* nor JOB_COMPLETION_INDEX"):
+    with pytest.raises(ValueError, match=r"neither TPU_WORKER_HOSTNAMES .* nor JOB_COMPLETION_INDEX"):
         launched(DistributedConfig("gke"), {})
 
 
