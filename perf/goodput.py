@@ -135,13 +135,19 @@ class GoodputLedger:
         return _summarize((*self._earlier, self._current))
 
     def close(self) -> None:
-        """Writes the last line. No bucket may be open."""
+        """Writes the last line; leaving the ledger's own `with` block does it too. No bucket may be open."""
         assert not self._open, f"goodput buckets {self._open} are still open"
         self._charge()
         self._mark(None)
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def __enter__(self) -> GoodputLedger:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def _charge(self) -> None:
         now = self._clock()

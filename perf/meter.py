@@ -188,11 +188,9 @@ class StepMeter:
         return record
 
     def _utilizations(self, span: _Span, reason: str | None) -> tuple[Utilization, ...]:
-        return (
-            self._utilization("mfu", span.model_flops, span, reason),
-            self._palm(span, reason),
-            self._utilization("hfu", span.hardware_flops, span, reason),
-        )
+        mfu = self._utilization("mfu", span.model_flops, span, reason)
+        hfu = self._utilization("hfu", span.hardware_flops, span, reason)
+        return mfu, self._palm(span, reason), hfu
 
     def _utilization(self, name: str, flops: float, span: _Span, reason: str | None) -> Utilization:
         seconds = span.seconds
@@ -216,7 +214,7 @@ class StepMeter:
             share = flops / (span.seconds * self._num_devices * self._peak.value)
             if share > 1 and flops > span.hardware_flops:
                 reason = (
-                    f"12·L·H·Q·T counts {flops / span.hardware_flops:.3g} times the FLOPs that were executed (causal or "
-                    f"windowed attention), {share:.3g} of the peak: not a utilisation"
+                    f"12·L·H·Q·T counts {flops / span.hardware_flops:.3g} times the FLOPs that were executed (causal "
+                    f"or windowed attention), {share:.3g} of the peak: not a utilisation"
                 )
         return self._utilization("mfu_palm", flops, span, reason)

@@ -1,0 +1,131 @@
+"""Chip table: device kinds, per-device peaks, unknown chips, and the measured peak of a CPU."""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from perf import chips
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    device_kind: str
+    platform: str = "gpu"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("Tesla V100-SXM2-16GB", "V100 SXM2"),
+        ("NVIDIA A100-SXM4-40GB", "A100 SXM 40GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100 SXM 80GB"),
+        ("NVIDIA A100 80GB PCIe", "A100 PCIe 80GB"),
+        ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H100 NVL", "H100 NVL"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA B200", "B200"),
+        ("NVIDIA GB200", "GB200"),
+        ("NVIDIA L4", "L4"),
+        ("AMD Instinct MI300X", "MI300X"),
+        ("TPU v4", "TPU v4"),
+        ("TPU v5 lite", "TPU v5e"),
+        ("TPU v5e", "TPU v5e"),
+        ("TPU v5", "TPU v5p"),
+        ("TPU v5p", "TPU v5p"),
+        ("TPU v6 lite", "TPU v6e"),
+        ("TPU v6e", "TPU v6e"),
+        ("TPU7x", "TPU7x"),
+    ],
+)
+def test_device_kind_finds_its_chip(kind, name):
+    assert chips.find_chip(kind).name == name
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "NVIDIA L40S",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA GH200 480GB",
+        "NVIDIA H200 NVL",
+        "TPU v4 lite",
+        "TPU7",
+        "TPU v7",
+        "cpu",
+        "",
+    ],
+)
+def test_a_kind_that_is_not_in_the_table_is_unknown(kind):
+    assert chips.find_chip(kind) is None
+
+
+def test_no_kind_matches_two_chips():
+    kinds = [chip.name for chip in chips.CHIPS] + ["TPU v5 lite", "TPU v5", "NVIDIA H100 80GB HBM3", "NVIDIA B200"]
+    for kind in kinds:
+        matching = [chip.name for chip in chips.CHIPS if chips.re.fullmatch(chip.kinds, kind)]
+        assert len(matching) <= 1, (kind, matching)
+
+
+def test_every_figure_is_sourced_and_dense():
+    for chip in chips.CHIPS:
+        assert {"peaks", "memory", "on_chip", "links"} <= set(chip.sources), chip.name
+        if chip.scale_out_bandwidth is not None:
+            assert "scale_out" in chip.sources or "TPU" in chip.name, chip.name
+        if chip.usable_bytes is not None:
+            assert "usable" in chip.sources, chip.name
+            assert chip.usable_bytes <= 1.1 * chip.memory_bytes, chip.name
+        sixteen_bit = chip.peaks["float16" if chip.name.startswith("V100") else "bfloat16"]
+        # Eight bits run at the 16-bit rate or twice it: 4x would be a sparse figure.
+        for dtype in ("float8", "int8"):
+            if dtype in chip.peaks:
+                assert 0.99 <= chip.peaks[dtype] / sixteen_bit <= 2.01, (chip.name, dtype)
+
+
+def test_peak_of_known_devices():
+    h100 = chips.peak_flops(FakeDevice("NVIDIA H100 80GB HBM3"), jnp.bfloat16)
+    assert h100.value == pytest.approx(989e12, rel=1e-3)
+    assert h100.dtype == "bfloat16" and "H100" in h100.source and h100.reason is None
+    assert chips.peak_flops(FakeDevice("NVIDIA H100 80GB HBM3"), jnp.float8_e4m3fn).value == pytest.approx(
+        1979e12, 1e-3
+    )
+    # Half of the chip: TPU7x shows JAX two devices.
+    ironwood = chips.peak_flops(FakeDevice("TPU7x", "tpu"), "bfloat16")
+    assert ironwood.value == pytest.approx(1153.5e12) and "1 of 2 devices" in ironwood.source
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "reason"),
+    [
+        (FakeDevice("NVIDIA H900 Ultra"), "bfloat16", "no peak is known for device kind 'NVIDIA H900 Ultra'"),
+        (FakeDevice("Tesla V100-SXM2-16GB"), "bfloat16", "no dense bfloat16 peak is published for V100"),
+        (FakeDevice("cpu", "cpu"), "int8", "is measured for bfloat16, float16, float32, not for int8"),
+    ],
+)
+def test_no_peak_comes_with_a_reason(device, dtype, reason):
+    peak = chips.peak_flops(device, dtype)
+    assert peak.value is None and peak.source is None and reason in peak.reason
+
+
+def test_cpu_peak_is_measured_once_and_no_matmul_exceeds_it():
+    device = jax.devices("cpu")[0]
+    start = time.process_time()
+    peak = chips.peak_flops(device, "float32")
+    assert time.process_time() - start < 2 * 2.0  # At most 2 s on each of two cores.
+    assert peak.source.startswith("measured:") and "GFLOP/s" in peak.source
+
+    start = time.perf_counter()
+    shared = chips.peak_flops(device, "float32", local_devices=8)
+    assert time.perf_counter() - start < 0.05
+    assert shared.value == peak.value / 8 and "8 virtual devices" in shared.source
+
+    product = jax.jit(lambda x, y: x @ y)
+    x, y = jnp.ones((768, 1536)), jnp.ones((1536, 1024))
+    product(x, y).block_until_ready()
+    for _ in range(20):
+        start = time.perf_counter()
+        product(x, y).block_until_ready()
+        assert 2 * 768 * 1536 * 1024 / (time.perf_counter() - start) < 1.1 * peak.value
