@@ -18,11 +18,12 @@ from parallel.sharding import constrain, map_shards
 
 
 class Attention(nnx.Module):
-    """Query, key, value projections, rotation, causal attention, output projection. One layer's window is static."""
+    """Query, key, value projections, rotation, causal attention, output projection of layer `index`."""
 
-    def __init__(self, config: ModelConfig, window: int | None, create: Creator):
+    def __init__(self, config: ModelConfig, index: int, create: Creator):
         D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
-        self.config, self.window = config, window
+        self.config, self.window = config, config.window(index)
+        self.pattern_entry = index % len(config.window_pattern)
         init = normal(config.init_stddev)
         self.query = create("query", (D, N, H), ("embed", "heads", "head_dim"), init)
         self.key = create("key", (D, K, H), ("embed", "kv_heads", "head_dim"), init)
@@ -63,7 +64,7 @@ class Attention(nnx.Module):
             window=self.window,
             soft_cap=self.config.attention_soft_cap,
             scale=self.config.scale,
-            impl=execution.attention,
+            impl=execution.attention[self.pattern_entry],
         )
         sinks = None if self.sinks is None else self.sinks[...].astype(jnp.float32)
 

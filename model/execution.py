@@ -13,7 +13,8 @@ Remat = Literal["none", "dots", "full"]
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """Static argument of the forward pass. `attention` and `grouped_matmul` are concrete kernel implementations.
+    """Static argument of the forward pass. `attention` and `grouped_matmul` are concrete kernel implementations, the
+    former one for each entry of the model's `window_pattern`.
 
     `remat` is what the backward pass recomputes in each layer: nothing, everything but matrix products without a
     batch dimension (`dots`), or the whole layer from its input (`full`).
@@ -21,7 +22,7 @@ class Execution:
 
     precision: Precision = dataclasses.field(default_factory=Precision)
     placement: Placement | None = None
-    attention: str = "xla"
+    attention: tuple[str, ...] = ("xla",)
     grouped_matmul: str = "blocked"
     remat: Remat = "none"
     check_finite: bool = False

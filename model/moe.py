@@ -138,7 +138,7 @@ class Experts(nnx.Module):
                 y_MD = feed_forward(expand(x_ND, order), order.group_sizes, up, gate, down)
                 y_ND = combine(y_MD, weights_NA, order)
             if placement is not None:
-                # F is split: each shard holds a part of the sum. Combined first: there are A times fewer tokens than rows.
+                # F is split: each shard holds a part of the sum. Tokens are A times fewer than rows: added up here.
                 y_ND = jax.lax.psum(y_ND, placement.axes("expert_mlp"))
             return y_ND.astype(x_BTD.dtype).reshape(x_BTD.shape)
 
@@ -148,7 +148,7 @@ class Experts(nnx.Module):
         return run(x_BTD, routing.experts_BTA, routing.weights_BTA, *self.kernels(x_BTD.dtype))
 
     def capacity(self, x_BTD: jax.Array, routing: Routing, execution: Execution) -> tuple[jax.Array, jax.Array]:
-        """At most C assignments per expert and sequence, earlier tokens first. Also returns which were kept [B, T, A]."""
+        """At most C assignments per expert and sequence, earlier tokens first; and which were kept, bool [B, T, A]."""
         moe, placement = self.config.moe, execution.placement
         B, T, A = routing.experts_BTA.shape
         D, E = x_BTD.shape[-1], moe.num_experts

@@ -34,7 +34,7 @@ class Layer(nnx.Module):
     """Attention and feed-forward, each around a residual connection."""
 
     def __init__(self, config: ModelConfig, index: int, create: Creator):
-        self.attention = Attention(config, config.window(index), create.scope("attention"))
+        self.attention = Attention(config, index, create.scope("attention"))
         self.is_moe = config.is_moe(index)
         self.is_local = config.window(index) is not None
         if self.is_moe:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from parallel.mesh import MESH_AXES
@@ -154,3 +155,8 @@ def map_shards(
         return sharded(*(args[i] for i in present))
 
     return mapped
+
+
+def from_host_rows(rows: np.ndarray, placement: Placement, *logical: str | None) -> jax.Array:
+    """Global array from each host's own rows of its first axis, in the order of hosts."""
+    return jax.make_array_from_process_local_data(placement.sharding(*logical), rows)

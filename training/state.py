@@ -44,6 +44,12 @@ def state_shardings(
     )
 
 
+def abstract_params(definition: Definition, placement: Placement) -> tuple[Tree, Tree]:
+    """(params, biases) as ShapeDtypeStructs with shardings."""
+    shardings = tuple(named_shardings(tree, placement) for tree in definition.logical)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), definition.abstract, shardings)
+
+
 def named_shardings(logical: Tree, placement: Placement) -> Tree:
     """NamedShardings of a tree of logical axis tuples."""
     return jax.tree.map(lambda axes: placement.sharding(*axes), logical, is_leaf=lambda leaf: isinstance(leaf, tuple))

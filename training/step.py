@@ -13,21 +13,12 @@ import optax
 from model.config import ModelConfig
 from model.execution import Execution
 from model.transformer import Definition, Tree
+from training.config import LossConfig
 from training.loss import cross_entropy
 from training.state import TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """Cross-entropy over the vocabulary."""
-
-    chunk_tokens: int = 4096
-    """Tokens per device whose logits exist at one time."""
-    z_loss_coef: float = 0.0
-    """Weight of mean(logsumexp(logits)^2) (PaLM, arXiv 2204.02311 section 5: 1e-4)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +46,7 @@ def make_train_step(
         total_weight = jnp.maximum(batch["weights"].sum(), 1.0)
 
         def microstep(carry: Tree, micro: Batch) -> tuple[Tree, Metrics]:
-            gradient_fn = jax.value_and_grad(_objective, has_aux=True)
+            gradient_fn = jax.value_and_grad(objective, has_aux=True)
             (_, metrics), gradient = gradient_fn(state.params, state.biases, micro, total_weight, spec)
             return jax.tree.map(lambda sum_, g: sum_ + g.astype(gradient_dtype), carry, gradient), metrics
 
@@ -69,13 +60,13 @@ def make_eval_step(spec: StepSpec) -> Callable[[Tree, Tree, Batch], tuple[jax.Ar
     """eval(params, biases, batch) -> (sum of nats, sum of weights), float32 scalars."""
 
     def step(params: Tree, biases: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        _, metrics = _objective(params, biases, batch, jnp.float32(1.0), spec)
+        _, metrics = objective(params, biases, batch, jnp.float32(1.0), spec)
         return metrics["loss_sum"], metrics["weight_sum"]
 
     return step
 
 
-def _objective(
+def objective(
     params: Tree, biases: Tree, batch: Batch, total_weight: jax.Array, spec: StepSpec
 ) -> tuple[jax.Array, Metrics]:
     """This microbatch's share of the loss, and sums to add up over microbatches (router terms are averaged)."""
@@ -93,15 +84,17 @@ def _objective(
             z_loss_coef=spec.loss.z_loss_coef,
             chunk_tokens=spec.loss.chunk_tokens,
         )
-    objective = (sums.loss_sum + spec.loss.z_loss_coef * sums.z_loss_sum) / total_weight
+    value = (sums.loss_sum + spec.loss.z_loss_coef * sums.z_loss_sum) / total_weight
     metrics = {"loss_sum": sums.loss_sum, "weight_sum": sums.weight_sum, "correct_sum": sums.correct_sum}
     if output.moe is not None:
         moe = config.moe
         balance, router_z = output.moe.load_balance.mean(), output.moe.router_z.mean()
-        objective += (moe.load_balance_coef * balance + moe.router_z_coef * router_z) / spec.accumulation
+        value += (moe.load_balance_coef * balance + moe.router_z_coef * router_z) / spec.accumulation
         metrics |= {"load_LE": output.moe.load_E, "load_balance": balance, "router_z": router_z}
         metrics |= {"dropped": output.moe.dropped.mean()}
-    return objective, metrics
+    if output.finite_L is not None:
+        metrics["finite_L"] = output.finite_L
+    return value, metrics
 
 
 def _accumulate(
@@ -169,7 +162,7 @@ def _moe_report(config: ModelConfig, metrics: Metrics) -> Metrics:
 
 
 def balance_biases(definition: Definition, biases: Tree, load_LE: jax.Array) -> Tree:
-    """Each expert's bias one step up if it got less than the mean load, down if more (arXiv 2408.15664, algorithm 1)."""
+    """Each expert's bias one step up if its load is below the mean, down if above (arXiv 2408.15664, algorithm 1)."""
     moe = definition.config.moe
     error_LE = jnp.sign(load_LE.mean(axis=-1, keepdims=True) - load_LE)
 

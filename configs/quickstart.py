@@ -1,0 +1,42 @@
+"""A small Mixture-of-Experts model on the source of this machine's Python standard library: minutes on two CPU cores."""
+
+from checkpoint.config import CheckpointConfig
+from data.config import DataConfig
+from model.config import ModelConfig, MoEConfig
+from model.precision import Precision
+from training.config import SampleConfig, TrainRun
+from training.optimizer import MuonConfig, OptimizerConfig
+from training.schedule import ScheduleConfig
+
+MODEL = ModelConfig(
+    vocab_size=4096,
+    embed_dim=256,
+    mlp_dim=512,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    max_positions=1024,
+    qk_norm=True,
+    tie_embeddings=True,
+    moe=MoEConfig(num_experts=8, experts_per_token=2, mlp_dim=384, load_balance_coef=0.01, router_z_coef=1e-3),
+)
+
+
+def train() -> TrainRun:
+    return TrainRun(
+        name="quickstart",
+        model=MODEL,
+        data=DataConfig(source="stdlib", sequence_length=256, batch_size=16),
+        steps=400,
+        optimizer=OptimizerConfig(
+            kind="muon",
+            schedule=ScheduleConfig(
+                kind="wsd", peak_lr=4e-3, warmup_steps=20, decay_fraction=0.4, final_lr_fraction=0.02
+            ),
+            muon=MuonConfig(ns_dtype="float32"),
+        ),
+        precision=Precision(compute="float32"),
+        checkpoint=CheckpointConfig(every=100),
+        sample=SampleConfig(prompt="def main(", tokens=120),
+    )

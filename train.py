@@ -1,0 +1,72 @@
+"""Trains a transformer: `train.py NAME [--setting value ...]`; `--list` shows the names, `NAME --help` every setting."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+STARTED_NS = time.monotonic_ns()
+
+USAGE = """usage: train.py NAME [--setting value ...]
+       train.py NAME --help     every setting of a config, with its default
+       train.py --list          the configs
+"""
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    # Imported late: the usage text needs neither JAX nor a device.
+    import configs
+
+    if arguments[0] == "--list":
+        print(listing())
+        return 0
+    try:
+        module = configs.load(arguments[0])
+        return train(module, arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def train(module, arguments: list[str]) -> int:
+    import tyro
+
+    from checkpoint.store import CheckpointError
+    from training import loop
+    from training.config import TrainRun
+    from training.diagnose import NonFiniteError
+
+    if not hasattr(module, "train"):
+        raise ValueError(f"config {arguments[0]!r} can be served and not trained; see train.py --list")
+    settings = tyro.cli(
+        tyro.conf.AvoidSubcommands[TrainRun],
+        prog=f"train.py {arguments[0]}",
+        description=module.__doc__,
+        default=module.train(),
+        args=arguments[1:],
+    )
+    try:
+        loop.run(settings, started_ns=STARTED_NS)
+    except (CheckpointError, NonFiniteError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def listing() -> str:
+    """One line per config that can be trained: its name and what it is."""
+    import configs
+
+    rows = [(name, configs.load(name)) for name in configs.names()]
+    known = [
+        (name, (module.__doc__ or "").strip().splitlines()[0]) for name, module in rows if hasattr(module, "train")
+    ]
+    width = max(len(name) for name, _ in known)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in known)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,148 @@
+"""Everything a training run is, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from checkpoint.config import CheckpointConfig
+from data.config import DataConfig
+from model.config import ModelConfig
+from model.execution import Remat
+from model.precision import Precision
+from parallel.distributed import DistributedConfig
+from parallel.mesh import MeshConfig
+from parallel.sharding import ShardingRules
+from training.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Cross-entropy over the vocabulary."""
+
+    chunk_tokens: int = 4096
+    """Tokens per device whose logits exist at one time."""
+    z_loss_coef: float = 0.0
+    """Weight of mean(logsumexp(logits)^2) (PaLM, arXiv 2204.02311 section 5: 1e-4)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelConfig:
+    """Implementation of each kernel. `auto` takes the fastest known here and says which; a named one runs or raises."""
+
+    attention: Literal["auto", "reference", "xla", "cudnn"] = "auto"
+    """Attention inside a layer."""
+    grouped_matmul: Literal["auto", "reference", "ragged_dot", "blocked"] = "auto"
+    """Products of expert-sorted rows with their experts' weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerConfig:
+    """How layers are compiled."""
+
+    scan: bool = True
+    """Compile one layer and loop over stacked parameters; off: compile every layer (faster steps, slower compile)."""
+    remat: Remat = "none"
+    """What the backward pass recomputes: none, dots (all but matrix products) or full (each layer from its input)."""
+    document_mask: bool = True
+    """Attention and positions stay within a document; off: a row is one sequence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on the held-out documents, whole, at the end and on the way."""
+
+    every: int = 0
+    """Steps between evaluations; 0 for one at the end."""
+    batches: int | None = None
+    """Batches evaluated on the way; None for all. The evaluation at the end always takes all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """Text generated after training, from the trained weights."""
+
+    prompt: str = ""
+    """Text to continue; empty for the start of a document."""
+    tokens: int = 0
+    """Tokens to generate; 0 for none."""
+    temperature: float = 0.8
+    """Divides the logits; 0 for the most likely token each time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainRun:
+    """One training run; `train.py NAME` starts from the one that configs/NAME.py gives."""
+
+    name: str
+    """Folder of the run under `runs_dir`."""
+    model: ModelConfig
+    """Architecture."""
+    data: DataConfig
+    """Corpus, packing and batches."""
+    steps: int
+    """Optimizer steps of the whole run, resumed parts included."""
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    """Optimizer and learning rate."""
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    """Cross-entropy."""
+    accumulation: int = 1
+    """Microbatches per step: the batch is cut into this many, and their gradients summed."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """Devices along each mesh axis."""
+    rules: ShardingRules = dataclasses.field(default_factory=ShardingRules)
+    """Mesh axes of each logical axis."""
+    precision: Precision = dataclasses.field(default_factory=Precision)
+    """Number formats."""
+    layers: LayerConfig = dataclasses.field(default_factory=LayerConfig)
+    """Scan, recomputation, document masks."""
+    kernels: KernelConfig = dataclasses.field(default_factory=KernelConfig)
+    """Kernel implementations."""
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    """When the state is saved, and what is kept."""
+    evaluation: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    """Held-out loss."""
+    sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+    """Text at the end."""
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+    """How the processes of a run find each other."""
+    seed: int = 0
+    """Initial parameters and sampling. The order of the data has its own, `data.seed`."""
+    runs_dir: Path = Path("runs")
+    """Metrics and checkpoints of every run, a folder each."""
+    cache_dir: Path = Path(".cache")
+    """Compiled programs and trained tokenizers, shared by all runs."""
+    fresh: bool = False
+    """Start over: what an earlier run of this name left is moved aside, not resumed."""
+    tensorboard: bool = True
+    """Also write TensorBoard files."""
+
+    def __post_init__(self) -> None:
+        check_run(self)
+
+    @property
+    def run_dir(self) -> Path:
+        return self.runs_dir / self.name
+
+
+def check_run(run: TrainRun) -> None:
+    """Raises ValueError for settings that contradict each other, whatever the devices."""
+    if run.steps < 1 or run.accumulation < 1:
+        raise ValueError(f"steps={run.steps} and accumulation={run.accumulation} must be at least 1")
+    if run.data.batch_size % run.accumulation:
+        raise ValueError(
+            f"data.batch_size={run.data.batch_size} is not divisible by accumulation={run.accumulation}; "
+            "set accumulation to a divisor of data.batch_size"
+        )
+    if run.data.sequence_length > run.model.max_positions:
+        raise ValueError(
+            f"data.sequence_length={run.data.sequence_length} is above model.max_positions="
+            f"{run.model.max_positions}; shorten the rows, or raise model.max_positions"
+        )
+    if run.loss.chunk_tokens < 1:
+        raise ValueError(f"loss.chunk_tokens={run.loss.chunk_tokens} must be at least 1")
+    if not run.name or "/" in run.name or run.name.startswith("."):
+        raise ValueError(f"name={run.name!r} must be a plain folder name")
+    if run.sample.tokens and run.data.source == "random":
+        raise ValueError("sample.tokens needs a tokenizer, and data.source=random has none; set sample.tokens to 0")
