@@ -23,10 +23,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from model.config import ModelConfig
+from model.config import ModelConfig, MoEConfig
 
 Mode = Literal["train", "forward"]
-Attention = Literal["exact", "full"]
+Attention = Literal["exact", "full", "blocks"]
 Remat = Literal["none", "dots", "full"]
 DtypeClass = Literal["compute", "float32"]
 
@@ -94,6 +94,7 @@ class Ledger:
     documents: tuple[int, ...] | None
     mode: Mode
     attention: Attention
+    query_block: int | None
     recomputed: Mapping[str, int]
     rows: tuple[Row, ...]
 
@@ -160,6 +161,7 @@ def ledger(
     segment_lengths: Iterable[int] | None = None,
     mode: Mode = "train",
     attention: Attention = "exact",
+    query_block: int | None = None,
     remat: Remat = "none",
     recomputed: Sequence[str] | None = None,
     fused_attention: bool = False,
@@ -168,7 +170,8 @@ def ledger(
 
     `segment_lengths`: lengths of the packed documents of the batch; tokens beyond them are padding, which the
     hardware runs and the model does not need. `attention`: what the device computes, "exact" for kernels that skip
-    masked pairs (their partly masked tiles are not counted), "full" for a dense masked product of T × T.
+    masked pairs (their partly masked tiles are not counted), "full" for a dense masked product of T × T, "blocks" for
+    blocks of `query_block` queries, each against the keys from its first query's window to its last query.
     `remat`: which ops the backward pass recomputes, see `recomputed_ops`; `recomputed` names them instead, an op
     twice if it runs twice more. `fused_attention`: attention is a kernel whose backward pass recomputes q·k
     (FlashAttention, arXiv 2205.14135, section 3.1).
@@ -177,13 +180,15 @@ def ledger(
     """
     if sequence_length < 1 or batch_size < 1:
         raise ValueError(f"sequence_length={sequence_length} and batch_size={batch_size} must be at least 1")
+    if (query_block is not None and query_block < 1) or (attention == "blocks") != (query_block is not None):
+        raise ValueError(f"attention='{attention}' with query_block={query_block}; 'blocks' needs one, others none")
     again: Counter[str] = Counter()
     if mode == "train":
         again.update(recomputed_ops(config, remat) if recomputed is None else recomputed)
         if fused_attention:
             again["qk"] += 1
     documents = None if segment_lengths is None else tuple(int(n) for n in segment_lengths)
-    return _fill(Ledger(config, sequence_length, batch_size, documents, mode, attention, dict(again), ()))
+    return _fill(Ledger(config, sequence_length, batch_size, documents, mode, attention, query_block, dict(again), ()))
 
 
 def recomputed_ops(config: ModelConfig, remat: Remat) -> tuple[str, ...]:
@@ -275,8 +280,13 @@ def _layer_vectors(config: ModelConfig, layer: int) -> int:
         count += config.embed_dim
     if config.attention_sinks:
         count += config.num_heads
-    if config.mlp_bias and not config.is_moe(layer):
-        count += config.mlp_dim * (2 if config.gated_mlp else 1) + config.embed_dim
+    # Routed experts have no biases; the shared expert is a plain feed-forward.
+    if not config.is_moe(layer):
+        width = config.mlp_dim
+    else:
+        width = config.moe.shared_mlp_dim if config.moe is not None else 0
+    if config.mlp_bias and width:
+        count += width * (2 if config.gated_mlp else 1) + config.embed_dim
     return count
 
 
@@ -298,11 +308,13 @@ def _fill(book: Ledger) -> Ledger:
     lengths = (book.sequence_length,) * book.batch_size if book.documents is None else book.documents
     _check_documents(book, lengths)
     pairs = {window: _pairs(lengths, window) for window in set(config.window_pattern)}
+    executed = {window: _executed_pairs(book, window, exact) for window, exact in pairs.items()}
     rows = []
     for layer in range(config.num_layers):
         query, key, value, output, *mlp = _layer_linears(config, layer)
         rows += [_linear_row(book, layer, op) for op in (query, key, value)]
-        rows += [_attention_row(book, layer, op, pairs[config.window(layer)]) for op in ATTENTION_OPS]
+        window = config.window(layer)
+        rows += [_attention_row(book, layer, op, pairs[window], executed[window]) for op in ATTENTION_OPS]
         rows += [_linear_row(book, layer, op) for op in (output, *mlp)]
     rows.append(_linear_row(book, None, _Linear("lm_head", config.embed_dim, config.vocab_size)))
     return dataclasses.replace(book, rows=tuple(rows))
@@ -332,18 +344,36 @@ def _linear_row(book: Ledger, layer: int | None, op: _Linear) -> Row:
     moe = book.config.moe
     if moe is not None and moe.dispatch == "capacity" and op.copies > 1:
         # Every slot of every expert is computed, filled or not; a token beyond the slots is not.
-        balanced = book.sequence_length * moe.experts_per_token / moe.num_experts
-        slots = book.batch_size * moe.num_experts * math.ceil(balanced * moe.capacity_factor)
-        executed = 2 * op.inputs * op.outputs * slots
+        slots = _capacity(moe, book.sequence_length)
+        executed = 2 * op.inputs * op.outputs * book.batch_size * moe.num_experts * slots
         forward = min(forward, executed)
     return _row(book, layer, op.op, op.dtype, forward, executed)
 
 
-def _attention_row(book: Ledger, layer: int, op: str, pairs: int) -> Row:
+def _capacity(moe: MoEConfig, sequence_length: int) -> int:
+    """Slots per expert and sequence: `capacity_factor` over the balanced share, at most one per token."""
+    balanced = sequence_length * moe.experts_per_token / moe.num_experts
+    return min(max(math.ceil(moe.capacity_factor * balanced), 1), sequence_length)
+
+
+def _attention_row(book: Ledger, layer: int, op: str, pairs: int, executed: int) -> Row:
     # One multiply-add per pair and element of every query head, for q·k as for p·v.
     per_pair = 2 * book.config.num_heads * book.config.head_dim
-    executed = pairs if book.attention == "exact" else book.batch_size * book.sequence_length**2
     return _row(book, layer, op, "compute", per_pair * pairs, per_pair * executed)
+
+
+def _executed_pairs(book: Ledger, window: int | None, exact: int) -> int:
+    length = book.sequence_length
+    if book.attention == "exact":
+        return exact
+    if book.query_block is None:
+        return book.batch_size * length**2
+    pairs = 0
+    for start in range(0, length, book.query_block):
+        stop = min(start + book.query_block, length)
+        low = 0 if window is None else max(0, start - window + 1)
+        pairs += (stop - start) * (stop - low)
+    return book.batch_size * pairs
 
 
 def _table(book: Ledger) -> str:

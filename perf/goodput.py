@@ -44,15 +44,16 @@ class Goodput:
         return self.nanoseconds["step"] / wall if wall else None
 
     def record(self) -> dict[str, Any]:
-        """Flat record in seconds, for a log."""
-        seconds = {f"{name}_seconds": self.nanoseconds[name] / 1e9 for name in BUCKETS}
-        return {
+        """Flat record in seconds, for a log. The prefix keeps `step` apart from the time of one step."""
+        seconds = {f"goodput_{name}_seconds": self.nanoseconds[name] / 1e9 for name in BUCKETS}
+        record = {
             "goodput": self.goodput,
-            "wall_seconds": self.wall_nanoseconds / 1e9,
+            "goodput_wall_seconds": self.wall_nanoseconds / 1e9,
             **seconds,
-            "attempts": self.attempts,
-            "between_attempts_seconds": self.between_attempts_seconds,
+            "goodput_attempts": self.attempts,
+            "goodput_between_attempts_seconds": self.between_attempts_seconds,
         }
+        return record if self.goodput is not None else {**record, "goodput_reason": "no time has passed yet"}
 
 
 @dataclasses.dataclass

@@ -75,7 +75,8 @@ def count_matmul_flops(
     `trip_counts`: iterations of `while` loops, by the name scope they stand in (the whole stack, or its last part).
     `kernel_flops`: FLOPs of opaque primitives, by primitive name; a `pallas_call` with a cost estimate needs none.
 
-    Returns `total`, `by_primitive` {name: FLOPs} and `by_scope` {name stack: FLOPs}.
+    Returns `total`, `by_primitive` {name: FLOPs}, `by_scope` {name stack: FLOPs}, and `vector_products`: the part of
+    `total` in contractions where an operand has no axis of its own (a sum weighted by a vector, which no ledger lists).
     Raises ValueError for a matmul in a `while` of unknown length, and for an opaque primitive without a count.
     """
     if not isinstance(program, ClosedJaxpr | Jaxpr):
@@ -85,13 +86,21 @@ def count_matmul_flops(
     counts = _count(live, _Context(trip_counts or {}, kernel_flops or {}), scope="")
     by_primitive: Counter[str] = Counter()
     by_scope: Counter[str] = Counter()
-    for (primitive, scope), flops in counts.items():
+    vector_products = 0
+    for (primitive, scope, is_vector), flops in counts.items():
         by_primitive[primitive] += flops
         by_scope[scope] += flops
-    return {"total": sum(counts.values()), "by_primitive": dict(by_primitive), "by_scope": dict(by_scope)}
+        vector_products += flops if is_vector else 0
+    return {
+        "total": sum(counts.values()),
+        "by_primitive": dict(by_primitive),
+        "by_scope": dict(by_scope),
+        "vector_products": vector_products,
+    }
 
 
-Counts = Counter[tuple[str, str]]
+# Keys: primitive, scope, whether an operand has no axis of its own.
+Counts = Counter[tuple[str, str, bool]]
 
 
 def _count(jaxpr: Jaxpr, context: _Context, scope: str) -> Counts:
@@ -107,7 +116,7 @@ def _count_equation(eqn: JaxprEqn, context: _Context, scope: str) -> Counts:
     if name in context.kernel_flops:
         return _one(name, scope, context.kernel_flops[name](eqn))
     if name == "dot_general":
-        return _one(name, scope, _dot_general(eqn))
+        return _one(name, scope, _dot_general(eqn), is_vector=_has_vector(eqn))
     if name == "ragged_dot_general":
         return _one(name, scope, _ragged_dot(eqn))
     if name == "pallas_call" and eqn.params["cost_estimate"] is not None:
@@ -176,8 +185,15 @@ def _ragged_dot(eqn: JaxprEqn) -> int:
     return 2 * math.prod(lhs) * rhs_free
 
 
-def _one(name: str, scope: str, flops: int) -> Counts:
-    return Counter({(name, scope): flops}) if flops else Counter()
+def _has_vector(eqn: JaxprEqn) -> bool:
+    contracting, batch = eqn.params["dimension_numbers"]
+    return any(
+        len(var.aval.shape) == len(contracting[side]) + len(batch[side]) for side, var in enumerate(eqn.invars[:2])
+    )
+
+
+def _one(name: str, scope: str, flops: int, *, is_vector: bool = False) -> Counts:
+    return Counter({(name, scope, is_vector): flops}) if flops else Counter()
 
 
 def _times(counts: Counts, factor: int) -> Counts:

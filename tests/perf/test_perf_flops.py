@@ -145,6 +145,8 @@ def test_parameters_of_every_option():
     # Two MoE layers: router, 5 experts of 3·12·8 and a shared one of 3·12·7 instead of the dense 3·12·20.
     moe = MoEConfig(num_experts=5, experts_per_token=2, mlp_dim=8, shared_mlp_dim=7, num_dense_layers=1)
     assert more(moe=moe) == 2 * (12 * 5 + 5 * 3 * 12 * 8 + 3 * 12 * 7 - 3 * 12 * 20)
+    # Biases: the dense layer's and the shared expert's in two layers.
+    assert more(moe=moe, mlp_bias=True) - more(moe=moe) == (20 + 20 + 12) + 2 * (7 + 7 + 12)
     config = dataclasses.replace(TINY, moe=moe)
     assert flops.count_params(config).total - flops.count_params(config).active == 2 * 3 * (3 * 12 * 8)
 
@@ -173,6 +175,28 @@ def test_capacity_dispatch_runs_every_slot():
     # ceil(10 · 2 / 4 · 1.5) = 8 slots for each of 4 experts in each of 3 rows; the model needs 30 · 2.
     assert row.executed == 2 * 12 * 8 * (3 * 4 * 8)
     assert row.forward == 2 * 12 * 8 * (30 * 2)
+
+    # No expert has more slots than a sequence has tokens.
+    config = dataclasses.replace(TINY, moe=dataclasses.replace(moe, capacity_factor=100.0))
+    row = next(r for r in flops.ledger(config, sequence_length=10).rows if r.op == "expert_up")
+    assert row.executed == 2 * 12 * 8 * (4 * 10)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    length=st.integers(1, 30),
+    block=st.integers(1, 40),
+    window=st.one_of(st.none(), st.integers(1, 30)),
+)
+def test_blocks_of_queries_compute_their_own_rectangles(length, block, window):
+    config = dataclasses.replace(TINY, window_pattern=(window,))
+    book = flops.ledger(config, sequence_length=length, attention="blocks", query_block=block)
+    query, key = np.arange(length)[:, None], np.arange(length)[None, :]
+    start = query // block * block
+    rectangle = (key < start + block) & (key >= start - (length if window is None else window - 1))
+    row = next(row for row in book.rows if row.op == "qk")
+    assert row.executed == 2 * int(rectangle.sum()) * 4 * 6
+    assert row.executed >= row.forward
 
 
 def test_totals_by_mode():
@@ -235,6 +259,9 @@ def test_unknown_settings_are_refused():
         flops.ledger(TINY, sequence_length=16, remat="some")
     with pytest.raises(ValueError, match="at least 1"):
         flops.ledger(TINY, sequence_length=0)
+    for attention, block in (("blocks", None), ("blocks", 0), ("exact", 0), ("full", 4)):
+        with pytest.raises(ValueError, match="'blocks' needs one, others none"):
+            flops.ledger(TINY, sequence_length=16, attention=attention, query_block=block)
 
 
 def test_table_groups_equal_layers_and_sums():

@@ -137,7 +137,8 @@ def test_goodput_of_one_attempt(tmp_path):
         assert goodput.goodput == pytest.approx(0.8)
         assert goodput.attempts == 1 and goodput.between_attempts_seconds == 0
     record = ledger.summary().record()
-    assert record["wall_seconds"] == 10 and record["step_seconds"] == 8 and record["startup_seconds"] == 2
+    assert record["goodput_wall_seconds"] == 10 == sum(record[f"goodput_{name}_seconds"] for name in BUCKETS)
+    assert record["goodput_step_seconds"] == 8 and record["goodput_startup_seconds"] == 2
     json.dumps(record)
 
 
@@ -227,6 +228,11 @@ def test_a_damaged_file_is_refused_with_its_line(tmp_path):
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(ValueError, match=r"goodput.jsonl line 3 .* move the file away"):
         open_ledger(tmp_path, Clock())
+
+
+def test_no_time_has_no_goodput():
+    record = open_ledger(None, Clock()).summary().record()
+    assert record["goodput"] is None and "no time" in record["goodput_reason"]
 
 
 def test_a_directory_without_attempts_is_refused(tmp_path):

@@ -31,6 +31,15 @@ def test_dot_general_batch_and_contraction():
     assert total(lambda v: jnp.einsum("i,j->ij", v, v), v) == 0
 
 
+def test_vector_products_are_told_apart():
+    v = jax.ShapeDtypeStruct((4,), jnp.float32)
+    count = count_matmul_flops(lambda v, x, w: (jnp.einsum("i,ij->j", v, x), x @ w), v, X, W)
+    assert count["vector_products"] == 2 * 4 * 8 and count["total"] == ONE + 2 * 4 * 8
+    # An axis of size one is an axis: a single token is still a row of a matrix.
+    row = jax.ShapeDtypeStruct((1, 8), jnp.float32)
+    assert count_matmul_flops(jnp.matmul, row, W)["vector_products"] == 0
+
+
 def test_a_closed_jaxpr_counts_like_its_function():
     def program(x, w):
         return jax.nn.relu(x @ w) @ w
