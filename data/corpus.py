@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import shutil
-import tempfile
+import uuid
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -109,12 +109,15 @@ def prepare(config: DataConfig, *, vocab_size: int, cache_dir: Path) -> Corpus:
         return Corpus(str(rows.identity["corpus"]), None, rows, None, None, None, SkipCount(), None)
     files = list_files(config)
     content = digest_files(files)
-    tokenizer = _tokenizer(config, files, content, vocab_size, cache_dir)
-    tokenizer.check_vocabulary(vocab_size)
-    fingerprint = _digest(content, *_reading(config), tokenizer.fingerprint)
-    folder = cache_dir / f"tokens-{fingerprint}"
-    if not folder.exists():
-        _encode_corpus(config, files, tokenizer, folder)
+    try:
+        tokenizer = _tokenizer(config, files, content, vocab_size, cache_dir)
+        tokenizer.check_vocabulary(vocab_size)
+        fingerprint = _digest(content, *_reading(config), tokenizer.fingerprint)
+        folder = cache_dir / f"tokens-{fingerprint}"
+        if not folder.exists():
+            _encode_corpus(config, files, tokenizer, folder)
+    except OSError as error:  # of writing: what can't be read is a ValueError already
+        raise ValueError(f"the data cache {cache_dir} can't be written ({error}); free space or move it") from error
     return _open_corpus(config, folder, tokenizer, fingerprint)
 
 
@@ -207,7 +210,8 @@ class _SplitWriter:
 def _encode_corpus(config: DataConfig, files: list[Path], tokenizer: Tokenizer, folder: Path) -> None:
     """Fills `folder`, which appears complete or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".tokens-"))
+    building = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    building.mkdir()
     try:
         _write_entry(config, files, tokenizer, building)
         try:

@@ -228,3 +228,9 @@ def test_random_corpus(tmp_path):
     assert corpus.packing_efficiency == 1
     assert not list(tmp_path.iterdir())
     assert corpus.fingerprint != prepare(config, vocab_size=999, cache_dir=tmp_path).fingerprint
+
+
+def test_cache_that_cannot_be_written(config, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match=r"the data cache .*file can't be written"):
+        prepare(config, vocab_size=300, cache_dir=tmp_path / "file")
