@@ -194,15 +194,15 @@ def ledger(
 def recomputed_ops(config: ModelConfig, remat: Remat) -> tuple[str, ...]:
     """Ops of a block that the backward pass runs again.
 
-    "none": nothing. "dots": matmuls with weights are saved and those of attention are not
-    (`jax.checkpoint_policies.dots_with_no_batch_dims_saveable`). "full": only the block's input is saved; then every
-    matmul runs again but the last, whose output nobody needs unless a norm follows it. Experts are the exception:
-    the router's gradient needs their outputs.
+    "none": nothing. "dots": `jax.checkpoint_policies.dots_with_no_batch_dims_saveable` saves products with a weight
+    matrix; those of attention (batched) and of experts (grouped) run again. "full": only the block's input is saved;
+    then every matmul runs again but the last, whose output nobody needs unless a norm follows it. Experts are the
+    exception: the router's gradient needs their outputs.
     """
     if remat == "none":
         return ()
     if remat == "dots":
-        return ATTENTION_OPS
+        return tuple(op for op in _block_ops(config) if op in ATTENTION_OPS or op.startswith("expert_"))
     if remat != "full":
         raise ValueError(f"remat='{remat}' is not one of 'none', 'dots', 'full'")
     last = ("down", "shared_down") if config.norm_placement == "pre" else ()

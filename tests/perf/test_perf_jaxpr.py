@@ -263,7 +263,9 @@ def test_ledger_equals_the_jaxpr_forward_and_training(config):
 
 
 @pytest.mark.parametrize(
-    ("config", "remat"), [(DENSE, "dots"), (DENSE, "full"), (MOE, "full")], ids=["dense-dots", "dense-full", "moe-full"]
+    ("config", "remat"),
+    [(DENSE, "dots"), (DENSE, "full"), (MOE, "dots"), (MOE, "full")],
+    ids=["dense-dots", "dense-full", "moe-dots", "moe-full"],
 )
 def test_ledger_recompute_equals_the_jaxpr(config, remat):
     tokens = jax.ShapeDtypeStruct((BATCH, TIME), jnp.int32)
