@@ -229,6 +229,7 @@ with Reporter(pathlib.Path(sys.argv[1]), total_steps=10, tensorboard=False) as r
     for step in range(1, 5):
         reporter.log(step, {"loss": 1.0 / step})
     reporter.say("[bold]kept as it is[/bold]")
+    print("from elsewhere")
     reporter.say("a result", results=True)
     reporter.log(4, {"loss": 0.5}, event="eval")
     raise KeyboardInterrupt
@@ -252,7 +253,7 @@ def test_a_terminal_gets_a_live_display_and_is_given_back_on_an_exception(tmp_pa
         screen += chunk
     os.close(ours)
     out, _ = process.communicate(timeout=60)
-    assert out == b"a result\n"
+    assert out == b"from elsewhere\na result\n"
     text = screen.decode()
     assert "[bold]kept as it is[/bold]" in text
     assert "eval  4/10 | loss 0.5" in text
