@@ -96,6 +96,7 @@ def _gib(value: float) -> int:
 
 _TPU_V4 = Chip(
     name="TPU v4",
+    # One JAX device per chip: its two cores work as one ("megacore"), the default.
     kinds=r"TPU v4",
     peaks=_peaks(bfloat16=275, float32=275, int8=275),
     memory_bytes=32 * GB,
@@ -276,7 +277,7 @@ _L4_CHIP = Chip(
 )
 _MI300X_CHIP = Chip(
     name="MI300X",
-    kinds=r"(AMD )?Instinct MI300X.*",
+    kinds=r"(AMD )?Instinct MI300X( OAM)?",
     # float32 is the matrix rate, not XF32.
     peaks=_peaks(bfloat16=1307.4, float16=1307.4, float32=163.4, float8=2614.9, int8=2614.9),
     memory_bytes=192 * GB,
@@ -335,7 +336,7 @@ def peak_flops(device: jax.Device, dtype, *, local_devices: int = 1) -> Peak:
     name = jnp.dtype(dtype).name
     kind = "float8" if name.startswith("float8") else name
     if device.platform == "cpu":
-        return _cpu_peak(device, name, local_devices)
+        return _cpu_peak(name, local_devices)
     chip = find_chip(device.device_kind)
     if chip is None:
         return Peak(None, name, None, unknown_chip_reason(device.device_kind))
@@ -354,17 +355,17 @@ def peak_flops(device: jax.Device, dtype, *, local_devices: int = 1) -> Peak:
 CPU_DTYPES = ("bfloat16", "float16", "float32")
 
 
-def _cpu_peak(device: jax.Device, dtype: str, local_devices: int) -> Peak:
+def _cpu_peak(dtype: str, local_devices: int) -> Peak:
     if dtype not in CPU_DTYPES:
         return Peak(None, dtype, None, f"the peak of a CPU is measured for {', '.join(CPU_DTYPES)}, not for {dtype}")
-    machine, source = measure_cpu(device, dtype)
+    machine, source = measure_cpu(dtype)
     if local_devices > 1:
         source += f"; divided over {local_devices} virtual devices"
     return Peak(machine / local_devices, dtype, source)
 
 
 @functools.cache
-def measure_cpu(device: jax.Device, dtype: str) -> tuple[float, str]:
+def measure_cpu(dtype: str) -> tuple[float, str]:
     """Matmul FLOP/s of the whole machine and how they were obtained; measured once per process.
 
     No training step may exceed the result, so it is the larger of two rates over several square products: the best
@@ -372,7 +373,7 @@ def measure_cpu(device: jax.Device, dtype: str) -> tuple[float, str]:
     now and not later. float32 is measured beside narrower dtypes: a CPU that emulates bf16 runs the float32 parts of
     a step faster (EPYC Turin, 2 cores, jaxlib 0.10.2: 490 GFLOP/s float32, 461 bf16).
     """
-    cores = _usable_cores()
+    device, cores = jax.local_devices(backend="cpu")[0], _usable_cores()
     dtypes = tuple(dict.fromkeys((dtype, "float32")))
     bursts = [burst for kind in dtypes for burst in _bursts(device, kind)]
     wall = max(burst.best_rate for burst in bursts)

@@ -176,6 +176,10 @@ def test_capacity_dispatch_runs_every_slot():
     assert row.executed == 2 * 12 * 8 * (3 * 4 * 8)
     assert row.forward == 2 * 12 * 8 * (30 * 2)
 
+    # Half of the balanced share: what is dropped is not computed, so the model is not credited for it.
+    config = dataclasses.replace(TINY, moe=dataclasses.replace(moe, capacity_factor=0.5))
+    row = next(r for r in flops.ledger(config, sequence_length=10).rows if r.op == "expert_up")
+    assert row.forward == row.executed == 2 * 12 * 8 * (4 * 3)
     # No expert has more slots than a sequence has tokens.
     config = dataclasses.replace(TINY, moe=dataclasses.replace(moe, capacity_factor=100.0))
     row = next(r for r in flops.ledger(config, sequence_length=10).rows if r.op == "expert_up")
