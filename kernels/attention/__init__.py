@@ -1,0 +1,197 @@
+"""Scaled dot-product attention with grouped heads, masks, soft cap and sinks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from kernels.attention import cudnn, reference, xla
+from kernels.target import Target, default_target
+
+Impl = Literal["auto", "reference", "xla", "cudnn"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionCase:
+    """The static facts of one call: shapes (of one shard, where sharded), dtype, and which features it uses."""
+
+    dtype: str
+    query_length: int
+    kv_length: int
+    num_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    causal: bool = True
+    window: int | None = None
+    segments: bool = False
+    positions: bool = False
+    soft_cap: bool = False
+    sinks: bool = False
+    return_lse: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("bfloat16", "float16", "float32", "float64"):
+            raise ValueError(f"attention of {self.dtype}: use bfloat16, float16 or float32")
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"attention of {self.num_heads} query heads and {self.num_kv_heads} kv heads: "
+                "the number of query heads must be a multiple of the number of kv heads"
+            )
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window={self.window} must be at least 1 (a token sees itself), or None for no window")
+
+
+def supports(impl: Impl, case: AttentionCase, target: Target) -> str | None:
+    """Why `impl` can't compute `case` on `target`; None where it can. Raises ValueError for an unknown name."""
+    match impl:
+        case "reference" | "xla":
+            return None
+        case "cudnn":
+            return cudnn.unsupported(case, target)
+        case _:
+            raise ValueError(f"attention impl={impl!r} is unknown; choose one of {', '.join(get_args(Impl))}")
+
+
+def choose(impl: Impl, case: AttentionCase, target: Target) -> tuple[Impl, str]:
+    """Concrete implementation and the reason for it; "auto" is decided here.
+
+    Raises ValueError, with the reason, for a named implementation that can't run.
+    """
+    if impl != "auto":
+        reason = supports(impl, case, target)
+        if reason is not None:
+            raise ValueError(f"attention impl={impl!r} can't run: {reason}; set the attention impl to 'auto' or 'xla'")
+        return impl, "asked for by name"
+    if target.platform != "gpu":
+        return "xla", f"the only fast implementation for {target.platform}"
+    reason = supports("cudnn", case, target)
+    if reason is None:
+        return "cudnn", "fastest measured on an H100 (forward 548-608 TFLOP/s causal, T 4096-16384)"
+    return "xla", f"cudnn can't: {reason}"
+
+
+def attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    q_segments: jax.Array | None = None,
+    kv_segments: jax.Array | None = None,
+    q_positions: jax.Array | None = None,
+    kv_positions: jax.Array | None = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    impl: Impl = "auto",
+    target: Target | None = None,
+    return_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """softmax(scale · q·k, over the keys a query sees) · v, for N query heads sharing K kv heads (N a multiple of K).
+
+    A query sees a key unless one of these forbids it:
+      - causal: the key's position is after the query's;
+      - window W: their positions are W or more apart (so causal: itself and the W - 1 before it);
+      - segments: their segment numbers differ, or either is 0 (padding).
+    A query that sees nothing gives zeros, and zero gradients.
+
+    Args:
+      q_BTNH, k_BSKH, v_BSKH: one dtype: bfloat16, float16 or float32. The last width of v may differ from H.
+      scale: factor on q·k.
+      q_segments, kv_segments: int32 [B, T] and [B, S]; kv_segments may be left out where T = S, and equals q_segments.
+      q_positions, kv_positions: int32 [B, T] and [B, S], for causal and window; left out, the index in the row.
+        Packed documents need none: within a segment, index and position order tokens alike. Giving them costs the
+        static knowledge of which keys lie in the future, so those are computed and masked.
+      soft_cap: scores become soft_cap · tanh(score / soft_cap), before masking.
+      sinks: float32 [N], a logit per head that joins every softmax of the head and carries no value (gpt-oss).
+      impl: "auto" chooses for `target`, as `choose` does; a named one that can't run raises.
+      target: device kind; None for the default device. Read only where `impl` depends on it.
+      return_lse: also return the log of the softmax's normaliser (sinks included), float32 [B, T, N], -inf for a
+        query that sees nothing and has no sink. It is differentiable.
+
+    Returns out_BTNH in q's dtype (v's width), with lse_BTN if asked.
+
+    Raises ValueError for shapes or dtypes that disagree and for an `impl` that can't run.
+    """
+    case = _case(q_BTNH, k_BSKH, v_BSKH, causal, window, q_segments, q_positions, soft_cap, sinks, return_lse)
+    q_segments, kv_segments = _pair("segments", q_segments, kv_segments, q_BTNH, k_BSKH)
+    q_positions, kv_positions = _pair("positions", q_positions, kv_positions, q_BTNH, k_BSKH)
+    if sinks is not None and sinks.shape != (case.num_heads,):
+        raise ValueError(f"sinks has shape {sinks.shape}; it needs one logit per query head, ({case.num_heads},)")
+    if impl in ("auto", "cudnn"):
+        impl, _ = choose(impl, case, default_target() if target is None else target)
+    with jax.named_scope("attention"):
+        match impl:
+            case "cudnn":
+                return cudnn.attention(q_BTNH, k_BSKH, v_BSKH, scale=scale, causal=causal, window=window)
+            case "reference" | "xla":
+                implementation = reference.attention if impl == "reference" else xla.attention
+                out, lse = implementation(
+                    q_BTNH,
+                    k_BSKH,
+                    v_BSKH,
+                    scale=scale,
+                    causal=causal,
+                    window=window,
+                    q_segments=q_segments,
+                    kv_segments=kv_segments,
+                    q_positions=q_positions,
+                    kv_positions=kv_positions,
+                    soft_cap=soft_cap,
+                    sinks=sinks,
+                )
+                return (out, lse) if return_lse else out
+            case _:
+                raise ValueError(f"attention impl={impl!r} is unknown; choose one of {', '.join(get_args(Impl))}")
+
+
+def _case(q, k, v, causal, window, q_segments, q_positions, soft_cap, sinks, return_lse) -> AttentionCase:
+    given = f"q {q.dtype}{list(q.shape)}, k {k.dtype}{list(k.shape)}, v {v.dtype}{list(v.shape)}"
+    if any(array.ndim != 4 for array in (q, k, v)):
+        raise ValueError(f"attention of {given}: each needs four axes, [batch, tokens, heads, width]")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention of {given}: all three need one dtype")
+    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"attention of {given}: needs q [B,T,N,H], k [B,S,K,H], v [B,S,K,any width]")
+    return AttentionCase(
+        dtype=jnp.dtype(q.dtype).name,
+        query_length=q.shape[1],
+        kv_length=k.shape[1],
+        num_heads=q.shape[2],
+        num_kv_heads=k.shape[2],
+        key_dim=q.shape[3],
+        value_dim=v.shape[3],
+        causal=causal,
+        window=window,
+        segments=q_segments is not None,
+        positions=q_positions is not None,
+        soft_cap=soft_cap is not None,
+        sinks=sinks is not None,
+        return_lse=return_lse,
+    )
+
+
+def _pair(name: str, q_side, kv_side, q, k):
+    """Both sides of segments or positions, the second defaulting to the first. ValueError unless [B, T] and [B, S]."""
+    if q_side is None:
+        if kv_side is not None:
+            raise ValueError(f"kv_{name} was given without q_{name}; give both")
+        return None, None
+    if kv_side is None:
+        if q.shape[1] != k.shape[1]:
+            raise ValueError(
+                f"q_{name} was given without kv_{name}, and {q.shape[1]} queries are not {k.shape[1]} keys; "
+                f"give kv_{name}"
+            )
+        kv_side = q_side
+    if q_side.shape != q.shape[:2] or kv_side.shape != k.shape[:2]:
+        raise ValueError(
+            f"q_{name} {list(q_side.shape)} and kv_{name} {list(kv_side.shape)}: "
+            f"they need [batch, tokens] of q and k, {list(q.shape[:2])} and {list(k.shape[:2])}"
+        )
+    return q_side, kv_side
