@@ -188,7 +188,7 @@ def _on_device(settings, with_gradients, hidden_BTD, head_DV, targets_BT, weight
 def _num_chunks(num_tokens: int, chunk_tokens: int) -> int:
     """Fewest chunks of at most `chunk_tokens`; up to twice as many if they then need no padding."""
     least = -(-num_tokens // chunk_tokens)
-    return next((n for n in range(least, 2 * least) if num_tokens % n == 0), least)
+    return next((n for n in range(least, 2 * least + 1) if num_tokens % n == 0), least)
 
 
 def _sum_over_batch(settings: _Settings, dhead_DV: jax.Array) -> jax.Array:

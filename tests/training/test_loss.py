@@ -89,6 +89,14 @@ def test_equals_plain_logits_on_a_mesh(mesh, soft_cap, z_loss_coef, chunk_tokens
     check(example(), soft_cap, z_loss_coef, placement=placement, chunk_tokens=chunk_tokens)
 
 
+@pytest.mark.parametrize("mesh", [None, "fsdp 8"])
+def test_ragged_last_chunk(mesh):
+    placement = None if mesh is None else Placement(make_mesh(MESHES[mesh], jax.devices()))
+    # 23 tokens per device, a prime: no number of chunks divides them, so the last one is padded.
+    rows = 1 if mesh is None else 8
+    check(example(b=rows, t=23), 1.5, 0.1, placement=placement, chunk_tokens=7)
+
+
 def test_embed_axis_that_does_not_divide_is_summed_whole():
     placement = Placement(make_mesh(MeshConfig(fsdp=8), jax.devices()))
     check(example(d=12), placement=placement, chunk_tokens=4)
