@@ -1,4 +1,4 @@
-"""Trains a transformer: `train.py NAME [--setting value ...]`; `--list` shows the names, `NAME --help` every setting."""
+"""Trains a transformer: `train.py NAME [--setting value ...]`. `--list` shows the names, `NAME --help` the settings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     try:
         module = configs.load(arguments[0])
         return train(module, arguments)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -34,10 +34,9 @@ def main(arguments: list[str]) -> int:
 def train(module, arguments: list[str]) -> int:
     import tyro
 
-    from checkpoint.store import CheckpointError
+    from parallel.platform import skip_absent_tpu
     from training import loop
     from training.config import TrainRun
-    from training.diagnose import NonFiniteError
 
     if not hasattr(module, "train"):
         raise ValueError(f"config {arguments[0]!r} can be served and not trained; see train.py --list")
@@ -48,9 +47,10 @@ def train(module, arguments: list[str]) -> int:
         default=module.train(),
         args=arguments[1:],
     )
+    skip_absent_tpu()
     try:
         loop.run(settings, started_ns=STARTED_NS)
-    except (CheckpointError, NonFiniteError) as error:
+    except loop.FAILURES as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

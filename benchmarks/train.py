@@ -38,12 +38,11 @@ from training.step import make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A config with changes: settings by dotted path, and options for XLA."""
+    """A config with changes: settings by dotted path."""
 
     name: str
     config: str
     settings: tuple[tuple[str, Any], ...] = ()
-    compiler_options: tuple[tuple[str, Any], ...] = ()
 
 
 def variants() -> list[Variant]:
@@ -53,8 +52,8 @@ def variants() -> list[Variant]:
         Variant("dense-1b chunk 2048", "dense-1b", (("loss.chunk_tokens", 2048),)),
         Variant("dense-1b chunk 16384", "dense-1b", (("loss.chunk_tokens", 16384),)),
         Variant("dense-1b scan remat dots", "dense-1b", (scan, ("layers.remat", "dots"))),
-        Variant("dense-1b attention xla", "dense-1b", (("kernels.attention", "xla"),)),
-        Variant("dense-1b no triton gemm", "dense-1b", (), (("xla_gpu_enable_triton_gemm", False),)),
+        Variant("dense-1b attention xla", "dense-1b", (("kernels.attention", "xla"), scan, ("layers.remat", "full"))),
+        Variant("dense-1b with Triton products", "dense-1b", (("xla_options", ()),)),
         Variant("moe-1b", "moe-1b"),
         Variant("moe-1b ragged_dot", "moe-1b", (("kernels.grouped_matmul", "ragged_dot"),)),
         Variant("moe-1b loop", "moe-1b", (("kernels.grouped_matmul", "loop"),)),
@@ -88,7 +87,7 @@ def build(variant: Variant) -> Program:
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, resolved.placement.sharding()))
     began = time.monotonic()
     lowered = jitted.lower(state, abstract_batch(resolved))
-    compiled = lowered.compile(compiler_options=dict(variant.compiler_options) or None)
+    compiled = lowered.compile(compiler_options=resolved.compiler_options)
     return Program(variant, resolved, compiled, time.monotonic() - began)
 
 
@@ -124,7 +123,7 @@ def measure(program: Program, steps: int) -> dict[str, Any]:
     memory = program.compiled.memory_analysis()
     return {
         "variant": program.variant.name,
-        "settings": dict(program.variant.settings) | dict(program.variant.compiler_options),
+        "settings": dict(program.variant.settings),
         "choices": list(resolved.choices),
         "compile_seconds": round(program.compile_seconds, 1),
         "step_ms_median": seconds * 1e3,

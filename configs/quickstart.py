@@ -1,12 +1,9 @@
-"""A small Mixture-of-Experts model on the source of this machine's Python standard library: minutes on two CPU cores."""
+"""A small Mixture-of-Experts model on the source of Python's standard library: minutes on two CPU cores."""
 
 from checkpoint.config import CheckpointConfig
 from data.config import DataConfig
 from model.config import ModelConfig, MoEConfig
-from model.precision import Precision
-from training.config import SampleConfig, TrainRun
-from training.optimizer import MuonConfig, OptimizerConfig
-from training.schedule import ScheduleConfig
+from training.config import MuonConfig, OptimizerConfig, Precision, SampleConfig, ScheduleConfig, TrainRun
 
 MODEL = ModelConfig(
     vocab_size=4096,

@@ -23,7 +23,7 @@ class Execution:
     precision: Precision = dataclasses.field(default_factory=Precision)
     placement: Placement | None = None
     attention: tuple[str, ...] = ("xla",)
-    grouped_matmul: str = "blocked"
+    grouped_matmul: str = "ragged_dot"
     remat: Remat = "none"
     check_finite: bool = False
     """Also return, per layer, whether its output is finite (the diagnosis after a non-finite loss)."""

@@ -14,7 +14,28 @@ from model.precision import Precision
 from parallel.distributed import DistributedConfig
 from parallel.mesh import MeshConfig
 from parallel.sharding import ShardingRules
-from training.optimizer import OptimizerConfig
+from training.optimizer import MuonConfig, OptimizerConfig
+from training.schedule import ScheduleConfig
+
+# What a file in configs/ needs, from one place.
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "DistributedConfig",
+    "EvalConfig",
+    "KernelConfig",
+    "LayerConfig",
+    "LossConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "MuonConfig",
+    "OptimizerConfig",
+    "Precision",
+    "SampleConfig",
+    "ScheduleConfig",
+    "ShardingRules",
+    "TrainRun",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +54,7 @@ class KernelConfig:
 
     attention: Literal["auto", "reference", "xla", "cudnn"] = "auto"
     """Attention inside a layer."""
-    grouped_matmul: Literal["auto", "reference", "ragged_dot", "blocked"] = "auto"
+    grouped_matmul: Literal["auto", "reference", "ragged_dot", "loop", "batched"] = "auto"
     """Products of expert-sorted rows with their experts' weights."""
 
 
@@ -99,6 +120,8 @@ class TrainRun:
     """Scan, recomputation, document masks."""
     kernels: KernelConfig = dataclasses.field(default_factory=KernelConfig)
     """Kernel implementations."""
+    xla_options: tuple[str, ...] = ()
+    """Compiler options of the train step, each xla_NAME=VALUE; those of another platform are left out."""
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     """When the state is saved, and what is kept."""
     evaluation: EvalConfig = dataclasses.field(default_factory=EvalConfig)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 import data
-from checkpoint.store import CheckpointStore
+from checkpoint.store import CheckpointError, CheckpointStore
 from data import Corpus, Loader
 from parallel import distributed
 from perf.chips import peak_flops
@@ -31,6 +31,9 @@ from training.sample import sample_text
 from training.state import TrainState, abstract_state, init_state, state_shardings
 from training.step import Batch, make_train_step
 from training.summary import summarize
+
+# What ends a run that was rightly set up; anything else that escapes is a bug or a ValueError about the settings.
+FAILURES = (CheckpointError, NonFiniteError, OSError)
 
 
 def run(run: TrainRun, *, console: ConsoleMode = "auto", started_ns: int | None = None) -> dict[str, Any]:
@@ -59,6 +62,9 @@ def run(run: TrainRun, *, console: ConsoleMode = "auto", started_ns: int | None 
                 reporter.say(line)
             corpus = data.prepare(run.data, vocab_size=run.model.vocab_size, cache_dir=run.cache_dir)
             reporter.say(corpus.summary())
+            if primary and corpus.tokenizer is not None:
+                # With the weights: they are worth nothing without it.
+                corpus.tokenizer.save(run.run_dir / "tokenizer.json")
             directory = run.checkpoint.directory or run.run_dir / "checkpoints"
             store = stack.enter_context(
                 CheckpointStore(
@@ -219,7 +225,8 @@ class Trainer:
         step = make_train_step(resolved.spec, resolved.optimizer, resolved.schedule)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, resolved.placement.sharding()))
         began = time.monotonic()
-        compiled = jitted.lower(state, abstract_batch(resolved)).compile()
+        lowered = jitted.lower(state, abstract_batch(resolved))
+        compiled = lowered.compile(compiler_options=resolved.compiler_options)
         memory = compiled.memory_analysis()
         peak = "" if memory is None else f", {memory.peak_memory_in_bytes / 2**30:.2f} GiB at its peak on each device"
         self.reporter.say(f"compiled the train step of {config.name} in {time.monotonic() - began:.1f} s{peak}")
@@ -336,17 +343,17 @@ def make_meter(resolved: Resolved) -> StepMeter:
     """Meter of the run's steps, over the peak of its first device."""
     config = resolved.run
     devices = resolved.placement.mesh.devices
-    impl = resolved.spec.execution.attention[0]
-    # Both the cuDNN and the XLA implementation recompute q·k in the backward pass. The latter multiplies a whole block
-    # of 512 queries by every key up to the block's end: for short rows that is all keys.
-    whole = impl == "reference" or (impl == "xla" and config.data.sequence_length <= 512)
+    query_block = resolved.selection.query_block(config.data.sequence_length)
+    impls = set(resolved.selection.attention)
     book = ledger(
         config.model,
         sequence_length=config.data.sequence_length,
         batch_size=config.data.batch_size,
-        attention="full" if whole else "exact",
+        attention="full" if "reference" in impls else "exact" if query_block is None else "blocks",
+        query_block=query_block if "reference" not in impls else None,
         remat=config.layers.remat,
-        fused_attention=impl != "reference",
+        # cuDNN's and our own XLA attention multiply q·k again in the backward pass.
+        fused_attention="reference" not in impls,
     )
     local = [device for device in devices.flat if device.process_index == jax.process_index()]
     peak = peak_flops(local[0], config.precision.compute, local_devices=len(local))

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 import jax
 import optax
 
-from kernels import attention as attention_op
-from kernels import grouped_matmul as grouped_op
-from kernels.target import Target, target_of
 from model.execution import Execution
+from model.selection import Selection, select_kernels
 from model.transformer import Definition
 from parallel.mesh import make_mesh
 from parallel.sharding import Placement
@@ -30,6 +28,8 @@ class Resolved:
     spec: StepSpec
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
+    selection: Selection
+    compiler_options: dict[str, str]
     choices: tuple[str, ...]
 
     @property
@@ -41,28 +41,36 @@ def resolve(run: TrainRun, devices: Sequence[jax.Device]) -> Resolved:
     """Raises ValueError, naming the setting, for whatever can't run on these devices. Computes nothing on them."""
     placement = Placement(make_mesh(run.mesh, devices), run.rules)
     check_placement(run, placement)
-    target = target_of(devices[0])
-    attention, attention_choices = _choose_attention(run, placement, target)
-    grouped, grouped_choice = grouped_op.choose(run.kernels.grouped_matmul, target)
+    selection = select_kernels(
+        run.model,
+        attention=run.kernels.attention,
+        grouped_matmul=run.kernels.grouped_matmul,
+        dtype=run.precision.compute,
+        rows=run.data.batch_size // run.accumulation,
+        sequence_length=run.data.sequence_length,
+        segments=run.layers.document_mask,
+        placement=placement,
+        device=devices[0],
+    )
     execution = Execution(
         precision=run.precision,
         placement=placement if placement.mesh.size > 1 else None,
-        attention=attention,
-        grouped_matmul=grouped,
+        attention=selection.attention,
+        grouped_matmul=selection.grouped_matmul,
         remat=run.layers.remat,
     )
     definition = Definition(run.model, run.layers.scan, run.precision.param)
     mesh = " × ".join(f"{axis} {size}" for axis, size in placement.mesh.shape.items() if size > 1)
-    choices = [f"mesh: {mesh or 'one device'} ({devices[0].device_kind})", *attention_choices]
-    if run.model.moe is not None and run.model.moe.dispatch == "dropless":
-        choices.append(f"grouped product: {grouped}, {grouped_choice}")
+    where = f"mesh: {mesh or 'one device'} ({devices[0].device_kind})"
     return Resolved(
         run=run,
         placement=placement,
         spec=StepSpec(definition, execution, run.loss, run.accumulation),
         optimizer=make_optimizer(run.optimizer, run.steps, definition.logical[0]),
         schedule=make_schedule(run.optimizer.schedule, run.steps),
-        choices=tuple(choices),
+        selection=selection,
+        compiler_options=compiler_options(run.xla_options, devices[0].platform),
+        choices=(where, *selection.reasons),
     )
 
 
@@ -104,27 +112,15 @@ def check_placement(run: TrainRun, placement: Placement) -> None:
         )
 
 
-def _choose_attention(run: TrainRun, placement: Placement, target: Target) -> tuple[tuple[str, ...], list[str]]:
-    """Implementation for each entry of the window pattern, and a line for each distinct decision."""
-    model = run.model
-    chosen, lines = [], []
-    for window in model.window_pattern:
-        case = attention_op.AttentionCase(
-            dtype=run.precision.compute,
-            query_length=run.data.sequence_length,
-            kv_length=run.data.sequence_length,
-            num_heads=model.num_heads // placement.size("act_heads"),
-            num_kv_heads=model.num_kv_heads // placement.size("act_heads"),
-            key_dim=model.head_dim,
-            value_dim=model.head_dim,
-            causal=True,
-            window=window,
-            segments=run.layers.document_mask,
-            soft_cap=model.attention_soft_cap is not None,
-            sinks=model.attention_sinks,
-        )
-        impl, reason = attention_op.choose(run.kernels.attention, case, target)
-        chosen.append(impl)
-        where = "" if len(set(model.window_pattern)) == 1 else f" (window {window})"
-        lines.append(f"attention{where}: {impl}, {reason}")
-    return tuple(chosen), list(dict.fromkeys(lines))
+def compiler_options(settings: Sequence[str], platform: str) -> dict[str, str]:
+    """XLA options of "name=value" settings. One that names another platform (xla_gpu_..., xla_tpu_...) is left out:
+    a config says once what each platform needs. Raises ValueError for a setting of another form."""
+    options = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name.startswith("xla_") or not value:
+            raise ValueError(f"xla_options={setting!r} must be xla_NAME=VALUE")
+        kinds = {"xla_cpu": "cpu", "xla_gpu": "gpu", "xla_tpu": "tpu"}
+        if kinds.get(name[:7], platform) == platform:
+            options[name] = value
+    return options

@@ -1,0 +1,83 @@
+"""Which kernel implementations a model runs with: decided once, before anything is compiled, with the reasons."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+
+from kernels import attention as attention_op
+from kernels import grouped_matmul as grouped_op
+from kernels.attention import xla as attention_xla
+from kernels.target import target_of
+from model.config import ModelConfig
+from parallel.sharding import Placement
+
+
+class Selection(NamedTuple):
+    """Concrete implementations (see `Execution`), and a line for the log about each decision."""
+
+    attention: tuple[str, ...]
+    grouped_matmul: str
+    reasons: tuple[str, ...]
+
+    def query_block(self, sequence_length: int) -> int | None:
+        """Queries that share a range of computed keys in XLA's attention; None where no layer uses it."""
+        return attention_xla.block_length(sequence_length) if "xla" in self.attention else None
+
+
+def select_kernels(
+    config: ModelConfig,
+    *,
+    attention: str,
+    grouped_matmul: str,
+    dtype: str,
+    rows: int,
+    sequence_length: int,
+    segments: bool,
+    placement: Placement,
+    device: jax.Device,
+) -> Selection:
+    """Implementations for batches of `rows` rows of `sequence_length` tokens over all devices of `placement`.
+
+    `attention` and `grouped_matmul` are "auto" or a name. Raises ValueError for a named one that can't run.
+    """
+    target = target_of(device)
+    chosen, reasons = [], []
+    for window in config.window_pattern:
+        case = attention_op.AttentionCase(
+            dtype=dtype,
+            query_length=sequence_length,
+            kv_length=sequence_length,
+            num_heads=config.num_heads // placement.size("act_heads"),
+            num_kv_heads=config.num_kv_heads // placement.size("act_heads"),
+            key_dim=config.head_dim,
+            value_dim=config.head_dim,
+            causal=True,
+            window=window,
+            segments=segments,
+            soft_cap=config.attention_soft_cap is not None,
+            sinks=config.attention_sinks,
+        )
+        impl, reason = attention_op.choose(attention, case, target)
+        chosen.append(impl)
+        layers = "" if len(set(config.window_pattern)) == 1 else f" (window {window})"
+        reasons.append(f"attention{layers}: {impl}, {reason}")
+    tokens = rows * sequence_length // placement.size("batch")
+    grouped, reason = _select_grouped(config, grouped_matmul, dtype, tokens, placement, target)
+    if config.moe is not None and config.moe.dispatch == "dropless":
+        reasons.append(f"grouped product: {grouped}, {reason}")
+    return Selection(tuple(chosen), grouped, tuple(dict.fromkeys(reasons)))
+
+
+def _select_grouped(config, impl, dtype, tokens, placement, target) -> tuple[str, str]:
+    """A model without experts gets one too, which nothing calls."""
+    moe = config.moe
+    case = grouped_op.GroupedCase(
+        dtype=dtype,
+        num_rows=tokens * (1 if moe is None else moe.experts_per_token),
+        num_groups=1 if moe is None else moe.num_experts // placement.size("experts"),
+        in_dim=config.embed_dim,
+        out_dim=config.mlp_dim if moe is None else moe.mlp_dim // placement.size("expert_mlp"),
+    )
+    return grouped_op.choose(impl, case, target)
