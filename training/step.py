@@ -119,7 +119,7 @@ def _update(
     schedule: optax.Schedule,
 ) -> tuple[TrainState, Metrics]:
     loss = metrics["loss_sum"] / jnp.maximum(metrics["weight_sum"], 1.0)
-    gradient_norm = optax.global_norm(gradient)
+    gradient_norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
     good = finite & (state.bad_step < 0)
     with jax.named_scope("optimizer"):
