@@ -45,7 +45,8 @@ def weight_gradient(x, dy, group_sizes) -> jax.Array:
         rows = jnp.where(own, lax.dynamic_slice_in_dim(x, first, block), 0)
         d_rows = jnp.where(own, lax.dynamic_slice_in_dim(dy, first, block), 0)
         outer = lax.dot_general(rows, d_rows, (((0,), (0,)), ((), ())), preferred_element_type=dw.dtype)
-        return dw.at[blocks.group[i]].add(outer)
+        total = lax.dynamic_index_in_dim(dw, blocks.group[i], 0, keepdims=False) + outer
+        return lax.dynamic_update_index_in_dim(dw, total, blocks.group[i], 0)
 
     return lax.fori_loop(0, blocks.count, body, dw).astype(x.dtype)
 
