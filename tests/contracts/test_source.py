@@ -11,6 +11,7 @@ from tests.contracts.tree import ROOT, called_name, files_of_tests, parse, produ
 # Modules that read the environment, and what for.
 READS_ENVIRONMENT = {
     "parallel/distributed.py": "the launcher's own variables, in initialize()",
+    "parallel/topology.py": "none: it sets libtpu's, in tpu_devices()",
 }
 
 # Mesh axes whose names mean nothing else here; the others ("data", "context", ...) are also plain words.
