@@ -67,9 +67,16 @@ def _named(sizes: dict[str, int]) -> str:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
     """Mesh over `devices` with every axis of `MESH_AXES`, all of them Auto (GSPMD decides what is not constrained).
 
-    Inner axes (tensor) get the closest devices. Raises ValueError as `MeshConfig.shape` does.
+    Inner axes (tensor) get the closest devices. Raises ValueError as `MeshConfig.shape` does, and for TPU devices of
+    several slices.
     """
     shape = config.shape(len(devices))
+    slices = {device.slice_index for device in devices if device.platform == "tpu" and hasattr(device, "slice_index")}
+    if len(slices) > 1:
+        raise ValueError(
+            f"the {len(devices)} devices are of {len(slices)} TPU slices, and mesh axis 'slice' is reserved and not "
+            "implemented; use the devices of one slice"
+        )
     # A TPU slice's torus rarely factors into the mesh exactly: allow an axis to span parts of two torus axes.
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
