@@ -121,6 +121,7 @@ class CheckpointReader:
         self._on_note = on_note
         self._torn: dict[Path, str] = {}
         self._sound: set[Path] = set()
+        self._noted: set[Path] = set()
 
     @property
     def directory(self) -> Path:
@@ -131,17 +132,19 @@ class CheckpointReader:
         return sorted(checkpoint.step for checkpoint in self._complete())
 
     def latest(self) -> Checkpoint | None:
-        """Newest complete checkpoint, or None: a fresh start. Each torn one passed over is noted, with the reason."""
+        """Newest complete checkpoint, or None: a fresh start. A torn one passed over is noted once, with the reason."""
         chosen: Checkpoint | None = None
-        passed: list[str] = []
+        passed: dict[Path, str] = {}
         for step, path in self._step_directories():
             chosen = self._examine(path)
             if chosen is not None:
                 break
-            passed.append(f"checkpoint of step {step} is torn and is not used: {self._torn[path]}")
+            passed[path] = f"checkpoint of step {step} is torn and is not used: {self._torn[path]}"
         used = "no complete checkpoint is left" if chosen is None else f"using the previous one, of step {chosen.step}"
-        for note in passed:
-            self._on_note(f"{note}; {used}")
+        for path, note in passed.items():
+            if path not in self._noted:
+                self._noted.add(path)
+                self._on_note(f"{note}; {used}")
         return chosen
 
     def best(self) -> Checkpoint | None:
@@ -298,7 +301,8 @@ class CheckpointStore(CheckpointReader):
         a step of which another run left a complete checkpoint.
         """
         self.wait()
-        if step == self._last_saved:
+        # Only processes that all still trust what this run wrote may leave it at that.
+        if step == self._last_saved and _all_agree(self._path(step) not in self._torn):
             return False
         leaves, _ = named_leaves(state)
         _check_savable(leaves)
@@ -324,8 +328,12 @@ class CheckpointStore(CheckpointReader):
     def wait(self) -> None:
         """Returns once nothing is being written and old checkpoints are gone; CheckpointError if the save failed."""
         self._guarded(self._last_saved, self._checkpointer.wait_until_finished)
+        if self._last_saved is not None:
+            # We have just computed its checksums: no need to read it all again.
+            self._sound.add(self._path(self._last_saved))
         if jax.process_index() == 0:
             self._prune()
+        _all_agree(True)  # No process lists the steps while old ones are going.
 
     def close(self) -> None:
         """Waits as `wait` does and gives up the right to write. The store is of no use afterwards."""
@@ -392,6 +400,8 @@ class CheckpointStore(CheckpointReader):
                 "or set checkpoint.directory"
             )
         self._torn.pop(path, None)
+        self._sound.discard(path)
+        self._noted.discard(path)
 
     def _prune(self) -> None:
         """Deletes all but the newest and the best, and torn ones that a newer complete one has replaced."""
@@ -482,10 +492,7 @@ def _read(path: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, j
     stored = {name: x for name, x in wanted.items() if x.size}
     if not stored:
         return empty
-    placed = {
-        name: ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
-        for name, x in stored.items()
-    }
+    placed = {name: ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=x.sharding) for name, x in stored.items()}
     checkpointer = ocp.Checkpointer(_Handler(checksum=False), atomicity_options=_ATOMICITY)
     try:
         arrays = checkpointer.restore(path, args=_Restore(item=stored, restore_args=placed, partial_restore=True))

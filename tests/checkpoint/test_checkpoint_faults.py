@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -105,6 +105,7 @@ def test_torn_step_is_replaced_by_a_good_one(tmp_path: Path) -> None:
     notes: list[str] = []
     with open_store(tmp_path, notes) as store:
         assert store.latest().step == 1
+        assert_state(store.restore(ABSTRACT)[0], 1)
         store.save(2, state_of(2), data_state={"at": 2})
         store.wait()
         assert store.list_steps() == [1, 2]
@@ -120,6 +121,17 @@ def test_torn_ones_never_count_as_kept(tmp_path: Path) -> None:
         store.wait()
         assert store.list_steps() == [1, 3]
     assert len(list(tmp_path.glob("step_*"))) == 2
+
+
+def test_torn_one_stays_until_a_newer_is_complete(tmp_path: Path) -> None:
+    newest = two_saves(tmp_path)
+    truncate(newest)
+    with open_store(tmp_path, []) as store:
+        store.wait()
+        assert newest.exists()
+        store.save(3, state_of(3), data_state={})
+        store.wait()
+        assert not newest.exists()
 
 
 def test_nothing_is_deleted_when_all_are_torn(tmp_path: Path) -> None:
@@ -170,7 +182,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if mounted.returncode:
         pytest.skip(f"needs the right to mount a file system: {mounted.stderr.strip()}")
     yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    # Lazily: a test that failed may still hold files open, and the mount must not outlive it.
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def test_save_that_cannot_fit_is_refused_before_it_fills_the_disk(small_disk: Path) -> None:
@@ -185,23 +198,47 @@ def test_save_that_cannot_fit_is_refused_before_it_fills_the_disk(small_disk: Pa
         assert store.list_steps() == [1, 3]
 
 
-def test_disk_that_fills_during_the_write(
-    small_disk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    # What another program takes after we looked.
-    monkeypatch.setattr(checkpoint.store.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 40))
-    with open_store(small_disk, []) as store:
-        store.save(1, state_of(1), data_state={})
-        store.save(2, {"w": jnp.ones((1024, 1024))}, data_state={})
-        with pytest.raises(CheckpointError, match=r"step 2 was not saved: no space is left for .* step 1, is intact"):
-            store.wait()
-        # The partial directory is gone, so there is room to go on once less is written.
-        assert [path.name for path in small_disk.glob("step_*")] == ["step_0000000001"]
-        store.save(3, state_of(3), data_state={})
+FILL_THE_DISK = """
+import sys
+from types import SimpleNamespace
+sys.path.insert(0, sys.argv[1])
+import jax
+import jax.numpy as jnp
+import checkpoint.store
+from checkpoint import CheckpointConfig, CheckpointError, CheckpointStore
+
+# What another program takes after we looked.
+checkpoint.store.shutil.disk_usage = lambda _: SimpleNamespace(free=1 << 40)
+small = {"w": jnp.ones(4)}
+with CheckpointStore(sys.argv[2], CheckpointConfig(), architecture={}, run_config={}, on_note=print) as store:
+    store.save(1, small, data_state={})
+    store.save(2, {"w": jnp.ones((1024, 1024)), "v": jnp.ones(3)}, data_state={})
+    try:
         store.wait()
-        assert_state(store.restore(ABSTRACT)[0], 3)
-    # The exception says it all; Orbax's own tracebacks would bury it.
-    assert "Traceback" not in capfd.readouterr().err
+    except CheckpointError as error:
+        print(error)
+    print("left", *sorted(path.name for path in store.directory.glob("step_*")))
+    # The partial directory is gone, so there is room to go on once less is written.
+    store.save(3, small, data_state={})
+    store.wait()
+    restored, manifest = store.restore({"w": jax.ShapeDtypeStruct((4,), jnp.float32)})
+    print("restored", manifest.step, restored["w"].tolist())
+"""
+
+
+def test_disk_that_fills_during_the_write(small_disk: Path) -> None:
+    # In a process of its own: Orbax closes its event loop while TensorStore still reports the other writes' failures
+    # to it, and what that prints would be a warning in whichever test runs by then.
+    result = subprocess.run(
+        [sys.executable, "-c", FILL_THE_DISK, str(ROOT), str(small_disk)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    error, left, restored = result.stdout.splitlines()
+    assert re.search(r"step 2 was not saved: no space is left for .*; .* of step 1, is intact", error)
+    assert left == "left step_0000000001"
+    assert restored == "restored 3 [1.0, 1.0, 1.0, 1.0]"
+    # The exception says it all; Orbax's own reports would bury it.
+    assert "absl" not in result.stderr
 
 
 @pytest.mark.parametrize("call", ["wait", "save", "close"])

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import fcntl
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint import CheckpointConfig, CheckpointReader, CheckpointStore, read_manifest
+from checkpoint.manifest import digest
 from checkpoint.tree import named_leaves
 from parallel.mesh import MeshConfig, make_mesh
 from parallel.sharding import Placement
@@ -280,7 +278,7 @@ def test_second_writer_is_refused_and_a_reader_is_not(tmp_path: Path) -> None:
     partial = tmp_path / "step_0000000002.orbax-checkpoint-tmp"
     partial.mkdir()
     hold = (
-        "import fcntl, os, sys; f = os.open(sys.argv[1], os.O_RDWR); fcntl.lockf(f, fcntl.LOCK_EX);"
+        "import fcntl, os, sys; f = os.open(sys.argv[1], os.O_RDWR); fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB);"
         "print('held', flush=True); sys.stdin.read()"
     )
     lock = str(tmp_path / ".writer.lock")
@@ -303,19 +301,15 @@ def test_closing_gives_the_lock_back(tmp_path: Path) -> None:
     store.close()
     attempt = "import fcntl, os, sys; fcntl.lockf(os.open(sys.argv[1], os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)"
     subprocess.run([sys.executable, "-c", attempt, str(tmp_path / ".writer.lock")], check=True)
-    assert fcntl.LOCK_EX and os.path.exists(tmp_path / ".writer.lock")
 
 
 @pytest.mark.parametrize(("field", "value"), [("every", 0), ("keep", 0), ("keep_best", -1)])
 def test_config_names_the_field(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=rf"checkpoint\.{field}={value}"):
         CheckpointConfig(**{field: value})
-    assert dataclasses.is_dataclass(CheckpointConfig)
 
 
 def test_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
-    from checkpoint.manifest import digest
-
     with open_store(tmp_path) as store:
         store.save(1, small_state(1), data_state={})
         store.wait()
