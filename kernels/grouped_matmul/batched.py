@@ -40,7 +40,7 @@ def _gather(x, blocks: Blocks) -> jax.Array:
     """[blocks, block, width]: each block's own rows, then zeros."""
     row = blocks.start[:, None] + jnp.arange(_BLOCK, dtype=blocks.start.dtype)
     own = (row < blocks.stop[:, None]) & (jnp.arange(blocks.start.shape[0]) < blocks.count)[:, None]
-    return x.at[jnp.where(own, row, x.shape[0])].get(mode="fill", fill_value=0)
+    return jnp.take(x, jnp.where(own, row, x.shape[0]), axis=0, mode="fill", fill_value=0)
 
 
 def _wide(array: jax.Array):

@@ -204,16 +204,23 @@ def test_low_precision_error_is_bounded(short_blocks, dtype):
             assert error < 1.5 * float(jnp.finfo(dtype).eps), f"{error} of {b.shape}"
 
 
-def dots(jaxpr) -> list[int]:
-    """Multiply-adds of every matrix product in a jaxpr."""
+def test_products_accumulate_in_float32(short_blocks):
+    q, k, v = (jnp.asarray(array, jnp.bfloat16) for array in inputs(T=16))
+    both = jax.make_jaxpr(jax.grad(lambda *a: attention(*a, scale=1, impl="xla").astype(jnp.float32).sum()))(q, k, v)
+    # Forward scores and output; backward scores, gradients of weights, v, q and k, and d_out·out.
+    assert len(dots(both.jaxpr, dtype="float32")) == len(dots(both.jaxpr)) == 8
+
+
+def dots(jaxpr, dtype=None) -> list[int]:
+    """Multiply-adds of every matrix product in a jaxpr, of those with a result of `dtype` if given."""
     counts = []
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
+        if equation.primitive.name == "dot_general" and dtype in (None, equation.outvars[0].aval.dtype.name):
             ((contract, _), _) = equation.params["dimension_numbers"]
             lhs = equation.invars[0].aval.shape
             counts.append(math.prod(equation.outvars[0].aval.shape) * math.prod(lhs[axis] for axis in contract))
         for inner in jaxprs_in_params(equation.params):
-            counts += dots(inner)
+            counts += dots(inner, dtype)
     return counts
 
 

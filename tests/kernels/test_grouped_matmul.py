@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
 
 from kernels.grouped_matmul import GroupedCase, batched, choose, grouped_matmul, loop, supports
 from kernels.target import Target
@@ -103,6 +104,31 @@ def test_rows_of_no_group_may_hold_anything(short_blocks, impl, poison):
     x[26:], dy[26:] = poison, poison
     for a, b in zip(jax.jit(computed, static_argnums=0)(impl, x, w, sizes, dy), expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_rows_of_no_group_are_zeros_whatever_the_weights(short_blocks, impl):
+    w = np.full((3, 6, 5), np.nan, np.float32)
+    y = grouped_matmul(draw((40, 6), 0), w, np.array([9, 4, 13], np.int32), impl=impl)
+    assert np.isnan(y[:26]).all() and (np.asarray(y[26:]) == 0).all()
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_products_accumulate_in_float32(impl):
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((64, 32), (3, 32, 16), (64, 16))]
+    sizes = np.array([40, 1, 20], np.int32)
+    jaxpr = jax.make_jaxpr(lambda x, w, dy: computed(impl, x, w, sizes, dy))(*shapes)
+    assert product_dtypes(jaxpr.jaxpr) == ["float32"] * 3
+
+
+def product_dtypes(jaxpr) -> list[str]:
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "ragged_dot_general"):
+            found.append(equation.outvars[0].aval.dtype.name)
+        for inner in jaxprs_in_params(equation.params):
+            found += product_dtypes(inner)
+    return found
 
 
 @pytest.mark.parametrize("impl", FAST)
