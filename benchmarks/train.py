@@ -30,7 +30,7 @@ from perf.chips import peak_flops
 from perf.flops import count_params, ledger
 from training.config import TrainRun
 from training.feed import to_device
-from training.loop import abstract_batch
+from training.loop import abstract_batch, compile_program
 from training.resolve import Resolved, resolve
 from training.state import abstract_state, init_state, state_shardings
 from training.step import make_train_step
@@ -87,7 +87,7 @@ def build(variant: Variant) -> Program:
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, resolved.placement.sharding()))
     began = time.monotonic()
     lowered = jitted.lower(state, abstract_batch(resolved))
-    compiled = lowered.compile(compiler_options=resolved.compiler_options)
+    compiled = compile_program(lowered, resolved.compiler_options)
     return Program(variant, resolved, compiled, time.monotonic() - began)
 
 

@@ -7,7 +7,7 @@ from training.config import MuonConfig, OptimizerConfig, Precision, SampleConfig
 
 MODEL = ModelConfig(
     vocab_size=4096,
-    embed_dim=256,
+    embed_dim=192,
     mlp_dim=512,
     num_layers=4,
     num_heads=4,
@@ -24,16 +24,16 @@ def train() -> TrainRun:
     return TrainRun(
         name="quickstart",
         model=MODEL,
-        data=DataConfig(source="stdlib", sequence_length=256, batch_size=16),
-        steps=400,
+        data=DataConfig(source="stdlib", sequence_length=256, batch_size=32),
+        steps=240,
         optimizer=OptimizerConfig(
             kind="muon",
             schedule=ScheduleConfig(
-                kind="wsd", peak_lr=4e-3, warmup_steps=20, decay_fraction=0.4, final_lr_fraction=0.02
+                kind="wsd", peak_lr=5e-3, warmup_steps=15, decay_fraction=0.5, final_lr_fraction=0.02
             ),
-            muon=MuonConfig(ns_dtype="float32"),
+            muon=MuonConfig(ns_steps=3, ns_dtype="float32"),
         ),
         precision=Precision(compute="float32"),
-        checkpoint=CheckpointConfig(every=100),
+        checkpoint=CheckpointConfig(every=60),
         sample=SampleConfig(prompt="def main(", tokens=120),
     )

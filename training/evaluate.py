@@ -9,12 +9,11 @@ from collections.abc import Callable
 import jax
 
 from data import Corpus, EvaluationBatches
-from model.transformer import Definition
 from parallel.distributed import process_info
 from training.feed import to_device
 from training.resolve import Resolved
 from training.state import TrainState, abstract_params
-from training.step import make_eval_step
+from training.step import Batch, make_eval_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Evaluation:
 
 
 class Evaluator:
-    """Compiled once, on the first call."""
+    """The evaluation step and its fixed list of batches."""
 
     def __init__(self, resolved: Resolved, corpus: Corpus):
         assert corpus.heldout is not None
@@ -36,16 +35,22 @@ class Evaluator:
         self._batches = EvaluationBatches(corpus.heldout, rows, process.index, process.count)
         self._step: Callable | None = None
 
-    def __call__(self, state: TrainState, batches: int | None = None) -> Evaluation:
-        """Over the first `batches` batches, None for all."""
+    @property
+    def compiled(self) -> bool:
+        return self._step is not None
+
+    def compile(self) -> None:
         resolved = self._resolved
+        params, biases = abstract_params(resolved.spec.definition, resolved.placement)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._batch(0))
+        step = jax.jit(make_eval_step(resolved.spec), out_shardings=resolved.placement.sharding())
+        self._step = step.lower(params, biases, shapes).compile()
+
+    def __call__(self, state: TrainState, batches: int | None = None) -> Evaluation:
+        """Over the first `batches` batches, None for all. Compile first."""
+        assert self._step is not None
         total = len(self._batches) if batches is None else min(batches, len(self._batches))
-        sums = []
-        for number in range(total):
-            batch = to_device(self._batches[number], resolved.placement, resolved.run.layers.document_mask)
-            if self._step is None:
-                self._step = _compile(resolved, resolved.spec.definition, batch)
-            sums.append(self._step(state.params, state.biases, batch))
+        sums = [self._step(state.params, state.biases, self._batch(number)) for number in range(total)]
         # One transfer at the end: the device never waits for the host.
         fetched = jax.device_get(sums)
         nats, weight = (math.fsum(float(pair[i]) for pair in fetched) for i in (0, 1))
@@ -53,10 +58,5 @@ class Evaluator:
         bits = nats / math.log(2) / self._corpus.heldout_bytes if whole else None
         return Evaluation(nats / max(weight, 1.0), bits)
 
-
-def _compile(resolved: Resolved, definition: Definition, batch: dict[str, jax.Array]) -> Callable:
-    params, biases = abstract_params(definition, resolved.placement)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch)
-    replicated = resolved.placement.sharding()
-    step = jax.jit(make_eval_step(resolved.spec), out_shardings=(replicated, replicated))
-    return step.lower(params, biases, shapes).compile()
+    def _batch(self, number: int) -> Batch:
+        return to_device(self._batches[number], self._resolved.placement, self._resolved.run.layers.document_mask)

@@ -78,7 +78,10 @@ def run(run: TrainRun, *, console: ConsoleMode = "auto", started_ns: int | None 
             stop = stack.enter_context(stop_signal())
         trainer = Trainer(resolved, corpus, store, reporter, goodput, stop)
         stack.callback(trainer.close)
-        return trainer.run()
+        summary = trainer.run()
+    # Not after an error: the other processes would be waited for, and they wait for this one.
+    distributed.shutdown()
+    return summary
 
 
 def use_compilation_cache(run: TrainRun) -> None:
@@ -97,9 +100,17 @@ def set_aside(run: TrainRun) -> None:
     distributed.barrier("set_aside")
 
 
+# Of a model's settings, those that its arrays do not depend on: a resumed run may change them.
+_FREE = ("max_positions", "init_stddev")
+_FREE_MOE = ("dispatch", "capacity_factor", "load_balance_coef", "router_z_coef", "bias_update_rate")
+
+
 def architecture(run: TrainRun) -> dict[str, Any]:
     """What a checkpoint's arrays depend on: one of another architecture or layout can't be resumed from."""
-    return {"model": as_json(run.model), "scan": run.layers.scan, "optimizer": run.optimizer.kind}
+    model = {name: value for name, value in as_json(run.model).items() if name not in _FREE}
+    if model["moe"] is not None:
+        model["moe"] = {name: value for name, value in model["moe"].items() if name not in _FREE_MOE}
+    return {"model": model, "scan": run.layers.scan, "optimizer": run.optimizer.kind}
 
 
 def as_json(config: Any) -> Any:
@@ -158,6 +169,7 @@ class Trainer:
         self.interrupted = True
         self.losses: dict[int, float] = {}
         self.evaluation: Evaluation | None = None
+        self.evaluated_at: int | None = None
 
     def run(self) -> dict[str, Any]:
         state, start = self.start()
@@ -226,7 +238,7 @@ class Trainer:
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, resolved.placement.sharding()))
         began = time.monotonic()
         lowered = jitted.lower(state, abstract_batch(resolved))
-        compiled = lowered.compile(compiler_options=resolved.compiler_options)
+        compiled = compile_program(lowered, resolved.compiler_options)
         memory = compiled.memory_analysis()
         peak = "" if memory is None else f", {memory.peak_memory_in_bytes / 2**30:.2f} GiB at its peak on each device"
         self.reporter.say(f"compiled the train step of {config.name} in {time.monotonic() - began:.1f} s{peak}")
@@ -304,12 +316,17 @@ class Trainer:
 
     def evaluate(self, state: TrainState, batches: int | None = None) -> None:
         assert self.evaluator is not None
+        if not self.evaluator.compiled:
+            with self.goodput.bucket("compile"):
+                self.evaluator.compile()
         with self.goodput.bucket("eval"):
             self.evaluation = self.evaluator(state, batches)
         self.interrupted = True
-        step = int(state.step)
+        self.evaluated_at = int(state.step)
         self.reporter.log(
-            step, {"loss": self.evaluation.loss, "bits_per_byte": self.evaluation.bits_per_byte}, event="eval"
+            self.evaluated_at,
+            {"loss": self.evaluation.loss, "bits_per_byte": self.evaluation.bits_per_byte},
+            event="eval",
         )
 
     def save(self, state: TrainState) -> None:
@@ -318,13 +335,23 @@ class Trainer:
         if step == 0 or step in self.store.list_steps():
             return
         metrics = {"loss": self.losses[step]}
-        if self.evaluation is not None:
+        if self.evaluation is not None and self.evaluated_at == step:
             metrics["eval_loss"] = self.evaluation.loss
         self.store.save(step, state, data_state=self.loader.state(), metrics=metrics)
 
     def close(self) -> None:
         if self.loader is not None:
             self.loader.close()
+
+
+def compile_program(lowered: jax.stages.Lowered, options: dict[str, str | bool]) -> jax.stages.Compiled:
+    """Raises ValueError for an option that XLA does not have here, or whose value it refuses."""
+    try:
+        return lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        if "compile option" in str(error) or "setting option" in str(error):
+            raise ValueError(f"xla_options={options}: {error}") from error
+        raise
 
 
 def abstract_batch(resolved: Resolved) -> Batch:

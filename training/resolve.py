@@ -29,7 +29,7 @@ class Resolved:
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     selection: Selection
-    compiler_options: dict[str, str]
+    compiler_options: dict[str, str | bool]
     choices: tuple[str, ...]
 
     @property
@@ -112,15 +112,16 @@ def check_placement(run: TrainRun, placement: Placement) -> None:
         )
 
 
-def compiler_options(settings: Sequence[str], platform: str) -> dict[str, str]:
+def compiler_options(settings: Sequence[str], platform: str) -> dict[str, str | bool]:
     """XLA options of "name=value" settings. One that names another platform (xla_gpu_..., xla_tpu_...) is left out:
     a config says once what each platform needs. Raises ValueError for a setting of another form."""
-    options = {}
+    options: dict[str, str | bool] = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals or not name.startswith("xla_") or not value:
             raise ValueError(f"xla_options={setting!r} must be xla_NAME=VALUE")
         kinds = {"xla_cpu": "cpu", "xla_gpu": "gpu", "xla_tpu": "tpu"}
         if kinds.get(name[:7], platform) == platform:
-            options[name] = value
+            # XLA takes numbers as text, and booleans only as booleans.
+            options[name] = {"true": True, "false": False}.get(value.lower(), value)
     return options
