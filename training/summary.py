@@ -49,7 +49,7 @@ def _evaluation(trainer: Trainer, stopped: str | None) -> dict[str, Any]:
         "gzip_bits_per_byte": trainer.corpus.heldout_gzip_bits_per_byte(),
     }
     reason = f"stopped by {stopped} before the last evaluation" if stopped else "the data has no held-out documents"
-    for name in record:
+    for name in list(record):
         if record[name] is None:
             record[f"{name}_reason"] = reason
     return record
