@@ -36,7 +36,7 @@ TINY = ModelConfig(
     rope=RopeConfig(theta=100.0),
 )
 YARN = RopeScaling("yarn", factor=4.0, original_max_positions=32)
-# The correction bias of sigmoid routers is our balancing bias, present where it is updated.
+# What these routers call a correction bias is our balancing bias, which exists where it is updated.
 BIAS = 1e-3
 
 
@@ -195,7 +195,8 @@ def test_logits_equal_transformers(name, scan):
     interleaved = json.loads(str(fixture["config"]))["model_type"] == "ernie4_5_moe"
     params, biases = map_tensors(definition, tensors_of(fixture), interleaved_rotation=interleaved)
     expected_BTV = fixture["logits"]
-    # transformers' own float32 error, measured against its float64 run, is below 1e-5 of the largest logit.
+    # Measured on a CPU: ours differ by at most 1.5e-6 of the largest logit, as much as transformers' own float32 and
+    # float64 runs of the dense models do. The mildest change of a field, exact for approximate GELU, is 2e-4.
     tolerance = 2e-5 * np.abs(expected_BTV).max()
     np.testing.assert_allclose(
         logits(definition, params, biases, fixture["tokens"]), expected_BTV, rtol=0, atol=tolerance
