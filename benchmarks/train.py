@@ -30,10 +30,9 @@ from perf.chips import peak_flops
 from perf.flops import count_params, ledger
 from training.config import TrainRun
 from training.feed import to_device
-from training.loop import abstract_batch, compile_program
+from training.loop import compile_program, lower_step
 from training.resolve import Resolved, resolve
-from training.state import abstract_state, init_state, state_shardings
-from training.step import make_train_step
+from training.state import init_state, state_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +80,8 @@ def build(variant: Variant) -> Program:
     for path, value in variant.settings:
         run = with_setting(run, path, value)
     resolved = resolve(run, jax.devices())
-    shardings = state_shardings(resolved.spec.definition, resolved.optimizer, resolved.placement)
-    state = abstract_state(resolved.spec.definition, resolved.optimizer, shardings)
-    step = make_train_step(resolved.spec, resolved.optimizer, resolved.schedule)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, resolved.placement.sharding()))
     began = time.monotonic()
-    lowered = jitted.lower(state, abstract_batch(resolved))
-    compiled = compile_program(lowered, resolved.compiler_options)
+    compiled = compile_program(lower_step(resolved), resolved.compiler_options)
     return Program(variant, resolved, compiled, time.monotonic() - began)
 
 

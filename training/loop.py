@@ -232,13 +232,8 @@ class Trainer:
     def compile(self) -> jax.stages.Compiled:
         """The train step, ahead of its first use: a batch of another shape would be an error, never a recompilation."""
         resolved, config = self.resolved, self.config
-        shardings = state_shardings(resolved.spec.definition, resolved.optimizer, resolved.placement)
-        state = abstract_state(resolved.spec.definition, resolved.optimizer, shardings)
-        step = make_train_step(resolved.spec, resolved.optimizer, resolved.schedule)
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, resolved.placement.sharding()))
         began = time.monotonic()
-        lowered = jitted.lower(state, abstract_batch(resolved))
-        compiled = compile_program(lowered, resolved.compiler_options)
+        compiled = compile_program(lower_step(resolved), resolved.compiler_options)
         memory = compiled.memory_analysis()
         peak = "" if memory is None else f", {memory.peak_memory_in_bytes / 2**30:.2f} GiB at its peak on each device"
         self.reporter.say(f"compiled the train step of {config.name} in {time.monotonic() - began:.1f} s{peak}")
@@ -364,6 +359,15 @@ def abstract_batch(resolved: Resolved) -> Batch:
         name: jax.ShapeDtypeStruct(shape, dtypes.get(name, np.int32), sharding=sharding)
         for name in batch_names(config.layers.document_mask)
     }
+
+
+def lower_step(resolved: Resolved) -> jax.stages.Lowered:
+    """The train step traced from shapes alone, for the devices of `resolved`, present or only described."""
+    shardings = state_shardings(resolved.spec.definition, resolved.optimizer, resolved.placement)
+    state = abstract_state(resolved.spec.definition, resolved.optimizer, shardings)
+    step = make_train_step(resolved.spec, resolved.optimizer, resolved.schedule)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, resolved.placement.sharding()))
+    return jitted.lower(state, abstract_batch(resolved))
 
 
 def make_meter(resolved: Resolved) -> StepMeter:
