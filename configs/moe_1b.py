@@ -24,6 +24,4 @@ def train() -> TrainRun:
         data=DataConfig(source="random", sequence_length=2048, batch_size=8),
         steps=200,
         layers=LayerConfig(scan=False, remat="none", document_mask=False),
-        # H100, jax 0.11.2: cuBLAS alone gives dense-1b 51.95% MFU, with XLA's Triton products in the choice 50.9%.
-        xla_options=("xla_gpu_enable_triton_gemm=false",),
     )

@@ -50,10 +50,7 @@ def choose(impl: Impl, case: GroupedCase, target: Target) -> tuple[Impl, str]:
         case "cpu":
             return "loop", "about 80% of a dense product's speed on two cores; batched 53%, ragged_dot 11%"
         case "gpu":
-            return (
-                "batched",
-                "one batched cuBLAS product, not measured yet; ragged_dot reaches 101 of 780 TFLOP/s on an H100",
-            )
+            return "batched", "fastest measured on an H100: moe-1b step 149 ms; with ragged_dot 401, with loop 597"
 
 
 def grouped_matmul(
