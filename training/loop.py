@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 import data
-from checkpoint.store import CheckpointError, CheckpointStore
+from checkpoint.store import Checkpoint, CheckpointError, CheckpointStore
 from data import Corpus, Loader
 from parallel import distributed
 from perf.chips import peak_flops
@@ -27,7 +27,7 @@ from training.evaluate import Evaluation, Evaluator
 from training.feed import batch_names, document_lengths, to_device
 from training.report import ConsoleMode, Reporter
 from training.resolve import Resolved, resolve
-from training.sample import sample_text
+from training.sample import encode_prompt, sample_text
 from training.state import TrainState, abstract_state, init_state, state_shardings
 from training.step import Batch, make_train_step
 from training.summary import summarize
@@ -65,6 +65,8 @@ def run(run: TrainRun, *, console: ConsoleMode = "auto", started_ns: int | None 
             if primary and corpus.tokenizer is not None:
                 # With the weights: they are worth nothing without it.
                 corpus.tokenizer.save(run.run_dir / "tokenizer.json")
+            if run.sample.tokens:
+                encode_prompt(run, corpus.tokenizer)
             directory = run.checkpoint.directory or run.run_dir / "checkpoints"
             store = stack.enter_context(
                 CheckpointStore(
@@ -161,7 +163,6 @@ class Trainer:
         self.resolved, self.corpus, self.store = resolved, corpus, store
         self.reporter, self.goodput, self.stop = reporter, goodput, stop
         self.config = resolved.run
-        self.meter = make_meter(resolved)
         self.evaluator = Evaluator(resolved, corpus) if corpus.heldout is not None else None
         self.loader: Loader | None = None
         self.pending: Pending | None = None
@@ -172,15 +173,12 @@ class Trainer:
         self.evaluated_at: int | None = None
 
     def run(self) -> dict[str, Any]:
-        state, start = self.start()
-        process = distributed.process_info()
-        self.loader = Loader(
-            self.corpus.train,
-            self.config.data,
-            start_step=start,
-            process_index=process.index,
-            process_count=process.count,
-        )
+        # What can be wrong with the inputs is found here, before anything is compiled.
+        found = self.find_checkpoint()
+        with self.goodput.bucket("startup"):
+            self.loader = self.open_loader(found.step if found is not None else 0)
+            self.meter = make_meter(self.resolved)
+        state, start = self.start(found)
         stopped = False
         if start < self.config.steps:
             with self.goodput.bucket("compile"):
@@ -202,14 +200,42 @@ class Trainer:
         self.reporter.summary(summary)
         return summary
 
-    def start(self) -> tuple[TrainState, int]:
+    def find_checkpoint(self) -> Checkpoint | None:
+        """Newest complete checkpoint, or None: a fresh start. Raises ValueError if it is later than the run's end."""
+        with self.goodput.bucket("restore"):
+            found = self.store.latest()
+        if found is not None and found.step > self.config.steps:
+            raise ValueError(
+                f"the checkpoint {found.path} is after steps={self.config.steps}; raise steps, choose another name, "
+                "or start over with --fresh"
+            )
+        return found
+
+    def open_loader(self, start: int) -> Loader:
+        """Batches from step `start` on. Raises ValueError if they end before the run does."""
+        config, process = self.config, distributed.process_info()
+        loader = Loader(
+            self.corpus.train,
+            config.data,
+            start_step=start,
+            process_index=process.index,
+            process_count=process.count,
+        )
+        if loader.num_steps is not None and loader.num_steps < config.steps:
+            loader.close()
+            raise ValueError(
+                f"the data ends after step {loader.num_steps} (data.epochs={config.data.epochs}), before "
+                f"steps={config.steps}; raise data.epochs or lower steps"
+            )
+        return loader
+
+    def start(self, found: Checkpoint | None) -> tuple[TrainState, int]:
         """Restored or initial state, and the number of steps it has behind it."""
         resolved = self.resolved
         definition, optimizer = resolved.spec.definition, resolved.optimizer
         shardings = state_shardings(definition, optimizer, resolved.placement)
-        with self.goodput.bucket("restore"):
-            found = self.store.latest()
-            if found is not None:
+        if found is not None:
+            with self.goodput.bucket("restore"):
                 abstract = abstract_state(definition, optimizer, shardings)
                 state, manifest = self.store.restore(abstract, step=found.step)
                 start = data.step_of_state(manifest.data_state, self.corpus.train, self.config.data)
@@ -217,11 +243,6 @@ class Trainer:
                 self.reporter.say(f"resumed from {found.path} after step {start}")
                 self.reporter.resume(start)
                 self.goodput.resumed(start)
-                if start > self.config.steps:
-                    raise ValueError(
-                        f"the checkpoint {found.path} is after steps={self.config.steps}; raise steps, "
-                        "choose another name, or start over with --fresh"
-                    )
                 return state, start
         with self.goodput.bucket("compile"):
             # out_shardings: each device makes its own shards, and no array is ever whole on one.
@@ -269,13 +290,7 @@ class Trainer:
         assert self.loader is not None
         began = self.pending.metrics["loss"].is_ready() if self.pending is not None else True
         with self.goodput.bucket("input_wait" if began else "step"):
-            try:
-                _, host = next(self.loader)
-            except StopIteration:
-                raise ValueError(
-                    f"the data ends after step {self.loader.next_step} (data.epochs={self.config.data.epochs}), before "
-                    f"steps={self.config.steps}; raise data.epochs or lower steps"
-                ) from None
+            _, host = next(self.loader)
             documents = document_lengths(host) if self.config.layers.document_mask else None
             batch = to_device(host, self.resolved.placement, self.config.layers.document_mask)
         # Other hosts' rows are taken to be cut like this host's: reading theirs would cost a collective a step.

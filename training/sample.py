@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data import Tokenizer
-from training.config import SampleConfig
+from training.config import SampleConfig, TrainRun
 from training.resolve import Resolved
 from training.state import TrainState
 from training.step import StepSpec
@@ -19,12 +19,7 @@ def sample_text(resolved: Resolved, state: TrainState, tokenizer: Tokenizer) -> 
     """The prompt and up to `sample.tokens` tokens after it, ending early with the document."""
     config = resolved.run.sample
     length = resolved.run.data.sequence_length
-    prompt = [tokenizer.end_id, *tokenizer.encode(config.prompt).tolist()]
-    if len(prompt) + config.tokens > length:
-        raise ValueError(
-            f"sample.prompt of {len(prompt)} tokens and sample.tokens={config.tokens} exceed "
-            f"data.sequence_length={length}; shorten one of them"
-        )
+    prompt = encode_prompt(resolved.run, tokenizer)
     next_token = jax.jit(_next_token, static_argnames=("spec", "config"))
     # Every device works on the same row: one row does not divide over a mesh.
     spec = dataclasses.replace(
@@ -40,6 +35,18 @@ def sample_text(resolved: Resolved, state: TrainState, tokenizer: Tokenizer) -> 
         tokens[0, count] = token
         prompt.append(token)
     return tokenizer.decode(prompt[1:])
+
+
+def encode_prompt(run: TrainRun, tokenizer: Tokenizer) -> list[int]:
+    """The start of a document and the prompt. Raises ValueError if the sample does not fit into a row: call it once
+    before training too, or the error comes hours late."""
+    prompt = [tokenizer.end_id, *tokenizer.encode(run.sample.prompt).tolist()]
+    if len(prompt) + run.sample.tokens > run.data.sequence_length:
+        raise ValueError(
+            f"sample.prompt of {len(prompt)} tokens and sample.tokens={run.sample.tokens} exceed "
+            f"data.sequence_length={run.data.sequence_length}; shorten one of them"
+        )
+    return prompt
 
 
 def _next_token(params, biases, tokens_BT, last, key, *, spec: StepSpec, config: SampleConfig) -> jax.Array:
