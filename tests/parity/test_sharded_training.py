@@ -31,7 +31,7 @@ MESHES = {
     "expert 8": MeshConfig(expert=8, fsdp=1),
 }
 
-_ROUTED = {"num_layers": 3, "num_dense_layers": 1, "load_balance_coef": 0.02, "router_z_coef": 0.01}
+_ROUTED = {"num_layers": 2, "num_dense_layers": 1, "load_balance_coef": 0.02, "router_z_coef": 0.01}
 MODELS = {
     "dense": dense(
         window_pattern=(4, None),
