@@ -38,7 +38,8 @@ def make_train_step(
 
     The batch is [B, T] arrays (tokens, targets, segments, positions, weights); it is cut into `accumulation`
     microbatches whose gradients are summed. The loss is the mean over the whole batch's weights, so the number of
-    microbatches changes rounding alone. A step with a non-finite loss or gradient changes nothing but `bad_step`.
+    microbatches changes rounding alone; the routers' auxiliary losses are means over microbatches. A step with a
+    non-finite loss or gradient changes nothing but `bad_step`.
     """
     gradient_dtype = spec.execution.precision.gradient
 
