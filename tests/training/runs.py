@@ -64,10 +64,37 @@ def base_of(settings: Settings) -> str:
     return "quickstart" if "model.moe.num_experts" in settings else "dense-1b"
 
 
+COMPILATIONS: list[str] = []
+"""One entry for each program that this process has compiled, or taken from the cache."""
+
+
+def _listen(name: str, seconds: float, **_: Any) -> None:
+    if name == "/jax/core/compile/backend_compile_duration":
+        COMPILATIONS.append(name)
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
 def write_corpus(folder: Path, num_documents: int = 40) -> Path:
     """Small files of sentences over few words, the same ones every time."""
     folder.mkdir(parents=True)
-    words = "the a cat dog runs sleeps over under red blue house tree and then while they sing loudly".split()
+    words = (
+        "the",
+        "a",
+        "cat",
+        "dog",
+        "house",
+        "tree",
+        "red",
+        "blue",
+        "runs",
+        "sleeps",
+        "sings",
+        "over",
+        "under",
+        "and",
+    )
     draw = random.Random(0)
     for number in range(num_documents):
         lines = (" ".join(draw.choice(words) for _ in range(8)) for _ in range(draw.randint(2, 9)))
