@@ -116,6 +116,15 @@ def test_unrolled_layers_cost_the_same(name):
     assert count_step(unrolled, SHORT) == count_step(scanned, SHORT)
 
 
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_capacity_dispatch(remat):
+    run = run_of("moe-1b")
+    moe = dataclasses.replace(run.model.moe, dispatch="capacity")
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, moe=moe))
+    book = book_of(run, SHORT, attention="xla", remat=remat)
+    assert count_step(spec_of(run, attention="xla", remat=remat), SHORT) == book.hardware_flops
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_parameters(name):
     config = run_of(name).model
