@@ -124,7 +124,14 @@ class Experts(nnx.Module):
                 hidden_MF = activate(gate_MF, self.config.activation) * up_MF
             return grouped_matmul(hidden_MF, down, group_sizes, impl=execution.grouped_matmul)
 
+        def gather(kernel: jax.Array | None, axis: int) -> jax.Array | None:
+            # Here rather than on the way in: the gradient of that would be summed whole on every device, and this one's
+            # is scattered as it is summed.
+            axes = () if placement is None else placement.axes("expert_embed")
+            return jax.lax.all_gather(kernel, axes, axis=axis, tiled=True) if axes and kernel is not None else kernel
+
         def local(x_BTD, experts_BTA, weights_BTA, up, gate, down):
+            up, gate, down = gather(up, 1), gather(gate, 1), gather(down, 2)
             x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
             experts_NA = experts_BTA.reshape(-1, experts_BTA.shape[-1])
             weights_NA = weights_BTA.reshape(experts_NA.shape)
@@ -143,7 +150,7 @@ class Experts(nnx.Module):
             return y_ND.astype(x_BTD.dtype).reshape(x_BTD.shape)
 
         tokens = ("batch", None, None)
-        wide, narrow = ("experts", None, "expert_mlp"), ("experts", "expert_mlp", None)
+        wide, narrow = ("experts", "expert_embed", "expert_mlp"), ("experts", "expert_mlp", "expert_embed")
         run = map_shards(local, placement, (tokens, tokens, tokens, wide, wide, narrow), tokens)
         return run(x_BTD, routing.experts_BTA, routing.weights_BTA, *self.kernels(x_BTD.dtype))
 
