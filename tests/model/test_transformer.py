@@ -14,7 +14,17 @@ from parallel.sharding import Placement
 from perf.flops import count_params
 from perf.jaxpr import count_matmul_flops
 from tests.model import oracle
-from tests.model.tiny import assert_close, dense, execution, hidden, moe, packed_batch, plain_batch, random_params
+from tests.model.tiny import (
+    COMPILE_FAST,
+    assert_close,
+    dense,
+    execution,
+    hidden,
+    moe,
+    packed_batch,
+    plain_batch,
+    random_params,
+)
 
 YARN = RopeScaling("yarn", 4.0, original_max_positions=16, beta_fast=2.0, beta_slow=0.5)
 LLAMA3 = RopeScaling("llama3", 8.0, original_max_positions=16)
@@ -204,6 +214,10 @@ def loss_and_gradient(definition, run):
     return jax.value_and_grad(loss, has_aux=True)
 
 
+def compiled(definition, run):
+    return jax.jit(loss_and_gradient(definition, run), compiler_options=COMPILE_FAST)
+
+
 def arguments(config):
     batch = packed_batch(rows=2)
     cotangent = np.random.default_rng(1).normal(size=(2, 16, config.embed_dim)).astype(np.float32)
@@ -214,9 +228,13 @@ def test_scanned_equals_unrolled():
     scanned, plain = Definition(MIXED, scan=True), Definition(MIXED, scan=False)
     params, biases = random_params(scanned)
     run = execution(MIXED, check_finite=True, grouped_matmul="ragged_dot")
-    (loss, out), gradient = jax.jit(loss_and_gradient(scanned, run))(params, biases, *arguments(MIXED))
+    (loss, out), gradient = jax.jit(loss_and_gradient(scanned, run), compiler_options=COMPILE_FAST)(
+        params, biases, *arguments(MIXED)
+    )
     flat = unrolled(MIXED, params), unrolled(MIXED, biases)
-    (want, want_out), want_gradient = jax.jit(loss_and_gradient(plain, run))(*flat, *arguments(MIXED))
+    (want, want_out), want_gradient = jax.jit(loss_and_gradient(plain, run), compiler_options=COMPILE_FAST)(
+        *flat, *arguments(MIXED)
+    )
     np.testing.assert_allclose(loss, want, rtol=1e-5)
     assert_close(out, want_out, 1e-5)
     assert out.moe.load_E.shape == (5, 8) and out.finite_L.shape == (6,) and bool(out.finite_L.all())
@@ -226,8 +244,8 @@ def test_scanned_equals_unrolled():
 def test_the_same_key_gives_the_same_parameters_scanned_or_not():
     config = moe(num_layers=3, num_dense_layers=1, bias_update_rate=0.1)
     key = jax.random.key(3)
-    params, biases = jax.jit(Definition(config, scan=True).init)(key)
-    want = jax.jit(Definition(config, scan=False).init)(key)
+    params, biases = jax.jit(Definition(config, scan=True).init, compiler_options=COMPILE_FAST)(key)
+    want = jax.jit(Definition(config, scan=False).init, compiler_options=COMPILE_FAST)(key)
     got = unrolled(config, params), unrolled(config, biases)
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for actual, expected in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -243,7 +261,7 @@ def test_remat_changes_the_work_and_not_the_values():
     outcomes, flops = {}, {}
     for remat in ("none", "dots", "full"):
         run = loss_and_gradient(definition, execution(config, remat=remat, grouped_matmul="ragged_dot"))
-        outcomes[remat] = jax.jit(run)(params, biases, *arguments(config))
+        outcomes[remat] = jax.jit(run, compiler_options=COMPILE_FAST)(params, biases, *arguments(config))
         flops[remat] = count_matmul_flops(run, params, biases, *arguments(config))["total"]
     for remat in ("dots", "full"):
         assert_close(outcomes[remat], outcomes["none"], 1e-5)

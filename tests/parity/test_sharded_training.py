@@ -14,7 +14,7 @@ from model.config import RopeConfig
 from model.transformer import Definition
 from parallel.mesh import MeshConfig, make_mesh
 from parallel.sharding import Placement
-from tests.model.tiny import assert_close, dense, execution, moe, packed_batch, random_params
+from tests.model.tiny import COMPILE_FAST, assert_close, dense, execution, moe, packed_batch, random_params
 from training.config import LossConfig
 from training.optimizer import MuonConfig, OptimizerConfig, make_optimizer
 from training.schedule import ScheduleConfig
@@ -123,12 +123,12 @@ def two_steps(model: str, optimizer: str, mesh: str | None, grouped: str, comput
     batch = packed_batch()
     if placement is None:
         state, batch = jax.device_put((state, batch), jax.devices()[0])
-        jitted = jax.jit(step)
+        jitted = jax.jit(step, compiler_options=COMPILE_FAST)
     else:
         shardings = state_shardings(definition, transformation, placement)
         state = jax.device_put(state, shardings)
         batch = jax.device_put(batch, placement.sharding("batch", "sequence"))
-        jitted = jax.jit(step, out_shardings=(shardings, placement.sharding()))
+        jitted = jax.jit(step, out_shardings=(shardings, placement.sharding()), compiler_options=COMPILE_FAST)
     first, metrics = jitted(state, batch)
     last, _ = jitted(first, batch)
     assert jitted._cache_size() == 1, "the second step was compiled again"

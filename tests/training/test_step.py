@@ -3,30 +3,29 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from model.config import RopeConfig
 from model.transformer import Definition
-from tests.model.tiny import assert_close, dense, execution, moe, packed_batch, random_params, to_device
+from tests.model.tiny import COMPILE_FAST, assert_close, dense, execution, moe, packed_batch, random_params, to_device
 from training.config import LossConfig
 from training.diagnose import find_non_finite
-from training.optimizer import OptimizerConfig, make_optimizer
-from training.schedule import ScheduleConfig
 from training.state import TrainState
 from training.step import StepSpec, balance_biases, make_eval_step, make_train_step
 
-SCHEDULE = ScheduleConfig(kind="constant", peak_lr=0.01, warmup_steps=0)
-ROUTED = moe(num_layers=3, num_dense_layers=1, scoring="sigmoid", bias_update_rate=0.05)
+ROUTED = moe(num_dense_layers=1, scoring="sigmoid", bias_update_rate=0.05)
 
 
-def prepare(config, accumulation=1, schedule=SCHEDULE, scan=True):
+def prepare(config, accumulation=1, learning_rate=0.01, scan=True):
     """(spec, jitted step, state) with random parameters."""
     definition = Definition(config, scan=scan)
     spec = StepSpec(definition, execution(config, grouped_matmul="ragged_dot"), LossConfig(), accumulation)
-    optimizer = make_optimizer(OptimizerConfig(schedule=schedule, eps=1e-3), 100, definition.logical[0])
+    optimizer = optax.sgd(learning_rate, momentum=0.9)
     params, biases = random_params(definition)
-    state = TrainState(np.int32(0), np.int32(-1), params, biases, optimizer.init(to_device(params)))
-    return spec, jax.jit(make_train_step(spec, optimizer, lambda step: 0.01 * (step + 1))), to_device(state)
+    state = to_device(TrainState(np.int32(0), np.int32(-1), params, biases, optimizer.init(params)))
+    step = make_train_step(spec, optimizer, lambda step: 0.01 * (step + 1))
+    return spec, jax.jit(step, compiler_options=COMPILE_FAST), state
 
 
 @pytest.mark.parametrize("config", [dense(num_layers=1), ROUTED], ids=["dense", "moe"])
@@ -55,7 +54,7 @@ def test_metrics_and_state_after_a_step():
         *("loss", "accuracy", "gradient_norm", "learning_rate", "target_tokens", "bad_step"),
         *("expert_load_max", "expert_load_min", "expert_load_LE", "load_balance", "router_z", "dropped"),
     }
-    assert metrics["expert_load_LE"].shape == (2, 8)
+    assert metrics["expert_load_LE"].shape == (1, 8)
     np.testing.assert_array_equal(metrics["expert_load_LE"].sum(axis=1), 2 * (batch["segments"] > 0).sum())
     load = np.asarray(metrics["expert_load_LE"])
     load = load / load.mean(axis=1, keepdims=True)
@@ -85,7 +84,7 @@ def test_evaluation_gives_the_training_loss():
 def test_training_learns_one_batch():
     _, step, state = prepare(dense(num_layers=1))
     losses = []
-    for _ in range(30):
+    for _ in range(60):
         state, metrics = step(state, packed_batch())
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.7 * losses[0]
@@ -113,7 +112,7 @@ def test_each_bias_follows_the_load_of_its_own_layer(scan):
 def test_biases_balance_a_skewed_router():
     config = moe(num_layers=1, scoring="sigmoid", bias_update_rate=0.004)
     # No learning: the biases alone move.
-    _, step, state = prepare(config, schedule=ScheduleConfig(kind="constant", peak_lr=1e-12, warmup_steps=0))
+    _, step, state = prepare(config, learning_rate=0.0)
     # Scores that differ little between tokens, and biases that begin at random: some experts get nothing.
     router = state.params["blocks"][0]["mlp"]["router"]
     router["kernel"] = 0.3 * router["kernel"]
