@@ -71,8 +71,10 @@ class MoEConfig:
     """Weight of the auxiliary loss E·sum_e(f_e·P_e) (Switch, arXiv 2101.03961 eq. 4, over top-k assignments)."""
     router_z_coef: float = 0.0
     """Weight of mean(logsumexp(logits)^2) (ST-MoE, arXiv 2202.08906 eq. 5)."""
+    router_bias: bool = False
+    """Each expert has a bias that joins its score in the choice of experts, and not in their weights."""
     bias_update_rate: float = 0.0
-    """Step of the balancing bias, by the sign of the load error (arXiv 2408.15664); 0 for no bias."""
+    """Step of the router's bias after each update, by the sign of the load error (arXiv 2408.15664); 0 keeps it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +182,11 @@ def _check_moe(moe: MoEConfig, num_layers: int) -> None:
     if not 0 <= moe.num_dense_layers <= num_layers:
         raise ValueError(
             f"model.moe.num_dense_layers={moe.num_dense_layers} must be between 0 and num_layers={num_layers}"
+        )
+    if moe.bias_update_rate and not moe.router_bias:
+        raise ValueError(
+            f"model.moe.bias_update_rate={moe.bias_update_rate} moves a bias that the router does not have; "
+            "set model.moe.router_bias"
         )
     if moe.dispatch == "capacity" and moe.capacity_factor <= 0:
         raise ValueError(f"model.moe.capacity_factor={moe.capacity_factor} must be above 0")

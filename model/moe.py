@@ -50,9 +50,8 @@ class Router(nnx.Module):
         self.moe = moe
         shape = (config.embed_dim, moe.num_experts)
         self.kernel = create("kernel", shape, ("router", None), normal(config.init_stddev), dtype="float32")
-        balanced = moe.bias_update_rate > 0
         bias = ("bias", (moe.num_experts,), (None,), zeros)
-        self.bias = create(*bias, dtype="float32", kind=RouterBias) if balanced else None
+        self.bias = create(*bias, dtype="float32", kind=RouterBias) if moe.router_bias else None
 
     @jax.named_scope("router")
     def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> tuple[Routing, MoEMetrics]:

@@ -226,8 +226,8 @@ class Definition:
         _, params, biases = self._split
         return _logical(params), _logical(biases)
 
-    def layer_of_bias(self, path: tuple[str | int, ...]) -> range:
-        """Layers whose balancing bias is at this path of the `biases` tree, in the order they are stacked."""
+    def layers_at(self, path: tuple[str | int, ...]) -> range:
+        """Layers whose variable is at this path of `params` or `biases`, in the order they are stacked."""
         group, position = path[0], int(path[1])
         plan = plan_layers(self.config, self.scan)
         if group == "blocks":

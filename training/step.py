@@ -168,7 +168,7 @@ def balance_biases(definition: Definition, biases: Tree, load_LE: jax.Array) -> 
     error_LE = jnp.sign(load_LE.mean(axis=-1, keepdims=True) - load_LE)
 
     def move(path, bias):
-        layers = definition.layer_of_bias(tuple(entry.key for entry in path))
+        layers = definition.layers_at(tuple(entry.key for entry in path))
         moe_layers = jnp.array([layer - moe.num_dense_layers for layer in layers])
         return bias + moe.bias_update_rate * error_LE[moe_layers].reshape(bias.shape)
 

@@ -24,7 +24,7 @@ def forward(config: ModelConfig, params: Any, biases: Any, batch: dict[str, Arra
         x = table[tokens[row]] * (1.0 if config.embedding_scale is None else config.embedding_scale)
         for index, layer in enumerate(layers):
             bias = None
-            if config.is_moe(index) and config.moe.bias_update_rate:
+            if config.is_moe(index) and config.moe.router_bias:
                 bias = biases["prefix"][index]["mlp"]["router"]["bias"]
             x = _layer(config, index, layer, bias, x, positions[row], segments[row])
         out.append(_norm(config, params["final_norm"], x))

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from model.config import RopeConfig
+from model.config import MoEConfig, RopeConfig
 from model.precision import Precision
 from tests.model.tiny import dense, moe
 
@@ -57,3 +57,8 @@ def test_derived_values():
     assert config.num_moe_layers == 3
     assert (config.scale, dense(attention_scale=0.1).scale) == (0.5, 0.1)
     assert dense().num_moe_layers == 0
+
+
+def test_a_bias_that_moves_needs_a_bias():
+    with pytest.raises(ValueError, match=r"bias_update_rate=0.1 .* set model.moe.router_bias"):
+        MoEConfig(num_experts=4, experts_per_token=2, mlp_dim=8, bias_update_rate=0.1)

@@ -57,7 +57,7 @@ def test_weights_are_the_scores_of_the_chosen(scoring, normalize, scale):
 
 
 def test_the_balancing_bias_chooses_and_does_not_weigh():
-    config = moe(scoring="sigmoid", bias_update_rate=0.1, normalize_weights=False)
+    config = moe(scoring="sigmoid", router_bias=True, bias_update_rate=0.1, normalize_weights=False)
     bias = np.array([0, 0, 0, 5.0, 0, 0, 0, -5.0])
     made, x = router(config, bias=bias), hidden(config)
     routing, _ = made(x, VALID)
@@ -68,7 +68,7 @@ def test_the_balancing_bias_chooses_and_does_not_weigh():
 
 
 def test_no_gradient_reaches_the_bias_and_one_reaches_the_kernel():
-    config = moe(scoring="sigmoid", bias_update_rate=0.1)
+    config = moe(scoring="sigmoid", router_bias=True, bias_update_rate=0.1)
     x = hidden(config)
 
     def loss(kernel, bias):

@@ -70,6 +70,7 @@ FAMILIES: dict[str, ModelConfig] = {
         shared_mlp_dim=8,
         scoring="sigmoid",
         weight_scale=2.5,
+        router_bias=True,
         bias_update_rate=0.01,
     ),
     "gpt-oss": moe(
@@ -242,7 +243,7 @@ def test_scanned_equals_unrolled():
 
 
 def test_the_same_key_gives_the_same_parameters_scanned_or_not():
-    config = moe(num_layers=3, num_dense_layers=1, bias_update_rate=0.1)
+    config = moe(num_layers=3, num_dense_layers=1, router_bias=True, bias_update_rate=0.1)
     key = jax.random.key(3)
     params, biases = jax.jit(Definition(config, scan=True).init, compiler_options=COMPILE_FAST)(key)
     want = jax.jit(Definition(config, scan=False).init, compiler_options=COMPILE_FAST)(key)

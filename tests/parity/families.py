@@ -78,7 +78,7 @@ def map_tensors(
     def gather(path: Path, shape: tuple[int, ...]) -> np.ndarray:
         if path[0] not in ("prefix", "blocks", "suffix"):
             return fetch(path, None, shape)
-        layers, stacked = definition.layer_of_bias(path), path[0] == "blocks"
+        layers, stacked = definition.layers_at(path), path[0] == "blocks"
         values = [layer_value(path[2:], layer, shape[1:] if stacked else shape) for layer in layers]
         return np.stack(values) if stacked else values[0]
 

@@ -36,8 +36,6 @@ TINY = ModelConfig(
     rope=RopeConfig(theta=100.0),
 )
 YARN = RopeScaling("yarn", factor=4.0, original_max_positions=32)
-# What these routers call a correction bias is our balancing bias, which exists where it is updated.
-BIAS = 1e-3
 
 
 def family(**fields) -> ModelConfig:
@@ -94,7 +92,7 @@ FAMILIES = {
             num_dense_layers=1,
             scoring="sigmoid",
             weight_scale=2.5,
-            bias_update_rate=BIAS,
+            router_bias=True,
         ),
     ),
     "dots1": family(
@@ -110,7 +108,7 @@ FAMILIES = {
             scoring="sigmoid",
             normalize_weights=False,
             weight_scale=1.5,
-            bias_update_rate=BIAS,
+            router_bias=True,
         ),
     ),
     "ernie4_5_moe": family(
@@ -123,7 +121,7 @@ FAMILIES = {
             mlp_dim=8,
             shared_mlp_dim=16,
             num_dense_layers=1,
-            bias_update_rate=BIAS,
+            router_bias=True,
         ),
     ),
     "gemma2": family(

@@ -50,7 +50,13 @@ MODELS = {
     ),
     "softmax": moe(**_ROUTED, shared_mlp_dim=16),
     "sigmoid": moe(
-        **_ROUTED, shared_mlp_dim=16, scoring="sigmoid", normalize_weights=True, weight_scale=2.0, bias_update_rate=0.01
+        **_ROUTED,
+        shared_mlp_dim=16,
+        scoring="sigmoid",
+        normalize_weights=True,
+        weight_scale=2.0,
+        router_bias=True,
+        bias_update_rate=0.01,
     ),
     # One slot for each balanced share: a skewed router drops assignments.
     "capacity": moe(**_ROUTED, dispatch="capacity", capacity_factor=1.0),

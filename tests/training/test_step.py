@@ -14,7 +14,7 @@ from training.diagnose import find_non_finite
 from training.state import TrainState
 from training.step import StepSpec, balance_biases, make_eval_step, make_train_step
 
-ROUTED = moe(num_dense_layers=1, scoring="sigmoid", bias_update_rate=0.05)
+ROUTED = moe(num_dense_layers=1, scoring="sigmoid", router_bias=True, bias_update_rate=0.05)
 
 
 def prepare(config, accumulation=1, learning_rate=0.01, scan=True):
@@ -93,7 +93,7 @@ def test_training_learns_one_batch():
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_each_bias_follows_the_load_of_its_own_layer(scan):
     """Layers 1 to 5 of six have experts; scanned, they are two blocks of two and a remainder."""
-    config = moe(num_layers=6, num_dense_layers=1, window_pattern=(4, None), bias_update_rate=0.1)
+    config = moe(num_layers=6, num_dense_layers=1, window_pattern=(4, None), router_bias=True, bias_update_rate=0.1)
     definition = Definition(config, scan=scan)
     load_LE = np.random.default_rng(0).integers(100, size=(5, 8)).astype(np.float32)
     load_LE[0, 0] = load_LE[0, 1:].mean()
@@ -102,7 +102,7 @@ def test_each_bias_follows_the_load_of_its_own_layer(scan):
     want = 0.1 * np.sign(load_LE.mean(axis=1, keepdims=True) - load_LE)
     seen = []
     for (path, after), before in zip(jax.tree_util.tree_leaves_with_path(moved), jax.tree.leaves(biases), strict=True):
-        layers = definition.layer_of_bias(tuple(entry.key for entry in path))
+        layers = definition.layers_at(tuple(entry.key for entry in path))
         step = np.asarray(after - before).reshape(-1, 8)
         np.testing.assert_allclose(step, want[[layer - 1 for layer in layers]], atol=1e-6)
         seen += layers
@@ -110,7 +110,7 @@ def test_each_bias_follows_the_load_of_its_own_layer(scan):
 
 
 def test_biases_balance_a_skewed_router():
-    config = moe(num_layers=1, scoring="sigmoid", bias_update_rate=0.004)
+    config = moe(num_layers=1, scoring="sigmoid", router_bias=True, bias_update_rate=0.004)
     # No learning: the biases alone move.
     _, step, state = prepare(config, learning_rate=0.0)
     # Scores that differ little between tokens, and biases that begin at random: some experts get nothing.
