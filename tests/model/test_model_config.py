@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from model.config import MoEConfig, RopeConfig
+from model.config import RopeConfig
 from model.precision import Precision
 from tests.model.tiny import dense, moe
 
@@ -61,4 +61,4 @@ def test_derived_values():
 
 def test_a_bias_that_moves_needs_a_bias():
     with pytest.raises(ValueError, match=r"bias_update_rate=0.1 .* set model.moe.router_bias"):
-        MoEConfig(num_experts=4, experts_per_token=2, mlp_dim=8, bias_update_rate=0.1)
+        moe(bias_update_rate=0.1)
