@@ -156,8 +156,8 @@ def _matrix(names: Logical) -> tuple[int, int] | None:
     """Number of batch axes and of row axes of a hidden weight [*batch, *rows, *columns]; None for other parameters.
 
     A hidden weight maps from or to the residual stream: its first or last axis is the model's width, and the axes left
-    are its other side, together ([D, N, H] is [D, N·H]). Biases have no width axis beside another one, a router's axes
-    are unnamed, embedding and head have a vocab axis.
+    are its other side, together ([D, N, H] is [D, N·H]). Biases have no width axis beside another one, a router has an
+    unnamed axis, embedding and head have a vocab axis.
     """
     batch, own = _split(names)
     if len(own) < 2 or "vocab" in own or None in own:
@@ -175,7 +175,7 @@ def _group(config: OptimizerConfig, names: Logical) -> str:
     if matrix and config.kind == "muon":
         return f"muon_batch{matrix[0]}_rows{matrix[1]}"
     _, own = _split(names)
-    is_router = len(own) == 2 and own == (None, None)
+    is_router = own[:1] == ("router",)
     is_table = own[:1] == ("vocab",)
     is_head = own[-1:] == ("vocab",)
     decays = matrix is not None or is_router or (len(own) > 1 and is_head) or (is_table and config.decay_embeddings)

@@ -11,6 +11,8 @@ from model.transformer import Definition
 from tests.model.tiny import COMPILE_FAST, assert_close, dense, execution, moe, packed_batch, random_params, to_device
 from training.config import LossConfig
 from training.diagnose import find_non_finite
+from training.optimizer import OptimizerConfig, make_optimizer
+from training.schedule import ScheduleConfig
 from training.state import TrainState
 from training.step import StepSpec, balance_biases, make_eval_step, make_train_step
 
@@ -79,6 +81,23 @@ def test_evaluation_gives_the_training_loss():
     nats, weight = jax.jit(make_eval_step(spec))(state.params, state.biases, batch)
     assert float(weight) == batch["weights"].sum()
     np.testing.assert_allclose(nats / weight, step(state, batch)[1]["loss"], rtol=1e-6)
+
+
+def test_the_matrices_of_a_model_decay_and_nothing_else():
+    config = moe(num_dense_layers=1, shared_mlp_dim=8, qkv_bias=True, mlp_bias=True, qk_norm=True, attention_sinks=True)
+    definition = Definition(config, scan=True)
+    settings = OptimizerConfig(schedule=ScheduleConfig(kind="constant", peak_lr=0.1, warmup_steps=0), weight_decay=0.5)
+    optimizer = make_optimizer(settings, 10, definition.logical[0])
+    params, _ = random_params(definition)
+
+    @jax.jit
+    def decay(params):
+        updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+        return jax.tree.map(lambda update: jnp.abs(update).max() > 0, updates)
+
+    matrices = {"query", "key", "value", "output", "up", "gate", "down", "kernel", "lm_head"}
+    for path, decays in jax.tree_util.tree_leaves_with_path(decay(params)):
+        assert bool(decays) == (path[-1].key in matrices), jax.tree_util.keystr(path)
 
 
 def test_training_learns_one_batch():
