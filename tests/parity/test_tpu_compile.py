@@ -1,0 +1,193 @@
+"""Real train steps compiled for TPU slices by TPU's own compiler: they fit, and talk as the mesh means them to.
+
+Each compiles in a process of its own: libtpu reads its settings once, and JAX's compilation cache, which all tests
+share, can't read back a program for devices that are not there.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import configs
+from benchmarks.tpu_memory import CASES, Collective, collectives
+from parallel.mesh import MeshConfig, make_mesh
+from parallel.topology import tpu_devices
+from perf.flops import count_params
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDED = {
+    f"{record['config']}@{record['topology']}": record
+    for record in json.loads((ROOT / "benchmarks" / "results" / "tpu_memory.json").read_text())["cases"]
+}
+REMATERIALIZATION = "Involuntary full rematerialization"
+
+# One to two minutes of a core each: these two show every kind of collective, and the others are run by name.
+QUICK = ("dense-1b@v5p:4x4x4", "moe-1b@v5p:4x4x4")
+NAMES = [pytest.param(c.name, marks=() if c.name in QUICK else pytest.mark.slow) for c in CASES]
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess:
+    # libtpu writes its warnings to files unless told otherwise.
+    log = {"TPU_STDERR_LOG_LEVEL": "1", "TPU_LOG_DIR": "disabled"}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | log, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", NAMES)
+def test_train_step_compiles_and_fits(name):
+    done = run_python("-m", "benchmarks.tpu_memory", "--only", name)
+    (record,) = json.loads(done.stdout)["cases"]
+    assert "error" not in record, record["error"]
+    print(json.dumps({key: value for key, value in record.items() if key != "collective_list"}))
+    assert record["peak_gib"] < record["usable_gib"]
+    check_memory(record)
+    assert REMATERIALIZATION not in done.stderr, done.stderr[-4000:]
+    found = [Collective(**fields) for fields in record["collective_list"]]
+    check_activations(record, found)
+    check_parameters(record, found)
+    if "expert" in record["mesh"]:
+        check_experts(record, found)
+    assert record["peak_gib"] == pytest.approx(RECORDED[name]["peak_gib"], rel=0.1), "the published table is old"
+
+
+def check_memory(record):
+    """Parameters and two moments, float32 each, are all split over the shards."""
+    mesh = record["mesh"]
+    params = count_params(configs.load(record["config"]).train().model).total
+    shards = mesh.get("fsdp", 1) * mesh.get("expert", 1)
+    assert record["state_gib"] == pytest.approx(12 * params / shards / 2**30, rel=0.01)
+    assert record["peak_gib"] > record["state_gib"]
+
+
+def check_activations(record, found):
+    """No collective makes an activation of the whole batch on a device."""
+    model = configs.load(record["config"]).train().model
+    whole = record["batch_size"] * record["sequence_length"] * model.embed_dim
+    assert max(math.prod(dims) for c in found for _, dims in c.shapes) < whole
+
+
+def check_parameters(record, found):
+    """Parameters are gathered over the axes that they are split over, their gradients summed into shards or whole."""
+    mesh = record["mesh"]
+    shards = mesh.get("fsdp", 1) * mesh.get("expert", 1)
+    assert any(c.kind == "all-gather" and c.group_size == shards for c in found)
+    assert all(c.group_size <= shards for c in found if c.kind == "all-gather")
+    if "data" in mesh:
+        # Over a whole slice the compiler prefers an all-reduce.
+        assert any(c.kind == "reduce-scatter" and c.group_size == shards for c in found)
+
+
+def check_experts(record, found):
+    """Tokens travel to the experts: kernels are gathered over the other axes only, one device's experts at a time."""
+    mesh, model = record["mesh"], configs.load(record["config"]).train().model
+    assert sum(c.kind == "all-to-all" and c.group_size == mesh["expert"] for c in found) >= 4
+    kernel = {model.embed_dim, model.moe.mlp_dim}
+    gathers = [c for c in found if c.kind == "all-gather" and any(kernel <= set(dims) for _, dims in c.shapes)]
+    assert gathers
+    local = model.moe.num_experts // mesh["expert"] * model.embed_dim * model.moe.mlp_dim
+    for gather in gathers:
+        assert gather.group_size == mesh["fsdp"]
+        assert all(math.prod(dims) == local for _, dims in gather.shapes if kernel <= set(dims))
+
+
+def test_a_full_rematerialization_would_be_seen():
+    program = """
+import jax
+jax.config.update("jax_platforms", "cpu")
+from parallel.mesh import MeshConfig, make_mesh
+from parallel.topology import tpu_devices
+from jax.sharding import NamedSharding, PartitionSpec as P
+mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=4), tpu_devices("v5e:4x4"))
+x = jax.ShapeDtypeStruct((32, 64, 128), "float32", sharding=NamedSharding(mesh, P(("data", "tensor", "fsdp"))))
+jax.jit(lambda x: x + 1, out_shardings=NamedSharding(mesh, P("data", None, "tensor"))).lower(x).compile()
+"""
+    assert REMATERIALIZATION in run_python("-c", program).stderr
+
+
+@pytest.mark.parametrize(
+    ("topology", "count", "kind"),
+    [
+        ("v4:2x2x1", 4, "TPU v4"),
+        ("v5e:1x1", 1, "TPU v5 lite"),
+        ("v5e:4x4", 16, "TPU v5 lite"),
+        ("v5p:4x4x4", 64, "TPU v5"),
+        ("v6e:16x16", 256, "TPU v6 lite"),
+        ("tpu7x:2x2x1", 8, "TPU7x"),
+    ],
+)
+def test_slices_become_meshes(topology, count, kind):
+    devices = tpu_devices(topology)
+    assert len(devices) == count and {d.device_kind for d in devices} == {kind}
+    mesh = make_mesh(MeshConfig(tensor=min(count, 2)), devices)
+    assert mesh.size == count and set(mesh.devices.flat) == set(devices)
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v5e", r"unknown TPU topology 'v5e'; known forms: .*v5e:XxY, v5p:XxYxZ"),
+        ("v7x:2x2x1", "unknown TPU topology .*tpu7x:XxYxZ"),
+        ("v5e:4x4x4", "unknown TPU topology"),
+        ("v5p:4x4", "unknown TPU topology"),
+        ("v5e:0x4", "unknown TPU topology"),
+        ("v5e:3x3", "refused by libtpu: .*not divisible.*known forms"),
+    ],
+)
+def test_unknown_slices_are_refused(topology, message):
+    with pytest.raises(ValueError, match=message):
+        tpu_devices(topology)
+
+
+def test_slices_are_not_joined_in_silence():
+    devices = tpu_devices("v5e:2x2", num_slices=2)
+    assert len(devices) == 8 and {d.slice_index for d in devices} == {0, 1}
+    with pytest.raises(ValueError, match="8 devices are of 2 TPU slices, and mesh axis 'slice' is reserved"):
+        make_mesh(MeshConfig(), devices)
+    with pytest.raises(ValueError, match="num_slices=0 must be at least 1"):
+        tpu_devices("v5e:2x2", num_slices=0)
+
+
+def test_missing_libtpu_says_how_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"v5e:4x4 needs libtpu, which is not installed; use `uv run --group tpu"):
+        tpu_devices("v5e:4x4")
+
+
+def test_collectives_are_read_from_the_program():
+    hlo = """
+%all-reduce-scatter.1 (p: f32[8,4]) -> f32[2,4] {
+  %ar = f32[8,4]{1,0:T(8,128)} all-reduce(%p), channel_id=7, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+}
+%async_collective_fusion.1 (p: bf16[4]) -> bf16[8] {
+  %ag.1 = bf16[8]{0:T(256)(128)(2,1)} all-gather(%p), channel_id=5, replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
+}
+ENTRY %main (p: bf16[4]) -> bf16[8] {
+  %ag.2 = bf16[8]{0} all-gather(%p), channel_id=5, replica_groups=[4,2]<=[2,4]T(1,0), metadata={op_name="jit(f)/mlp"}
+  %a2a.1 = s32[8,1]{1,0} all-to-all(%q), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}
+  %a2a.2 = s32[8,1]{1,0} all-to-all(%a2a.1), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}
+  %cp = (f32[2]{0}, f32[2]{0}, u32[]{:S(2)}) collective-permute-start(%r), channel_id=3, source_target_pairs={{0,1}}
+  %cpd = f32[2]{0} collective-permute-done(%cp)
+  %x = (f32[], /*index=1*/f32[3]{0}) all-reduce(%a, %b), channel_id=9, replica_groups=mesh['a'=4,'b'=2] {'a','b'}
+  ROOT %y = f32[3]{0} all-reduce(%c), channel_id=10, replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}
+}
+"""
+    found = collectives(hlo)
+    assert [(c.kind, c.group_size) for c in found] == [
+        ("reduce-scatter", 4),
+        ("all-gather", 2),
+        ("all-to-all", 8),
+        ("all-to-all", 8),
+        ("collective-permute", None),
+        ("all-reduce", 8),
+        ("all-reduce", 4),
+    ]
+    assert found[1].shapes == (("bf16", (8,)),)
+    assert found[5].shapes == (("f32", ()), ("f32", (3,)))
