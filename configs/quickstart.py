@@ -25,7 +25,7 @@ def train() -> TrainRun:
         name="quickstart",
         model=MODEL,
         data=DataConfig(source="stdlib", sequence_length=256, batch_size=32),
-        steps=240,
+        steps=120,
         optimizer=OptimizerConfig(
             kind="muon",
             schedule=ScheduleConfig(
@@ -34,6 +34,6 @@ def train() -> TrainRun:
             muon=MuonConfig(ns_steps=3, ns_dtype="float32"),
         ),
         precision=Precision(compute="float32"),
-        checkpoint=CheckpointConfig(every=60),
+        checkpoint=CheckpointConfig(every=40),
         sample=SampleConfig(prompt="def main(", tokens=120),
     )
