@@ -1,7 +1,7 @@
 """Whole runs for the tests: tiny settings, in this process or in one of their own, with every batch written down.
 
 `python -m tests.training.runs RECORD [--hold-save STEP] NAME --...` is `train.py NAME --...` that also appends a line
-for each batch to RECORD, and that stops dead in the middle of the save of STEP.
+for each batch to RECORD, takes its time over each, and stops dead in the middle of the save of STEP.
 """
 
 from __future__ import annotations
@@ -172,11 +172,15 @@ def main_here(settings: Settings) -> int:
 
 
 @contextlib.contextmanager
-def recording(path: Path | None) -> Iterator[None]:
-    """Each batch that a run takes is a line of `path`: its step and the hashes of this process's rows."""
+def recording(path: Path | None, pause: float = 0.0) -> Iterator[None]:
+    """Each batch that a run takes is a line of `path`: its step and the hashes of this process's rows.
+
+    `pause`: seconds before each batch, so that a signal sent from outside meets a run that still goes on.
+    """
 
     class RecordingLoader(Loader):
         def __next__(self):
+            time.sleep(pause)
             step, batch = super().__next__()
             with path.open("a") as lines:
                 lines.write(json.dumps({"step": step, "rows": row_hashes(batch).tolist()}) + "\n")
@@ -253,7 +257,7 @@ def main(words: Sequence[str]) -> int:
     if words[0] == "--hold-save":
         hold_save(int(words[1]))
         words = words[2:]
-    with jax_settings_kept(), recording(Path(record)):
+    with jax_settings_kept(), recording(Path(record), pause=0.1):
         return train.main(list(words))
 
 

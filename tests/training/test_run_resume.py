@@ -127,3 +127,14 @@ def test_sigterm_saves_and_the_run_goes_on(whole, tmp_path: Path) -> None:
     assert (summary["loss_last"], summary["eval_loss"]) == (uninterrupted["loss_last"], uninterrupted["eval_loss"])
     # Nothing was lost, and everything was done once.
     assert summary["goodput_lost_work_seconds"] == pytest.approx(0, abs=0.2)
+
+
+def test_fresh_sets_the_earlier_run_aside(tmp_path: Path) -> None:
+    settings = runs.prepare(tmp_path, {**runs.DENSE, "data.source": "random", "steps": 4, "fresh": True})
+    first = runs.train_here(settings)
+    again = runs.train_here(settings)
+    assert again["loss_first"] == first["loss_first"] and again["goodput_attempts"] == 1
+    assert sorted(path.name for path in settings["runs_dir"].iterdir()) == ["tiny", "tiny.1"]
+    assert runs.losses_of(settings) == runs.losses_of({**settings, "name": "tiny.1"})
+    # Random tokens have no held-out documents, and the summary says so.
+    assert again["eval_loss"] is None and again["eval_loss_reason"] == "the data has no held-out documents"
