@@ -25,13 +25,21 @@ class RopeScaling:
     """
 
     kind: Literal["linear", "llama3", "yarn"]
+    """Rule, as above."""
     factor: float
+    """Length of the extended context over the original one."""
     original_max_positions: int = 8192
+    """llama3 and yarn: positions of the original context."""
     low_frequency_factor: float = 1.0
+    """llama3: fewer turns than this over the original context are divided by `factor`."""
     high_frequency_factor: float = 4.0
+    """llama3: more turns than this are kept."""
     beta_fast: float = 32.0
+    """yarn: pairs that turn more often than this over the original context are kept."""
     beta_slow: float = 1.0
+    """yarn: pairs that turn less often than this are divided by `factor`."""
     attention_factor: float | None = None
+    """yarn: factor on cos and sin; None for 0.1·ln(factor) + 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +50,13 @@ class RopeConfig:
     """
 
     theta: float = 10_000.0
+    """Base of the frequencies: pair i of R / 2 turns by theta^(-2i / R) a position."""
     fraction: float = 1.0
+    """Share of each head's width that is rotated."""
     scaling: RopeScaling | None = None
+    """Context extension; None for none."""
     local_theta: float | None = None
+    """Base for layers with a sliding window; None for `theta`, with its scaling."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,15 +68,23 @@ class MoEConfig:
     """
 
     num_experts: int
+    """Routed experts in each MoE layer."""
     experts_per_token: int
+    """Routed experts that each token takes."""
     mlp_dim: int
+    """Width of a routed expert."""
     shared_mlp_dim: int = 0
     """Width of the always-active shared expert (all shared experts together); 0 for none."""
     num_dense_layers: int = 0
+    """Leading layers with a dense feed-forward of `model.mlp_dim`."""
     scoring: Literal["softmax", "sigmoid"] = "softmax"
+    """Router's logits to scores."""
     normalize_weights: bool = True
+    """Divide the chosen experts' scores by their sum."""
     weight_scale: float = 1.0
+    """Factor on the weights of routed experts."""
     dispatch: Literal["dropless", "capacity"] = "dropless"
+    """dropless: every assignment is computed. capacity: each expert takes a fixed number from each sequence."""
     capacity_factor: float = 1.25
     """Capacity dispatch: slots per expert and sequence, over the balanced share; assignments beyond it are dropped."""
     load_balance_coef: float = 0.0
@@ -86,36 +106,59 @@ class ModelConfig:
     """
 
     vocab_size: int
+    """Tokens that the embedding and the LM head know."""
     embed_dim: int
+    """Width of the residual stream."""
     mlp_dim: int
+    """Width of the dense feed-forward."""
     num_layers: int
+    """Layers, each of attention and feed-forward."""
     num_heads: int
+    """Query heads."""
     num_kv_heads: int
+    """Key and value heads; each serves num_heads / num_kv_heads query heads."""
     head_dim: int
+    """Width of a head."""
     max_positions: int = 8192
+    """Longest sequence."""
     activation: Activation = "silu"
+    """Nonlinearity of the feed-forward."""
     gated_mlp: bool = True
+    """Multiply by a second projection (SwiGLU, GeGLU)."""
     norm_epsilon: float = 1e-5
+    """Added to the mean square in RMSNorm."""
     norm_placement: NormPlacement = "pre"
+    """RMSNorm before each block, after it (before the residual addition), or both."""
     norm_zero_centered: bool = False
     """RMSNorm multiplies by 1 + scale (Gemma) instead of by scale."""
     qk_norm: bool = False
+    """RMSNorm over each head of queries and keys, before rotation."""
     qkv_bias: bool = False
+    """Biases on the query, key and value projections."""
     attention_output_bias: bool = False
+    """Bias on attention's output projection."""
     mlp_bias: bool = False
+    """Biases on the dense feed-forward's projections."""
     rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
+    """Rotary position embedding."""
     attention_scale: float | None = None
     """Factor on q·k; None for 1/sqrt(head_dim)."""
     window_pattern: tuple[int | None, ...] = (None,)
+    """Sliding window of each layer in turn, in tokens; None for full causal attention."""
     attention_soft_cap: float | None = None
+    """Scores become cap·tanh(score / cap); None for no cap."""
     final_soft_cap: float | None = None
+    """Logits become cap·tanh(logit / cap); None for no cap."""
     attention_sinks: bool = False
     """One learnt logit per query head that joins each softmax and carries no value (gpt-oss)."""
     tie_embeddings: bool = False
+    """The embedding table is also the LM head."""
     embedding_scale: float | None = None
     """Factor on embedded tokens; Gemma uses sqrt(embed_dim)."""
     moe: MoEConfig | None = None
+    """Mixture of Experts; None for dense layers."""
     init_stddev: float = 0.02
+    """Standard deviation of initial weights; projections to the residual stream get 1/sqrt(2·num_layers) of it."""
 
     def __post_init__(self) -> None:
         check_model(self)

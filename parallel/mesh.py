@@ -22,12 +22,19 @@ class MeshConfig:
     """
 
     slice: int = 1
+    """Slices joined by the data-centre network. Reserved."""
     data: int = 1
+    """Copies of the whole state, each with its part of the batch."""
     fsdp: int = -1
+    """Parts of the batch and of every dense parameter and its optimizer state."""
     expert: int = 1
+    """Parts of the batch and of the experts: tokens travel to the experts they chose."""
     context: int = 1
+    """Parts of a sequence. Reserved."""
     tensor: int = 1
+    """Parts of attention heads, feed-forward widths and the vocabulary."""
     stage: int = 1
+    """Pipeline stages. Reserved."""
 
     def shape(self, num_devices: int) -> tuple[int, ...]:
         """Axis sizes in `MESH_AXES` order for `num_devices`.

@@ -23,25 +23,44 @@ class ShardingRules:
     """
 
     batch: MeshAxes = ("slice", "data", "fsdp", "expert")
+    """Activations: rows."""
     sequence: MeshAxes = None
+    """Activations: tokens of a row."""
     act_embed: MeshAxes = None
+    """Activations: residual stream."""
     act_heads: MeshAxes = "tensor"
+    """Activations: attention heads."""
     act_mlp: MeshAxes = "tensor"
+    """Activations: feed-forward width."""
     act_vocab: MeshAxes = "tensor"
+    """Activations: logits."""
     expert_batch: MeshAxes = ("slice", "data", "fsdp")
+    """Activations with an expert axis: rows."""
 
     vocab: MeshAxes = "tensor"
+    """Weights: vocabulary."""
     embed: MeshAxes = ("fsdp", "expert")
+    """Weights: residual stream."""
     heads: MeshAxes = "tensor"
+    """Weights: query heads."""
     kv_heads: MeshAxes = "tensor"
+    """Weights: key and value heads."""
     head_dim: MeshAxes = None
+    """Weights: width of a head."""
     mlp: MeshAxes = "tensor"
+    """Weights: feed-forward width."""
     norm: MeshAxes = None
+    """Weights: norms, and biases on the residual stream."""
     router: MeshAxes = None
+    """Weights: residual stream of the router."""
     experts: MeshAxes = "expert"
+    """Weights: experts."""
     expert_embed: MeshAxes = "fsdp"
+    """Weights of experts: residual stream."""
     expert_mlp: MeshAxes = "tensor"
+    """Weights of experts: feed-forward width."""
     layers: MeshAxes = None
+    """Weights: layers stacked for scanning."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

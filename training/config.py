@@ -163,6 +163,17 @@ def check_run(run: TrainRun) -> None:
             f"data.sequence_length={run.data.sequence_length} is above model.max_positions="
             f"{run.model.max_positions}; shorten the rows, or raise model.max_positions"
         )
+    for setting, value in (
+        ("evaluation.every", run.evaluation.every),
+        ("sample.tokens", run.sample.tokens),
+        ("sample.temperature", run.sample.temperature),
+        ("loss.z_loss_coef", run.loss.z_loss_coef),
+        ("seed", run.seed),
+    ):
+        if value < 0:
+            raise ValueError(f"{setting}={value} must be at least 0")
+    if run.evaluation.batches is not None and run.evaluation.batches < 1:
+        raise ValueError(f"evaluation.batches={run.evaluation.batches} must be at least 1, or None for all")
     if run.loss.chunk_tokens < 1:
         raise ValueError(f"loss.chunk_tokens={run.loss.chunk_tokens} must be at least 1")
     if not run.name or "/" in run.name or run.name.startswith("."):
