@@ -17,7 +17,8 @@ class Precision:
     compute: Float = "bfloat16"
     """Activations and the operands of matrix products."""
     gradient: Float = "float32"
-    """Gradients as summed over microbatches and given to the optimizer: `param` or `compute`."""
+    """Gradients as summed over microbatches and given to the optimizer: `param` or `compute`. A product's gradient,
+    and its sum over devices, has `compute` precision either way, since its operands do."""
 
     def __post_init__(self) -> None:
         if self.gradient not in (self.param, self.compute):

@@ -161,8 +161,17 @@ class GoodputLedger:
         self._write({"event": "mark", "step": step, "nanoseconds": spent})
 
     def _write(self, line: dict[str, Any]) -> None:
-        if self._file is not None:
+        if self._file is None:
+            return
+        try:
             self._file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"goodput can't be recorded ({error.strerror}); free space there and start the run again: it goes on "
+                "from its last checkpoint",
+                self._file.name,
+            ) from error
 
 
 def read_goodput(run_dir: Path) -> Goodput:

@@ -120,7 +120,8 @@ def compiler_options(settings: Sequence[str], platform: str) -> dict[str, str | 
         name, equals, value = setting.partition("=")
         if not equals or not name.startswith("xla_") or not value:
             raise ValueError(f"xla_options={setting!r} must be xla_NAME=VALUE")
-        kinds = {"xla_cpu": "cpu", "xla_gpu": "gpu", "xla_tpu": "tpu"}
+        # xla_jf_: the TPU compiler's older names.
+        kinds = {"xla_cpu": "cpu", "xla_gpu": "gpu", "xla_tpu": "tpu", "xla_jf_": "tpu"}
         if kinds.get(name[:7], platform) == platform:
             # XLA takes numbers as text, and booleans only as booleans.
             options[name] = {"true": True, "false": False}.get(value.lower(), value)
