@@ -7,6 +7,7 @@ gathers a fixed number of slots per expert and sequence and leaves the all-to-al
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from model.execution import Execution
 from model.layers import MLP, activate, residual_stddev
 from model.parameter import Creator, RouterBias, normal, zeros
 from model.permute import combine, expand, sort_by_expert
-from parallel.sharding import constrain, map_shards
+from parallel.sharding import Placement, constrain, map_shards
 
 
 class MoEMetrics(NamedTuple):
@@ -110,87 +111,96 @@ class Experts(nnx.Module):
 
     def dropless(self, x_BTD: jax.Array, routing: Routing, execution: Execution) -> jax.Array:
         """Every assignment is computed, whatever the balance."""
-        num_experts = self.config.moe.num_experts
-        placement = execution.placement
-
-        def feed_forward(rows_MD: jax.Array, group_sizes: jax.Array, up, gate, down) -> jax.Array:
-            """Rows sorted by expert through their expert; partial over the shards of F."""
-            up_MF = grouped_matmul(rows_MD, up, group_sizes, impl=execution.grouped_matmul)
-            if gate is None:
-                hidden_MF = activate(up_MF, self.config.activation)
-            else:
-                gate_MF = grouped_matmul(rows_MD, gate, group_sizes, impl=execution.grouped_matmul)
-                hidden_MF = activate(gate_MF, self.config.activation) * up_MF
-            return grouped_matmul(hidden_MF, down, group_sizes, impl=execution.grouped_matmul)
-
-        def gather(kernel: jax.Array | None, axis: int) -> jax.Array | None:
-            # Here rather than on the way in: the gradient of that would be summed whole on every device, and this one's
-            # is scattered as it is summed.
-            axes = () if placement is None else placement.axes("expert_embed")
-            return jax.lax.all_gather(kernel, axes, axis=axis, tiled=True) if axes and kernel is not None else kernel
-
-        def local(x_BTD, experts_BTA, weights_BTA, up, gate, down):
-            up, gate, down = gather(up, 1), gather(gate, 1), gather(down, 2)
-            x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-            experts_NA = experts_BTA.reshape(-1, experts_BTA.shape[-1])
-            weights_NA = weights_BTA.reshape(experts_NA.shape)
-            axes = () if placement is None else placement.axes("experts")
-            if axes:
-                y_ND = exchange_experts(
-                    x_ND, experts_NA, weights_NA, (up, gate, down), feed_forward, num_experts, axes, placement
-                )
-            else:
-                order = sort_by_expert(experts_NA, num_experts)
-                y_MD = feed_forward(expand(x_ND, order), order.group_sizes, up, gate, down)
-                y_ND = combine(y_MD, weights_NA, order)
-            if placement is not None:
-                # F is split: each shard holds a part of the sum. Tokens are A times fewer than rows: added up here.
-                y_ND = jax.lax.psum(y_ND, placement.axes("expert_mlp"))
-            return y_ND.astype(x_BTD.dtype).reshape(x_BTD.shape)
-
         tokens = ("batch", None, None)
         wide, narrow = ("experts", "expert_embed", "expert_mlp"), ("experts", "expert_mlp", "expert_embed")
-        run = map_shards(local, placement, (tokens, tokens, tokens, wide, wide, narrow), tokens)
+        local = functools.partial(self._dropless_on_device, execution)
+        run = map_shards(local, execution.placement, (tokens, tokens, tokens, wide, wide, narrow), tokens)
         return run(x_BTD, routing.experts_BTA, routing.weights_BTA, *self.kernels(x_BTD.dtype))
+
+    def _dropless_on_device(self, execution: Execution, x_BTD, experts_BTA, weights_BTA, up, gate, down) -> jax.Array:
+        num_experts, placement = self.config.moe.num_experts, execution.placement
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        experts_NA = experts_BTA.reshape(-1, experts_BTA.shape[-1])
+        weights_NA = weights_BTA.reshape(experts_NA.shape)
+        kernels = (_gather(up, 1, placement), _gather(gate, 1, placement), _gather(down, 2, placement))
+        feed_forward = functools.partial(self._feed_forward, execution)
+        axes = () if placement is None else placement.axes("experts")
+        if axes:
+            y_ND = exchange_experts(x_ND, experts_NA, weights_NA, kernels, feed_forward, num_experts, axes, placement)
+        else:
+            order = sort_by_expert(experts_NA, num_experts)
+            y_ND = combine(feed_forward(expand(x_ND, order), order.group_sizes, *kernels), weights_NA, order)
+        if placement is not None:
+            # F is split: each shard holds a part of the sum. Tokens are A times fewer than rows: added up here.
+            y_ND = jax.lax.psum(y_ND, placement.axes("expert_mlp"))
+        return y_ND.astype(x_BTD.dtype).reshape(x_BTD.shape)
+
+    def _feed_forward(self, execution: Execution, rows_MD, group_sizes, up, gate, down) -> jax.Array:
+        """Rows sorted by expert through their expert; partial over the shards of F."""
+        product = functools.partial(grouped_matmul, impl=execution.grouped_matmul)
+        up_MF = product(rows_MD, up, group_sizes)
+        hidden_MF = self._activate(up_MF, None if gate is None else product(rows_MD, gate, group_sizes))
+        return product(hidden_MF, down, group_sizes)
+
+    def _activate(self, up: jax.Array, gate: jax.Array | None) -> jax.Array:
+        activation = self.config.activation
+        return activate(up, activation) if gate is None else activate(gate, activation) * up
 
     def capacity(self, x_BTD: jax.Array, routing: Routing, execution: Execution) -> tuple[jax.Array, jax.Array]:
         """At most C assignments per expert and sequence, earlier tokens first; and which were kept, bool [B, T, A]."""
         moe, placement = self.config.moe, execution.placement
         B, T, A = routing.experts_BTA.shape
         D, E = x_BTD.shape[-1], moe.num_experts
-        slots = min(max(-int(-moe.capacity_factor * T * A // E), 1), T)
-        experts_BM = routing.experts_BTA.reshape(B, T * A)
-        order_BM = jnp.argsort(experts_BM, axis=-1, stable=True)
-        counts_BE = jax.nn.one_hot(experts_BM, E, dtype=jnp.int32).sum(axis=1)
-        start_BE = jnp.cumsum(counts_BE, axis=-1) - counts_BE
-        source_BEC = jnp.minimum(start_BE[..., None] + jnp.arange(slots), T * A - 1)
-        filled_BEC = jnp.arange(slots) < counts_BE[..., None]
-        token_BS = jnp.take_along_axis(order_BM, source_BEC.reshape(B, -1), axis=-1) // A
-        x_BSD = jnp.take_along_axis(x_BTD, token_BS[..., None], axis=1) * filled_BEC.reshape(B, -1, 1).astype(
-            x_BTD.dtype
-        )
+        C = min(max(-int(-moe.capacity_factor * T * A // E), 1), T)
+        slots = assign_slots(routing.experts_BTA, E, C)
+        x_BSD = jnp.take_along_axis(x_BTD, slots.token_BS[..., None], axis=1) * slots.filled_BS[..., None]
         rows = ("expert_batch", "experts", None, None)
-        x_BECD = constrain(x_BSD.reshape(B, E, slots, D), placement, *rows)
+        x_BECD = constrain(x_BSD.astype(x_BTD.dtype).reshape(B, E, C, D), placement, *rows)
 
         up, gate, down = self.kernels(x_BTD.dtype)
-        up_BECF = jnp.einsum("becd,edf->becf", x_BECD, up)
-        if gate is None:
-            hidden_BECF = activate(up_BECF, self.config.activation)
-        else:
-            hidden_BECF = activate(jnp.einsum("becd,edf->becf", x_BECD, gate), self.config.activation) * up_BECF
+        gate_BECF = None if gate is None else jnp.einsum("becd,edf->becf", x_BECD, gate)
+        hidden_BECF = self._activate(jnp.einsum("becd,edf->becf", x_BECD, up), gate_BECF)
         hidden_BECF = constrain(hidden_BECF, placement, "expert_batch", "experts", None, "act_mlp")
         y_BECD = constrain(jnp.einsum("becf,efd->becd", hidden_BECF, down), placement, *rows)
-        y_BSD = constrain(y_BECD.reshape(B, E * slots, D), placement, "batch", None, None)
+        y_BSD = constrain(y_BECD.reshape(B, E * C, D), placement, "batch", None, None)
 
-        # Rank of each assignment among those of its expert: its slot.
-        rank_BM = jnp.argsort(order_BM, axis=-1) - jnp.take_along_axis(start_BE, experts_BM, axis=-1)
-        kept_BM = rank_BM < slots
-        slot_BM = experts_BM * slots + jnp.minimum(rank_BM, slots - 1)
-        y_BTAD = jnp.take_along_axis(y_BSD, slot_BM[..., None], axis=1).reshape(B, T, A, D)
-        kept_BTA = kept_BM.reshape(B, T, A)
+        y_BTAD = jnp.take_along_axis(y_BSD, slots.slot_BM[..., None], axis=1).reshape(B, T, A, D)
+        kept_BTA = slots.kept_BM.reshape(B, T, A)
         weights_BTA = (routing.weights_BTA * kept_BTA).astype(jnp.float32)
         y_BTD = jnp.einsum("btad,bta->btd", y_BTAD.astype(jnp.float32), weights_BTA)
         return y_BTD.astype(x_BTD.dtype), kept_BTA
+
+
+def _gather(kernel: jax.Array | None, axis: int, placement: Placement | None) -> jax.Array | None:
+    """The kernel whole along `axis`. Not on the way in: the gradient of that would be summed whole on every
+    device, and this one's is scattered as it is summed."""
+    axes = () if placement is None else placement.axes("expert_embed")
+    return jax.lax.all_gather(kernel, axes, axis=axis, tiled=True) if axes and kernel is not None else kernel
+
+
+class Slots(NamedTuple):
+    """S = E · C slots of each sequence, C to an expert, and the assignments M = T · A, numbered t · A + a."""
+
+    token_BS: jax.Array
+    filled_BS: jax.Array
+    slot_BM: jax.Array
+    kept_BM: jax.Array
+
+
+def assign_slots(experts_BTA: jax.Array, num_experts: int, slots_per_expert: int) -> Slots:
+    """Slots of each expert to its assignments in the order of tokens; those beyond the last slot are not kept."""
+    B, T, A = experts_BTA.shape
+    experts_BM = experts_BTA.reshape(B, T * A)
+    order_BM = jnp.argsort(experts_BM, axis=-1, stable=True)
+    counts_BE = jax.nn.one_hot(experts_BM, num_experts, dtype=jnp.int32).sum(axis=1)
+    start_BE = jnp.cumsum(counts_BE, axis=-1) - counts_BE
+    source_BEC = jnp.minimum(start_BE[..., None] + jnp.arange(slots_per_expert), T * A - 1)
+    filled_BEC = jnp.arange(slots_per_expert) < counts_BE[..., None]
+    token_BS = jnp.take_along_axis(order_BM, source_BEC.reshape(B, -1), axis=-1) // A
+    # Rank of each assignment among those of its expert.
+    rank_BM = jnp.argsort(order_BM, axis=-1) - jnp.take_along_axis(start_BE, experts_BM, axis=-1)
+    slot_BM = experts_BM * slots_per_expert + jnp.minimum(rank_BM, slots_per_expert - 1)
+    return Slots(token_BS, filled_BEC.reshape(B, -1), slot_BM, rank_BM < slots_per_expert)
 
 
 class MoE(nnx.Module):
