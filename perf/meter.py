@@ -97,7 +97,8 @@ class StepMeter:
         documents: Iterable[int] | None = None,
         measured: bool = True,
     ) -> dict[str, Any]:
-        """One step of `seconds` of wall time; returns its flat record for a log.
+        """One step of `seconds` of wall time; returns its flat record for a log: times, rates, utilisations, and the
+        numerators (FLOPs during `measured_seconds`), device count and peak behind them.
 
         `documents`: lengths of the packed documents of the whole batch, for exact attention; else `tokens`, those of
         the whole batch that are not padding, scales the ledger's step (None: as the ledger has it).
@@ -130,7 +131,7 @@ class StepMeter:
         return self._utilizations(self._total, None if self._times else self._nothing())
 
     def summary(self) -> dict[str, Any]:
-        """Rates of all measured steps together, step time percentiles, and the numerators and peak behind them."""
+        """As `record`, of all measured steps together, with step time percentiles."""
         reason = None if self._times else self._nothing()
         p50, p90 = np.percentile(self._times, (50, 90)).tolist() if self._times else (None, None)
         record: dict[str, Any] = {
@@ -140,16 +141,6 @@ class StepMeter:
             "step_seconds_p90": p90,
             **self._rates(self._total, reason),
         }
-        for utilization in self.utilizations():
-            record[f"{utilization.name}_numerator_flops"] = utilization.flops
-            record[f"{utilization.name}_flops_per_second_per_device"] = utilization.flops_per_second_per_device
-        record["measured_seconds"] = self._total.seconds
-        record["num_devices"] = self._num_devices
-        record["peak_flops_per_device"] = self._peak.value
-        record["peak_dtype"] = self._peak.dtype
-        record["peak_source"] = self._peak.source
-        if self._peak.reason is not None:
-            record["peak_reason"] = self._peak.reason
         return record
 
     def _nothing(self) -> str:
@@ -182,9 +173,19 @@ class StepMeter:
             record["tokens_per_second"] = record["tokens_per_second_per_device"] = None
             record["tokens_per_second_reason"] = reason
         for utilization in self._utilizations(span, reason):
-            record[utilization.name] = utilization.value
+            name = utilization.name
+            record[name] = utilization.value
             if utilization.reason is not None:
-                record[f"{utilization.name}_reason"] = utilization.reason
+                record[f"{name}_reason"] = utilization.reason
+            record[f"{name}_numerator_flops"] = utilization.flops
+            record[f"{name}_flops_per_second_per_device"] = utilization.flops_per_second_per_device
+        record["measured_seconds"] = span.seconds
+        record["num_devices"] = self._num_devices
+        record["peak_flops_per_device"] = self._peak.value
+        record["peak_dtype"] = self._peak.dtype
+        record["peak_source"] = self._peak.source
+        if self._peak.reason is not None:
+            record["peak_reason"] = self._peak.reason
         return record
 
     def _utilizations(self, span: _Span, reason: str | None) -> tuple[Utilization, ...]:
