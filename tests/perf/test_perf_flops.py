@@ -7,36 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import configs
 from model.config import ModelConfig, MoEConfig
 from perf import flops
 
-# Shapes from the public model cards.
-LLAMA3_8B = ModelConfig(
-    vocab_size=128_256, embed_dim=4096, mlp_dim=14_336, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128
-)
-LLAMA3_70B = ModelConfig(
-    vocab_size=128_256, embed_dim=8192, mlp_dim=28_672, num_layers=80, num_heads=64, num_kv_heads=8, head_dim=128
-)
-MIXTRAL_8X7B = ModelConfig(
-    vocab_size=32_000,
-    embed_dim=4096,
-    mlp_dim=14_336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    moe=MoEConfig(num_experts=8, experts_per_token=2, mlp_dim=14_336),
-)
-QWEN3_30B_A3B = ModelConfig(
-    vocab_size=151_936,
-    embed_dim=2048,
-    mlp_dim=6144,
-    num_layers=48,
-    num_heads=32,
-    num_kv_heads=4,
-    head_dim=128,
-    qk_norm=True,
-    moe=MoEConfig(num_experts=128, experts_per_token=8, mlp_dim=768),
+LLAMA3_8B, LLAMA3_70B, MIXTRAL_8X7B, QWEN3_30B_A3B = (
+    configs.load(name).MODEL for name in ("llama3-8b", "llama3-70b", "mixtral-8x7b", "qwen3-30b-a3b")
 )
 TINY = ModelConfig(
     vocab_size=50, embed_dim=12, mlp_dim=20, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6, max_positions=64
