@@ -1,0 +1,1 @@
+"""Requests to tokens: scheduler, pages, runner, sampling, speculation, HTTP API."""
