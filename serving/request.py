@@ -17,7 +17,7 @@ FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How the tokens of a sequence are drawn. Everything here is applied in `serving.sampling`, in the order given there.
+    """How the tokens of a sequence are drawn; `serving.sampling` gives the order in which this is applied.
 
     Raises ValueError for a value out of range, naming the field.
     """
