@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels.attention import attention
+from kernels.paged_attention import paged_attention, write_pages
+from model.cache import LayerPages, PagedRows
 from model.config import ModelConfig
 from model.execution import Execution
 from model.layers import RMSNorm, project, residual_stddev
@@ -42,7 +44,20 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, rotation: Rotation, segments_BT: jax.Array | None, execution: Execution
     ) -> jax.Array:
-        placement = execution.placement
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, rotation, execution)
+        return self._output(self._attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, execution), execution)
+
+    @jax.named_scope("attention")
+    def extend(
+        self, x_BTD: jax.Array, rotation: Rotation, pages: LayerPages, rows: PagedRows, execution: Execution
+    ) -> tuple[jax.Array, LayerPages]:
+        """As a call, for tokens that follow those in `pages`; and the pages with their keys and values."""
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, rotation, execution)
+        o_BTNH, pages = self._attend_pages(q_BTNH, k_BTKH, v_BTKH, pages, rows, execution)
+        return self._output(o_BTNH, execution), pages
+
+    def _project(self, x_BTD: jax.Array, rotation: Rotation, execution: Execution) -> tuple[jax.Array, ...]:
+        """Queries, keys and values, normed and rotated."""
         q_BTNH = project("btd,dnh->btnh", x_BTD, self.query, self.query_bias)
         k_BTKH = project("btd,dkh->btkh", x_BTD, self.key, self.key_bias)
         v_BTKH = project("btd,dkh->btkh", x_BTD, self.value, self.value_bias)
@@ -50,10 +65,39 @@ class Attention(nnx.Module):
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         q_BTNH, k_BTKH = rotate(q_BTNH, rotation), rotate(k_BTKH, rotation)
         heads = ("batch", "sequence", "act_heads", None)
-        q_BTNH, k_BTKH, v_BTKH = (constrain(x, placement, *heads) for x in (q_BTNH, k_BTKH, v_BTKH))
-        o_BTNH = self._attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, execution)
+        return tuple(constrain(x, execution.placement, *heads) for x in (q_BTNH, k_BTKH, v_BTKH))
+
+    def _output(self, o_BTNH: jax.Array, execution: Execution) -> jax.Array:
         y_BTD = project("btnh,nhd->btd", o_BTNH, self.output, self.output_bias)
-        return constrain(y_BTD, placement, "batch", "sequence", "act_embed")
+        return constrain(y_BTD, execution.placement, "batch", "sequence", "act_embed")
+
+    def _attend_pages(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pages: LayerPages, rows: PagedRows, execution: Execution
+    ) -> tuple[jax.Array, LayerPages]:
+        sinks = None if self.sinks is None else self.sinks[...].astype(jnp.float32)
+
+        def local(q, k, v, k_pages, v_pages, page_table, starts, counts, sinks):
+            k_pages, v_pages = write_pages(k_pages, v_pages, k, v, page_table, starts, counts)
+            out = paged_attention(
+                q,
+                k_pages,
+                v_pages,
+                page_table,
+                starts + counts,
+                starts_B=starts,
+                window=self.window,
+                soft_cap=self.config.attention_soft_cap,
+                sinks=sinks,
+                scale=self.config.scale,
+                impl=execution.paged_attention,
+            )
+            return out, k_pages, v_pages
+
+        heads, paged = ("batch", "sequence", "act_heads", None), (None, None, "act_heads", None)
+        inputs = (heads, heads, heads, paged, paged, ("batch", None), ("batch",), ("batch",), ("act_heads",))
+        run = map_shards(local, execution.placement, inputs, (heads, paged, paged))
+        out, k_pages, v_pages = run(q, k, v, *pages, *rows, sinks)
+        return out, (k_pages, v_pages)
 
     def _attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, segments_BT: jax.Array | None, execution: Execution

@@ -13,8 +13,8 @@ Remat = Literal["none", "dots", "full"]
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """Static argument of the forward pass. `attention` and `grouped_matmul` are concrete kernel implementations, the
-    former one for each entry of the model's `window_pattern`.
+    """Static argument of the forward pass. `attention`, `paged_attention` and `grouped_matmul` are concrete kernel
+    implementations, the first one for each entry of the model's `window_pattern`.
 
     `remat` is what the backward pass recomputes in each layer: nothing, everything but matrix products without a
     batch dimension (`dots`), or the whole layer from its input (`full`).
@@ -23,6 +23,7 @@ class Execution:
     precision: Precision = dataclasses.field(default_factory=Precision)
     placement: Placement | None = None
     attention: tuple[str, ...] = ("xla",)
+    paged_attention: str = "xla"
     grouped_matmul: str = "ragged_dot"
     remat: Remat = "none"
     check_finite: bool = False

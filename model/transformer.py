@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.attention import Attention
+from model.cache import LayerPages, PagedRows
 from model.config import ModelConfig
 from model.execution import Execution
 from model.layers import MLP, Embedding, RMSNorm
@@ -57,10 +59,23 @@ class Layer(nnx.Module):
         execution: Execution,
     ) -> tuple[jax.Array, MoEMetrics | None]:
         y_BTD = self.attention(self._norm("attention_norm", x_BTD), rotation[self.is_local], segments_BT, execution)
+        valid_BT = jnp.ones(x_BTD.shape[:2], jnp.float32) if segments_BT is None else segments_BT > 0
+        return self._feed_forward(x_BTD + self._norm("attention_post_norm", y_BTD), valid_BT, execution)
+
+    def extend(
+        self, x_BTD: jax.Array, rotation: dict[bool, Rotation], pages: LayerPages, rows: PagedRows, execution: Execution
+    ) -> tuple[jax.Array, MoEMetrics | None, LayerPages]:
+        """As a call, for tokens that follow those in `pages`; and the pages with their keys and values."""
+        h_BTD = self._norm("attention_norm", x_BTD)
+        y_BTD, pages = self.attention.extend(h_BTD, rotation[self.is_local], pages, rows, execution)
         x_BTD = x_BTD + self._norm("attention_post_norm", y_BTD)
+        return *self._feed_forward(x_BTD, rows.valid(x_BTD.shape[1]), execution), pages
+
+    def _feed_forward(
+        self, x_BTD: jax.Array, valid_BT: jax.Array, execution: Execution
+    ) -> tuple[jax.Array, MoEMetrics | None]:
         h_BTD, metrics = self._norm("mlp_norm", x_BTD), None
         if self.is_moe:
-            valid_BT = jnp.ones(h_BTD.shape[:2], jnp.float32) if segments_BT is None else segments_BT > 0
             y_BTD, metrics = self.mlp(h_BTD, valid_BT.astype(jnp.float32), execution)
         else:
             y_BTD = self.mlp(h_BTD, execution)
@@ -141,6 +156,31 @@ class Transformer(nnx.Module):
             jax.tree.map(lambda *leaves: jnp.stack(leaves), *moe) if moe else None,
             jnp.stack(finite) if finite else None,
         )
+
+    def extend(
+        self,
+        tokens_BT: jax.Array,
+        cache: Sequence[LayerPages],
+        rows: PagedRows,
+        execution: Execution,
+        *,
+        num_layers: int | None = None,
+    ) -> tuple[Output, list[LayerPages]]:
+        """As a call, for tokens that follow those in the cache; and the cache with their keys and values.
+
+        Row b's first counts[b] tokens are at positions starts[b] and on; the rest is padding. Needs unrolled layers.
+        With `num_layers`, the first ones alone run, and the other layers' pages are returned as they are.
+        """
+        assert not self.plan.num_blocks, "serving unrolls layers: a scan would copy the cache of every layer"
+        x_BTD = self.embedding(tokens_BT, execution)
+        rotation = rotations(self.config, rows.positions(tokens_BT.shape[1]))
+        cache, moe = list(cache), []
+        for index, layer in enumerate(self.prefix[:num_layers]):
+            x_BTD, metrics, cache[index] = layer.extend(x_BTD, rotation, cache[index], rows, execution)
+            if metrics is not None:
+                moe.append(metrics)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *moe) if moe else None
+        return Output(self.final_norm(x_BTD), stacked, None), cache
 
     def _scan(self, x_BTD, rotation, segments_BT, execution):
         graphdef, stacked = nnx.split(self.blocks)

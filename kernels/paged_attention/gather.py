@@ -1,0 +1,28 @@
+"""The pages of each row laid end to end."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def gather_pages(q_BTNH, k_pages_PSKH, v_pages_PSKH, page_table_BM, lengths_B, starts_B) -> dict[str, jax.Array]:
+    """Keys and values [B, M·S, K, H] of each row in the order of positions, with the positions and the segments
+    (1 where a key counts) that an attention over them takes."""
+    B, T = q_BTNH.shape[:2]
+    S, K = k_pages_PSKH.shape[1:3]
+    width = page_table_BM.shape[1] * S
+    k_BSKH = jnp.take(k_pages_PSKH, page_table_BM, axis=0).reshape(B, width, K, -1)
+    v_BSKH = jnp.take(v_pages_PSKH, page_table_BM, axis=0).reshape(B, width, K, -1)
+    positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (B, width))
+    counts = positions < lengths_B[:, None]
+    # What an earlier owner left in a page has weight 0, and 0 times infinity is NaN: it is taken out of the values.
+    v_BSKH = jnp.where(counts[..., None, None], v_BSKH, 0)
+    return {
+        "k_BSKH": k_BSKH,
+        "v_BSKH": v_BSKH,
+        "q_positions": starts_B[:, None] + jnp.arange(T, dtype=jnp.int32),
+        "kv_positions": positions,
+        "q_segments": jnp.ones((B, T), jnp.int32),
+        "kv_segments": counts.astype(jnp.int32),
+    }
