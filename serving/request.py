@@ -163,6 +163,15 @@ class Sequence:
     started: float | None = None
     """When it first got a row."""
     first_token: float | None = None
+    finish_reason: FinishReason | None = None
+    submitted: float = 0.0
+    """When the scheduler took it, by the scheduler's clock; waiting is counted from here."""
+    rank: tuple[float, int] = (0.0, 0)
+    """Place among all sequences, lowest first: see `serving.scheduler`. It never changes."""
+    limit: int = 0
+    """len(tokens) at which it ends with "length"."""
+    page_keys: list[bytes] = dataclasses.field(default_factory=list)
+    """Hashes of the full pages of `tokens`, as many as were needed so far: see `serving.pages`."""
 
     @property
     def num_prompt(self) -> int:
