@@ -1,229 +1,62 @@
-"""Config fields alone express published families: logits equal those of `transformers` on tiny random models.
-
-Each fixture comes from transformers 5.23.0 on torch 2.13.0 (CPU, float32, eager attention and experts). Its `config`
-is the JSON of the configuration that the model was made from; every tensor was drawn anew (norms around their neutral
-value, biases, sinks and correction biases away from zero, values with bfloat16's few bits so that the file compresses)
-and stored under the name that `save_pretrained` gives it, below `tensors/`. `tokens` [2, 20] were drawn until no
-router had two experts closer than 5e-4 at the edge of its top-k. `gpt_oss_attention` is gpt-oss with a plain SwiGLU in
-place of its experts, whose clamped activation we do not have.
-"""
-
-import dataclasses
-import json
-import math
-from pathlib import Path
+"""Published families from files: config.json gives the fields, safetensors the weights, and the logits are those of
+`transformers` on tiny random models (see families.py)."""
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from model.config import ModelConfig, MoEConfig, RopeConfig, RopeScaling
-from model.execution import Execution
-from model.precision import Precision
+from checkpoint.huggingface import SafetensorsFolder
+from checkpoint.pretrained import open_pretrained
+from checkpoint.stream import load_tensors
+from model.families.huggingface import parse_config
+from model.families.names import huggingface_names
 from model.transformer import Definition
-from tests.parity.families import map_tensors
-
-TINY = ModelConfig(
-    vocab_size=64,
-    embed_dim=32,
-    mlp_dim=40,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    norm_epsilon=1e-6,
-    rope=RopeConfig(theta=100.0),
+from tests.parity.families import (
+    FAMILIES,
+    FIXTURES,
+    WHOLE_FAMILIES,
+    assert_logits,
+    config_of,
+    load,
+    logits,
+    one_device,
+    write_folder,
 )
-YARN = RopeScaling("yarn", factor=4.0, original_max_positions=32)
-
-
-def family(**fields) -> ModelConfig:
-    return dataclasses.replace(TINY, **fields)
-
-
-FAMILIES = {
-    "llama2": family(num_kv_heads=4, norm_epsilon=1e-3),
-    "llama3": family(
-        head_dim=16,
-        norm_epsilon=1e-5,
-        tie_embeddings=True,
-        rope=RopeConfig(500.0, scaling=RopeScaling("llama3", factor=8.0, original_max_positions=32)),
-    ),
-    "llama_biases": family(
-        num_kv_heads=1,
-        qkv_bias=True,
-        attention_output_bias=True,
-        mlp_bias=True,
-        rope=RopeConfig(100.0, scaling=RopeScaling("linear", factor=2.5)),
-    ),
-    "arcee": family(
-        head_dim=16,
-        activation="gelu",
-        gated_mlp=False,
-        mlp_bias=True,
-        norm_epsilon=1e-5,
-        rope=RopeConfig(1000.0, scaling=dataclasses.replace(YARN, beta_fast=4.0, beta_slow=0.5, attention_factor=1.3)),
-    ),
-    "exaone4": family(norm_placement="post", qk_norm=True, norm_epsilon=1e-5),
-    "qwen2": family(qkv_bias=True, rope=RopeConfig(1000.0, scaling=YARN)),
-    "qwen3": family(head_dim=16, qk_norm=True),
-    "mixtral": family(
-        norm_epsilon=1e-5, window_pattern=(6,), moe=MoEConfig(num_experts=4, experts_per_token=2, mlp_dim=24)
-    ),
-    "qwen3_moe": family(qk_norm=True, moe=MoEConfig(num_experts=8, experts_per_token=3, mlp_dim=12)),
-    "qwen3_moe_unnormalized": family(
-        num_layers=3,
-        qk_norm=True,
-        moe=MoEConfig(num_experts=8, experts_per_token=3, mlp_dim=12, num_dense_layers=1, normalize_weights=False),
-    ),
-    "glm4_moe": family(
-        num_layers=3,
-        head_dim=16,
-        norm_epsilon=1e-5,
-        qkv_bias=True,
-        qk_norm=True,
-        rope=RopeConfig(100.0, fraction=0.5),
-        moe=MoEConfig(
-            num_experts=8,
-            experts_per_token=3,
-            mlp_dim=12,
-            shared_mlp_dim=12,
-            num_dense_layers=1,
-            scoring="sigmoid",
-            weight_scale=2.5,
-            router_bias=True,
-        ),
-    ),
-    "dots1": family(
-        num_layers=5,
-        qk_norm=True,
-        window_pattern=(5, None),
-        moe=MoEConfig(
-            num_experts=6,
-            experts_per_token=2,
-            mlp_dim=8,
-            shared_mlp_dim=16,
-            num_dense_layers=1,
-            scoring="sigmoid",
-            normalize_weights=False,
-            weight_scale=1.5,
-            router_bias=True,
-        ),
-    ),
-    "ernie4_5_moe": family(
-        num_layers=3,
-        norm_epsilon=1e-5,
-        tie_embeddings=True,
-        moe=MoEConfig(
-            num_experts=6,
-            experts_per_token=2,
-            mlp_dim=8,
-            shared_mlp_dim=16,
-            num_dense_layers=1,
-            router_bias=True,
-        ),
-    ),
-    "gemma2": family(
-        num_layers=5,
-        activation="gelu_tanh",
-        norm_placement="both",
-        norm_zero_centered=True,
-        attention_scale=24**-0.5,
-        window_pattern=(6, None),
-        attention_soft_cap=2.0,
-        final_soft_cap=3.0,
-        tie_embeddings=True,
-        embedding_scale=math.sqrt(32),
-    ),
-    "gemma3": family(
-        num_layers=7,
-        activation="gelu_tanh",
-        norm_placement="both",
-        norm_zero_centered=True,
-        qk_norm=True,
-        attention_scale=24**-0.5,
-        window_pattern=(6, 6, 6, 6, 6, None),
-        rope=RopeConfig(1000.0, scaling=RopeScaling("linear", factor=4.0), local_theta=50.0),
-        tie_embeddings=True,
-        embedding_scale=math.sqrt(32),
-    ),
-    "gpt_oss_attention": family(
-        num_layers=3,
-        head_dim=16,
-        norm_epsilon=1e-5,
-        qkv_bias=True,
-        attention_output_bias=True,
-        attention_sinks=True,
-        window_pattern=(6, None),
-        rope=RopeConfig(1000.0, scaling=YARN),
-    ),
-}
-
-
-def load(name: str) -> dict[str, np.ndarray]:
-    with np.load(Path(__file__).parent / "family_fixtures" / f"{name}.npz") as file:
-        return dict(file)
-
-
-def tensors_of(fixture: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name.removeprefix("tensors/"): v for name, v in fixture.items() if name.startswith("tensors/")}
-
-
-def logits(definition: Definition, params, biases, tokens_BT: np.ndarray) -> np.ndarray:
-    execution = Execution(
-        precision=Precision(compute="float32"), attention=("xla",) * len(definition.config.window_pattern)
-    )
-
-    @jax.jit
-    def forward(params, biases, tokens_BT):
-        model = definition.bind(params, biases)
-        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        return model.logits(model(tokens_BT, positions_BT, None, execution).hidden_BTD, execution)
-
-    with jax.default_matmul_precision("highest"):
-        return np.asarray(forward(params, biases, tokens_BT))
 
 
 @pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_logits_equal_transformers(name, scan):
-    fixture, definition = load(name), Definition(FAMILIES[name], scan=scan)
-    # Ernie is the one of these that rotates neighbouring elements.
-    interleaved = json.loads(str(fixture["config"]))["model_type"] == "ernie4_5_moe"
-    params, biases = map_tensors(definition, tensors_of(fixture), interleaved_rotation=interleaved)
-    expected_BTV = fixture["logits"]
-    # Measured on a CPU: ours differ by at most 1.5e-6 of the largest logit, as much as transformers' own float32 and
-    # float64 runs of the dense models do. The mildest change of a field, exact for approximate GELU, is 2e-4.
-    tolerance = 2e-5 * np.abs(expected_BTV).max()
-    np.testing.assert_allclose(
-        logits(definition, params, biases, fixture["tokens"]), expected_BTV, rtol=0, atol=tolerance
-    )
+@pytest.mark.parametrize("name", WHOLE_FAMILIES)
+def test_logits_equal_transformers(name, scan, tmp_path):
+    fixture = load(name)
+    model = open_pretrained(write_folder(tmp_path, fixture))
+    assert model.kind == "huggingface"
+    assert model.config == FAMILIES[name]
+    definition = Definition(model.config, scan=scan)
+    params, biases = model.load(definition, one_device(definition))
+    assert_logits(logits(definition, params, biases, fixture["tokens"]), fixture["logits"])
+
+
+@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
+def test_attention_of_gpt_oss(scan, tmp_path):
+    fixture = load("gpt_oss_attention")
+    definition = Definition(FAMILIES["gpt_oss_attention"], scan=scan)
+    source = SafetensorsFolder(write_folder(tmp_path, fixture))
+    params, biases = load_tensors(source, huggingface_names(definition.config), definition, one_device(definition))
+    assert_logits(logits(definition, params, biases, fixture["tokens"]), fixture["logits"])
+
+
+def test_the_rest_of_gpt_oss_is_refused():
+    with pytest.raises(ValueError, match=r"model_type='gpt_oss' is not supported; supported: llama, qwen2"):
+        parse_config(config_of(load("gpt_oss_attention")))
 
 
 def test_every_fixture_has_a_family():
-    files = (Path(__file__).parent / "family_fixtures").iterdir()
-    assert sorted(file.name for file in files) == sorted(f"{name}.npz" for name in FAMILIES)
+    assert sorted(file.name for file in FIXTURES.iterdir()) == sorted(f"{name}.npz" for name in FAMILIES)
 
 
-@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
-def test_mapping_names_what_does_not_fit(scan):
-    definition, tensors = Definition(FAMILIES["glm4_moe"], scan=scan), tensors_of(load("glm4_moe"))
-
-    def mapped_with(change: dict[str, np.ndarray | None]):
-        changed = tensors | change
-        return map_tensors(definition, {name: value for name, value in changed.items() if value is not None})
-
-    expert = "model.layers.2.mlp.experts.7.down_proj.weight"
-    with pytest.raises(ValueError, match=r"no tensor for .*experts\.down of layer 2, expert 7"):
-        mapped_with({expert: None})
-    with pytest.raises(ValueError, match=r"no tensor for mlp\.router\.bias of layer 1"):
-        mapped_with({"model.layers.1.mlp.gate.e_score_correction_bias": None})
-    with pytest.raises(ValueError, match=r"tensors without a place: .*'output_bias'"):
-        mapped_with({"model.layers.0.self_attn.o_proj.bias": np.zeros(32, np.float32)})
-    with pytest.raises(ValueError, match=r"tensors without a place: .*'experts', 'down'"):
-        mapped_with({"model.layers.2.mlp.experts.8.down_proj.weight": tensors[expert]})
-    with pytest.raises(ValueError, match=r"'down'.* is filled already"):
-        mapped_with({"model.layers.2.mlp.experts.7.w2.weight": tensors[expert]})
-    with pytest.raises(ValueError, match=r"unknown tensor model\.layers\.0\.self_attn\.rotary"):
-        mapped_with({"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32)})
+def test_leaves_have_the_dtype_of_the_definition(tmp_path):
+    model = open_pretrained(write_folder(tmp_path, load("glm4_moe")))
+    definition = Definition(model.config, scan=True, param_dtype="bfloat16")
+    got = model.load(definition, one_device(definition))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), got) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), definition.abstract
+    )

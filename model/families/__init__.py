@@ -1,0 +1,1 @@
+"""How published models describe themselves: settings as a ModelConfig, tensors as our parameters. Data only."""
