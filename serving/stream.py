@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 
-from .request import Delta
+from serving.request import Delta
 
 
 class DeltaStream:
@@ -15,11 +15,12 @@ class DeltaStream:
     The engine's thread puts, the event loop takes all that has come. With a `limit`, at most that many tokens wait here
     (one delta may go beyond it): then everything waiting is dropped, nothing more is taken, and `overflowed` is
     set, so that a client that does not read costs no more memory than that and never holds up the engine.
+    `on_overflow` is then called once, in the loop: whoever takes may be held up by the client himself.
     """
 
-    def __init__(self, limit: int | None) -> None:
+    def __init__(self, limit: int | None, on_overflow: Callable[[], None]) -> None:
         self.overflowed = False
-        self._limit = limit
+        self._limit, self._on_overflow = limit, on_overflow
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
         self._lock = threading.Lock()
@@ -44,10 +45,15 @@ class DeltaStream:
                 wake = True
         if wake:
             try:
-                self._loop.call_soon_threadsafe(self._arrived.set)
+                self._loop.call_soon_threadsafe(self._wake)
             except RuntimeError:
                 # The loop is closed: the server has stopped, nobody will read this. The engine's thread goes on.
                 self.close()
+
+    def _wake(self) -> None:
+        self._arrived.set()
+        if self.overflowed:
+            self._on_overflow()
 
     async def take(self, timeout: float) -> list[tuple[int, Delta]]:
         """What came since the last call, waiting up to `timeout` seconds for something; [] if nothing came."""
