@@ -185,7 +185,8 @@ class EventStream(Response):
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which is cancelled if the client goes away first (ClientDisconnect)."""
-    tasks = task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
+    task = asyncio.ensure_future(work)
+    tasks = (task, asyncio.ensure_future(_disconnected(receive)))
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():

@@ -150,13 +150,4 @@ def check_tool_use(fields: dict[str, Any]) -> ToolChoice:
         if choice["function"]["name"] not in names:
             shown = ", ".join(names)[:200]
             raise wrong("tool_choice.function.name", choice["function"]["name"], f"one of the tools: {shown}")
-    if choice == "auto":
-        for i, tool in enumerate(given):
-            if tool["function"].get("strict"):
-                name = f"tools[{i}].function.strict"
-                raise BadRequest(
-                    f'{name}=true can only be kept with tool_choice "required" or a named function: under "auto" the '
-                    "model writes freely",
-                    name,
-                )
     return choice

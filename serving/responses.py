@@ -11,7 +11,7 @@ from typing import Any
 from serving.request import Delta, TokenLogprob, Usage
 from serving.schema import Call
 from serving.tokenizer import Tokenizer
-from serving.tools import ToolCallParser
+from serving.tools import ToolCallDelta, ToolCallParser
 
 LEAST_LOGPROB = -9999.0
 """OpenAI's number for a token that can't come: JSON has no infinity."""
@@ -69,14 +69,15 @@ class ChatAnswer:
 
     def __init__(self, call: Call, index: int, tokenizer: Tokenizer) -> None:
         self._call, self._index, self._tokenizer = call, index, tokenizer
-        self._parser = ToolCallParser() if call.parse_tools else None
-        self._called = False
+        # What a grammar has held to the form of a call is passed on as it is written.
+        forced = call.grammar is not None
+        self._parser = ToolCallParser(call.tool_names, forced=forced) if call.tool_names else None
 
     def first(self) -> Piece:
         return Piece()
 
     def push(self, delta: Delta) -> Piece:
-        """A piece of what came; `complete` is true afterwards if the rest of the sequence is not wanted."""
+        """A piece of what came. It may have a `finish` that the delta has not: the rest is not wanted then."""
         piece = Piece(delta.text, _chat_logprobs(delta.logprobs, self._tokenizer) or None, finish=delta.finish)
         if self._parser is None:
             return piece
@@ -84,9 +85,12 @@ class ChatAnswer:
         if delta.finish is not None:
             rest, more = self._parser.finish()
             piece.text, fragments = piece.text + rest, [*fragments, *more]
-        piece.tool_calls = [fragment for fragment in map(_fragment, fragments)]
-        self._called = self._called or bool(piece.tool_calls)
-        if piece.finish == "stop" and self._called:
+        wanted = [fragment for fragment in fragments if not (self._call.one_tool_call and fragment.index)]
+        piece.tool_calls = [_fragment(fragment) for fragment in wanted]
+        # Without a grammar a call comes whole; under one it may be the start of the second that ends the first.
+        whole = bool(wanted) and self._call.grammar is None
+        enough = self._call.one_tool_call and (whole or len(wanted) < len(fragments))
+        if enough or (piece.finish == "stop" and self._parser.num_calls):
             piece.finish = "tool_calls"
         return piece
 
@@ -195,14 +199,12 @@ class Envelope:
         return encode({**self._head, "choices": list(choices), "usage": usage_body(self._call, usages)})
 
 
-def _fragment(fragment: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI's form of a parser's fragment: the first of a call has its id and name."""
-    function = {"arguments": fragment["arguments"]}
-    head: dict[str, Any] = {"index": fragment["index"]}
-    if "id" in fragment:
-        head |= {"id": fragment["id"], "type": "function"}
-        function = {"name": fragment["name"], **function}
-    return {**head, "function": function}
+def _fragment(delta: ToolCallDelta) -> dict[str, Any]:
+    """OpenAI's form: the first piece of a call has its id and name, all have some of its arguments."""
+    if delta.id is None:
+        return {"index": delta.index, "function": {"arguments": delta.arguments}}
+    function = {"name": delta.name, "arguments": delta.arguments}
+    return {"index": delta.index, "id": delta.id, "type": "function", "function": function}
 
 
 def _join_calls(fragments: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

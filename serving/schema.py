@@ -74,8 +74,8 @@ class Call:
     include_usage: bool
     echo: tuple[str, ...] | None
     """The prompts' texts, to go in front of the answers."""
-    parse_tools: bool
-    """The answer may hold tool calls."""
+    tool_names: tuple[str, ...]
+    """Tools that the answer may call; () where it is text only."""
     one_tool_call: bool
     """The answer ends with its first tool call."""
 
@@ -285,7 +285,7 @@ def parse_chat(body: bytes, model: Model, max_choices: int, arrival: float) -> C
     max_tokens = _chat_max_tokens(fields)
     _check_length(prompt, fields, ("max_completion_tokens", "max_tokens"), "messages", model)
     params = _params(fields, max_tokens or model.max_context - len(prompt), _chat_logprobs(fields), model)
-    parse_tools = choice != "none"
+    calling = choice != "none"
     return _call(
         "chat",
         fields,
@@ -294,8 +294,8 @@ def parse_chat(body: bytes, model: Model, max_choices: int, arrival: float) -> C
         model,
         arrival,
         grammar=_grammar(fields, choice, model),
-        parse_tools=parse_tools,
-        one_tool_call=parse_tools and (isinstance(choice, dict) or not fields.get("parallel_tool_calls", True)),
+        tool_names=tuple(tool["function"]["name"] for tool in fields["tools"]) if calling else (),
+        one_tool_call=calling and (isinstance(choice, dict) or not fields.get("parallel_tool_calls", True)),
     )
 
 
@@ -350,7 +350,7 @@ def _check_length(
     asked = f" and {name}={answer}" if name and len(prompt) < model.max_context else ""
     raise BadRequest(
         f"{source} has {len(prompt)} tokens{asked}; the context of {model.model_name} holds {model.max_context} tokens, "
-        "of which the answer needs at least one",
+        "one of which at least is the answer's",
         name if asked else source,
         code="context_length_exceeded",
     )
@@ -398,29 +398,29 @@ def _params(fields: Mapping[str, Any], max_tokens: int, logprobs: int | None, mo
 
 def _grammar(fields: Mapping[str, Any], choice: messages.ToolChoice, model: Model) -> Grammar | None:
     form = fields.get("response_format")
-    forced = choice not in ("none", "auto")
-    if form is None and not forced:
-        return None
     if form is not None and choice != "none":
         raise BadRequest(
             "response_format can't be combined with tools unless tool_choice is \"none\": a text can't be both",
             "response_format",
         )
-    name = "tools" if forced else "response_format"
+    lark = None
+    if choice != "none":
+        lark = tool_grammar(fields["tools"], choice, parallel=fields.get("parallel_tool_calls", True))
+    if form is None and lark is None:
+        return None
+    name = "tools" if form is None else "response_format"
     if model.grammars is None:
-        raise BadRequest(f"{name} is not supported: {model.model_name} has no grammars", name)
+        raise BadRequest(f"{name} can't be kept: {model.model_name} has no end token for a grammar", name)
     if fields.get("ignore_eos"):
         raise BadRequest(f"ignore_eos can't be combined with {name}: its grammar ends the text", "ignore_eos")
     try:
-        if forced:
-            return _compile_tools(fields, choice, model.grammars)
-        return model.grammars.compile_json_schema(form["schema"]) if form else model.grammars.compile_json_object()
+        return model.grammars.compile_lark(lark) if form is None else _compile_format(form, model.grammars)
     except GrammarError as error:
         raise BadRequest(f"{name}: {error}", name, code="invalid_schema") from error
 
 
-def _compile_tools(fields: Mapping[str, Any], choice: messages.ToolChoice, grammars: GrammarCompiler) -> Grammar:
-    return grammars.compile_lark(tool_grammar(fields["tools"], choice))
+def _compile_format(form: Mapping[str, Any], grammars: GrammarCompiler) -> Grammar:
+    return grammars.compile_json_schema(form["schema"]) if form else grammars.compile_json_object()
 
 
 def _call(
@@ -432,7 +432,7 @@ def _call(
     arrival: float,
     **parts: Any,
 ) -> Call:
-    defaults = {"grammar": None, "echo": None, "parse_tools": False, "one_tool_call": False}
+    defaults = {"grammar": None, "echo": None, "tool_names": (), "one_tool_call": False}
     return Call(
         id=f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{uuid.uuid4().hex}",
         kind=kind,
