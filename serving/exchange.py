@@ -61,7 +61,8 @@ class Exchange:
         self.call = call
         self._engine, self._register = engine, register
         # A whole answer is collected at once and bounded by max_tokens: only a stream's client can fall behind.
-        self._stream = DeltaStream(stream_buffer if call.stream else None, self.cancel)
+        limit = stream_buffer * call.num_choices if call.stream else None
+        self._stream = DeltaStream(limit, self.cancel)
         self._requests = call.requests(self._stream.on_delta)
         self._running: set[int] = set()
         self._usages: list[Usage | None] = [None] * call.num_choices

@@ -349,8 +349,8 @@ def _check_length(
         return
     asked = f" and {name}={answer}" if name and len(prompt) < model.max_context else ""
     raise BadRequest(
-        f"{source} has {len(prompt)} tokens{asked}; the context of {model.model_name} holds {model.max_context} tokens, "
-        "one of which at least is the answer's",
+        f"{source} has {len(prompt)} tokens{asked}; the context of {model.model_name} holds {model.max_context}, "
+        "at least one of them for the answer",
         name if asked else source,
         code="context_length_exceeded",
     )
