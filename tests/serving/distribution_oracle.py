@@ -114,7 +114,7 @@ def distribution(logits, params: Params, prompt=(), output=(), allowed=True, ord
 
 
 def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
-    """p-value of Pearson's test, where each [...] of [..., V] has its own distribution; 0 if the impossible happened."""
+    """p-value of Pearson's test, where each [...] of [..., V] has its own law; 0 if the impossible happened."""
     if np.any(counts[expected == 0]):
         return 0.0
     statistic, freedom = 0.0, 0

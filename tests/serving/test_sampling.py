@@ -1,4 +1,4 @@
-"""The one function that makes the distribution, against an oracle that sorts; and draws from it, by their statistics."""
+"""The one function that makes the distribution, against an oracle that sorts; and statistics of draws from it."""
 
 import dataclasses
 
