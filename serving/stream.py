@@ -36,24 +36,23 @@ class DeltaStream:
         with self._lock:
             if self._closed:
                 return
-            wake = not self._waiting
+            tell = None if self._waiting else self._arrived.set
             self._waiting.append((index, delta))
             self._size += max(1, len(delta.tokens))
             # The last delta of a sequence always has a place: the sequence holds nothing up any more.
             if self._limit is not None and self._size > self._limit and delta.finish is None:
                 self._waiting, self._closed, self.overflowed = [], True, True
-                wake = True
-        if wake:
+                tell = self._overflow
+        if tell is not None:
             try:
-                self._loop.call_soon_threadsafe(self._wake)
+                self._loop.call_soon_threadsafe(tell)
             except RuntimeError:
                 # The loop is closed: the server has stopped, nobody will read this. The engine's thread goes on.
                 self.close()
 
-    def _wake(self) -> None:
+    def _overflow(self) -> None:
         self._arrived.set()
-        if self.overflowed:
-            self._on_overflow()
+        self._on_overflow()
 
     async def take(self, timeout: float) -> list[tuple[int, Delta]]:
         """What came since the last call, waiting up to `timeout` seconds for something; [] if nothing came."""

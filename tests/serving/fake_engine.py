@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import random
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import uvicorn
@@ -237,9 +235,4 @@ def events(text: str) -> list:
 
 
 def long_text(request: Request, characters: int = 3000) -> str:
-    return "".join(random.Random(0).choices("abcdefgh ", k=characters))
-
-
-def write_key(path: Path, key: str) -> str:
-    path.write_text(f"{key}\n")
-    return str(path)
+    return ("some words " * (characters // 11 + 1))[:characters]

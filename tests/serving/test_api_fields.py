@@ -268,9 +268,16 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '
         ({"messages": [{"role": "assistant"}]}, "messages[0].content"),
         ({"messages": [{"role": "assistant", "content": "", "audio": {"id": "x"}}]}, "messages[0].audio"),
         ({"messages": [{"role": "assistant", "tool_calls": []}]}, "messages[0].tool_calls"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{**CALL, "type": "x"}]}]}, "messages[0].tool_calls[0].type"),
         (
-            {"messages": [{"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": "{"}}]}]},
+            {"messages": [{"role": "assistant", "tool_calls": [{**CALL, "type": "x"}]}]},
+            "messages[0].tool_calls[0].type",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": "{"}}]}
+                ]
+            },
             "messages[0].tool_calls[0].function.arguments",
         ),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
@@ -285,12 +292,18 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '
         ({"tools": tool(parameters={"type": "nothing"}, strict=True)}, "tools"),
         ({"tools": tool(), "tool_choice": "always"}, "tool_choice"),
         ({"tools": tool(), "tool_choice": {"type": "allowed_tools"}}, "tool_choice.type"),
-        ({"tools": tool(), "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice.function.name"),
+        (
+            {"tools": tool(), "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "tool_choice.function.name",
+        ),
         ({"response_format": "json"}, "response_format"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "text", "x": 1}}, "response_format.x"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format.json_schema.schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema",
+        ),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}},
             "response_format",
@@ -301,7 +314,7 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
         ({"n": 9}, "n"),
     ],
-)  # fmt: skip
+)
 def test_wrong_parts_of_a_chat_are_refused_by_their_place(client: Client, fields: dict[str, Any], param: str):
     client.refused("chat/completions", fields, param)
 
@@ -411,14 +424,16 @@ MORE_FEATURES: dict[str, dict[str, Any]] = {
     "chat/completions": {
         "stream": {"stream": True},
         "stream_options": {"stream": True, "stream_options": {"include_usage": True}},
-        "response_format ": {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
+        "response_format ": {
+            "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+        },
         "tools ": {"tools": [{"type": "function", "function": {"name": "f", "parameters": SCHEMA, "strict": True}}]},
         "tool_choice ": {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "look"}}},
         "tool_choice  ": {"tools": TOOLS, "tool_choice": "none"},
         "parallel_tool_calls": {"tools": TOOLS, "parallel_tool_calls": False},
         "reasoning_effort": {"reasoning_effort": "low"},
     },
-}  # fmt: skip
+}
 
 
 def features(endpoint: str) -> dict[str, dict[str, Any]]:
