@@ -197,18 +197,31 @@ def test_a_round_leaves_the_distribution_as_it_is(name, kind):
     assert np.all(going_on[:, 1] == np.argmax(law(cold, (int(best),), masked)))
 
 
+@functools.cache
+def plain_text() -> np.ndarray:
+    """Three tokens of each of the mixed rows, without drafts."""
+    rows, rule = mixed_rows(CONFIGS["everything"])
+    past = three_rounds(None, rows, start(len(rule)), masks(True), num_drafts=0)
+    assert np.all(np.asarray(past.length_B) == START + 3)
+    return np.asarray(past.tokens_BW)[:, START : START + 3]
+
+
+def test_plain_decoding_has_the_joint_distribution():
+    _, rule = mixed_rows(CONFIGS["everything"])
+    for which in (0, 1):
+        assert fits(plain_text()[rule == which], CONFIGS["everything"], True)
+
+
 @pytest.mark.parametrize("kind", DRAFTS)
 def test_rounds_joined_have_the_joint_distribution(kind):
     """Noise of a rejected draft is used again by later rounds, at its position: that must not show."""
     params = CONFIGS["everything"]
     rows, rule = mixed_rows(params)
     spoken = three_rounds(DRAFTS[kind], rows, start(len(rule)), masks(True))
-    plain = three_rounds(None, rows, start(len(rule)), masks(True), 0)
-    texts, plainly = (np.asarray(past.tokens_BW)[:, START : START + 3] for past in (spoken, plain))
-    assert np.asarray(spoken.length_B).max() > START + 3 and np.all(np.asarray(plain.length_B) == START + 3)
+    assert np.asarray(spoken.length_B).max() > START + 3
+    texts, plainly = np.asarray(spoken.tokens_BW)[:, START : START + 3], plain_text()
     for which in (0, 1):
         assert fits(texts[rule == which], params, True)
-        assert fits(plainly[rule == which], params, True)
     # Coupled and greedy rows: not only the distribution, the very text.
     np.testing.assert_array_equal(texts[rule > 0], plainly[rule > 0])
     assert np.any(texts[rule == 0] != plainly[rule == 0]) or kind == "n-gram"
