@@ -15,7 +15,6 @@ from serving.tokenizer import Tokenizer
 # for ever; long enough for a new line indented eight levels by four.
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,33}"
 
-
 _NOTHING_FOLLOWS = "the grammar allows no token of the vocabulary to follow"
 
 
@@ -95,9 +94,9 @@ class _TokenTable:
         self.special_token_ids = sorted(tokenizer.special_ids)
         self._tokenizer = tokenizer
 
-    def __call__(self, text: bytes | str) -> list[int]:
-        decoded = text.decode("utf-8") if isinstance(text, bytes) else text
-        return self._tokenizer.encode(decoded, special=False)
+    def __call__(self, text: str) -> list[int]:
+        # Asked for the usual tokens of bytes that must come: as the text goes on, and never a special token for them.
+        return self._tokenizer.encode_within(text)
 
 
 class Grammar:
@@ -184,6 +183,5 @@ class Matcher:
     def _check(self) -> None:
         if not self._matcher.is_error():
             return
-        if self._matcher.stop_reason() == "NoExtensionBias":
-            raise GrammarError(_NOTHING_FOLLOWS)
-        raise GrammarError(self._matcher.get_error().removesuffix("<non-verbose/>").strip())
+        reason = self._matcher.get_error().removesuffix("<non-verbose/>").strip()
+        raise GrammarError(_NOTHING_FOLLOWS if reason == "NoExtensionBias" else reason)

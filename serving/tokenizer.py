@@ -15,6 +15,8 @@ import tokenizers
 
 from serving.gguf_vocabulary import GgufVocabulary, read_metadata
 
+# Put in front of a text to learn how it is cut where it does not begin: characters that merge with few others.
+_MARKS = ("\n", "\x02")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -66,12 +68,24 @@ class Tokenizer:
         `special` adds what the tokenizer puts around a text (a begin token); a rendered chat has it already.
         Raises ValueError if `text` has surrogates, which have no UTF-8.
         """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"the text is no valid Unicode: {error}") from error
+        _check_unicode(text)
         ids = self._backend.encode(text, add_special_tokens=special).ids
         return [*self._begin, *ids] if special else ids
+
+    def encode_within(self, text: str) -> list[int]:
+        """Ids of a text that follows another one: without a first space, and special tokens are not read out of it.
+
+        Their bytes are those of the text, but for bytes that no token has.
+        """
+        _check_unicode(text)
+        for mark in _MARKS if self.strips_first_space else ("",):
+            before = self._plain_backend.encode(mark, add_special_tokens=False).ids
+            ids = self._plain_backend.encode(mark + text, add_special_tokens=False).ids
+            after = ids[len(before) :]
+            # A mark that merges with the text is none.
+            if ids[: len(before)] == before and b"".join(map(self.token_bytes, after)) == text.encode("utf-8"):
+                return after
+        return self._longest_tokens(text.encode("utf-8"))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids that begin a sequence, special tokens left out."""
@@ -99,6 +113,31 @@ class Tokenizer:
         """Id of the token that is named `text` in the vocabulary."""
         return self._backend.token_to_id(text)
 
+    def _longest_tokens(self, data: bytes) -> list[int]:
+        """Ids of bytes, the longest token first."""
+        ids, at = [], 0
+        while at < len(data):
+            sizes = range(min(self._longest, len(data) - at), 0, -1)
+            size = next((size for size in sizes if data[at : at + size] in self._id_of_bytes), None)
+            if size is not None:
+                ids.append(self._id_of_bytes[data[at : at + size]])
+            at += size or 1
+        return ids
+
+    @functools.cached_property
+    def _id_of_bytes(self) -> dict[bytes, int]:
+        return {data: i for i, data in enumerate(self._bytes) if data and i not in self.special_ids}
+
+    @functools.cached_property
+    def _longest(self) -> int:
+        return max(map(len, self._id_of_bytes), default=0)
+
+    @functools.cached_property
+    def _plain_backend(self) -> tokenizers.Tokenizer:
+        backend = _backend(self._backend.to_str())
+        backend.encode_special_tokens = True
+        return backend
+
     @functools.cached_property
     def _bytes(self) -> list[bytes]:
         table = [b""] * self.vocab_size
@@ -107,6 +146,13 @@ class Tokenizer:
         for i, token in self._added.items():
             table[i] = token.content.encode("utf-8")
         return table
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text is no valid Unicode: {error}") from error
 
 
 def _backend(content: str | bytes) -> tokenizers.Tokenizer:

