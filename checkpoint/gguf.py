@@ -139,9 +139,9 @@ class GGUFFile:
     def _parse_tensor(self, cursor: _Cursor) -> None:
         name = cursor.string()
         num_dimensions = cursor.one("I")
-        if num_dimensions > _MAX_DIMENSIONS:
+        if not 1 <= num_dimensions <= _MAX_DIMENSIONS:
             raise ValueError(
-                f"{self.path}: {name} has {num_dimensions} dimensions; at most {_MAX_DIMENSIONS} are known"
+                f"{self.path}: damaged header: {name} has {num_dimensions} dimensions, not 1 to {_MAX_DIMENSIONS}"
             )
         shape = cursor.values("Q", num_dimensions)[::-1]
         number, offset = cursor.one("I"), cursor.one("Q")

@@ -133,7 +133,7 @@ def _lines(what: str, items: list[str]) -> str:
 def _place(
     source: TensorSource, matches: list[_Match], leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
 ) -> jax.Array:
-    """One leaf on its devices, shard by shard: the buffer of a shard is gone before the next one is read."""
+    """One leaf on its devices, shard by shard: a buffer is gone before the next is filled."""
     # `jax.make_array_from_callback` would hold the shards of all devices at once, and read replicas again.
     devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
@@ -144,7 +144,7 @@ def _place(
         buffer = _read_shard(source, matches, leaf, tuple(slice(*bound) for bound in bounds))
         for device in holders:
             place = jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
-            shards.append(jax.device_put(buffer, place, may_alias=False))
+            shards.append(jax.device_put(buffer, place))
         jax.block_until_ready(shards)
         del buffer
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
@@ -160,9 +160,6 @@ def _read_shard(
         if all(part.start <= place < part.stop for place, part in zip(prefix, outer, strict=True)):
             place = tuple(place - part.start for place, part in zip(prefix, outer, strict=True))
             _read_piece(source, match, leaf.shape[len(prefix) :], inner, buffer[place] if place else buffer)
-    if leaf.dtype == np.float16 and not np.isfinite(buffer).all():
-        names = sorted({match.name for match in matches})
-        raise ValueError(f"{source.path}: {names[0]} has values beyond float16's range; load as bfloat16 or float32")
     return buffer
 
 
@@ -178,7 +175,14 @@ def _read_piece(
         part = slice(start, min(start + step, last))
         into = slice(part.start - first, part.stop - first)
         block = _read_block(source, match, shape, (*wanted[:axis], part, *wanted[axis + 1 :]))
-        out[(slice(None),) * axis + (into,)] = block
+        target = out[(slice(None),) * axis + (into,)]
+        with np.errstate(over="ignore"):
+            target[...] = block
+        if out.dtype == np.float16 and not np.isfinite(target).all():
+            raise ValueError(
+                f"{source.tensors[match.name].file}: {match.name} has values beyond float16's range; "
+                "load the parameters as bfloat16 or float32"
+            )
 
 
 def _read_block(source: TensorSource, match: _Match, shape: tuple[int, ...], wanted: tuple[slice, ...]) -> np.ndarray:

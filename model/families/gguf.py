@@ -43,7 +43,15 @@ class _Metadata:
             value = value[0]
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{self.prefix}{key}={value!r}, and a number, the same for all layers, is required")
+        if not math.isfinite(value):
+            raise ValueError(f"{self.prefix}{key}={value!r} must be finite")
         return value
+
+    def whole(self, key: str, default: Any = None) -> int:
+        value = self.number(key, default)
+        if value != int(value) or value < 1:
+            raise ValueError(f"{self.prefix}{key}={value!r}, and a whole number of at least 1 is required")
+        return int(value)
 
 
 def interleaved_rotation(architecture: str) -> bool:
@@ -60,17 +68,21 @@ def parse_metadata(
     the key of what is missing or not supported.
     """
     architecture = metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise ValueError(
             f"general.architecture={architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
         )
     meta = _Metadata(metadata, architecture)
     if "token_embd.weight" not in shapes:
         raise ValueError("tensor token_embd.weight is missing")
-    num_heads, embed_dim = meta.number("attention.head_count"), meta.number("embedding_length")
-    head_dim = meta.number("attention.key_length", embed_dim // num_heads)
-    if meta.number("attention.value_length", head_dim) != head_dim:
+    num_heads, embed_dim = meta.whole("attention.head_count"), meta.whole("embedding_length")
+    head_dim = meta.whole("attention.key_length", embed_dim // num_heads)
+    if meta.whole("attention.value_length", head_dim) != head_dim:
         raise ValueError(f"{architecture}.attention.value_length must equal the key length, {head_dim}")
+    num_layers = meta.whole("block_count")
+    held = len({name.split(".")[1] for name in shapes if name.startswith("blk.")})
+    if held != num_layers:
+        raise ValueError(f"{architecture}.block_count={num_layers}, and there are tensors of {held} layers")
     moe = _experts(meta, architecture)
     fields = dict(ARCHITECTURES[architecture])
     if architecture in _PERIODS:
@@ -78,12 +90,12 @@ def parse_metadata(
     return ModelConfig(
         vocab_size=shapes["token_embd.weight"][0],
         embed_dim=embed_dim,
-        mlp_dim=meta.number("feed_forward_length", moe.mlp_dim if moe else None),
-        num_layers=meta.number("block_count"),
+        mlp_dim=meta.whole("feed_forward_length", moe.mlp_dim if moe else None),
+        num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=meta.number("attention.head_count_kv", num_heads),
+        num_kv_heads=meta.whole("attention.head_count_kv", num_heads),
         head_dim=head_dim,
-        max_positions=meta.number("context_length"),
+        max_positions=meta.whole("context_length"),
         norm_epsilon=_decimal(meta.number("attention.layer_norm_rms_epsilon")),
         qkv_bias="blk.0.attn_q.bias" in shapes,
         attention_output_bias="blk.0.attn_output.bias" in shapes,
@@ -103,14 +115,14 @@ def _decimal(value: float) -> float:
 
 def _gemma_fields(meta: _Metadata, architecture: str, embed_dim: int, num_heads: int) -> dict[str, Any]:
     scale = None
-    if meta.number("block_count") == _SCALED_BY_WIDTH[architecture]:
+    if meta.whole("block_count") == _SCALED_BY_WIDTH[architecture]:
         scale = (embed_dim / num_heads) ** -0.5
     fields = {"embedding_scale": math.sqrt(embed_dim), "attention_scale": scale}
     defaults = {"attention_soft_cap": 50.0, "final_soft_cap": 30.0} if architecture == "gemma2" else {}
     keys = {"attention_soft_cap": "attn_logit_softcapping", "final_soft_cap": "final_logit_softcapping"}
     for name, key in keys.items():
-        cap = meta.get(key, defaults.get(name))
-        fields[name] = None if cap is None else float(cap)
+        given = meta.get(key) is not None or name in defaults
+        fields[name] = float(meta.number(key, defaults.get(name))) if given else None
     return fields
 
 
@@ -120,14 +132,14 @@ def _experts(meta: _Metadata, architecture: str) -> MoEConfig | None:
     if architecture not in ("llama", "qwen3moe"):
         raise ValueError(f"{architecture}.expert_count={meta.get('expert_count')} is not supported")
     return MoEConfig(
-        num_experts=meta.number("expert_count"),
-        experts_per_token=meta.number("expert_used_count"),
-        mlp_dim=meta.number("expert_feed_forward_length", meta.get("feed_forward_length")),
+        num_experts=meta.whole("expert_count"),
+        experts_per_token=meta.whole("expert_used_count"),
+        mlp_dim=meta.whole("expert_feed_forward_length", meta.get("feed_forward_length")),
     )
 
 
 def _windows(meta: _Metadata, architecture: str) -> list[int | None]:
-    num_layers, window = meta.number("block_count"), meta.get("attention.sliding_window")
+    num_layers, window = meta.whole("block_count"), meta.number("attention.sliding_window", 0)
     if not window:
         return [None] * num_layers
     pattern = meta.get("attention.sliding_window_pattern", _PERIODS.get(architecture))
@@ -144,21 +156,17 @@ def _windows(meta: _Metadata, architecture: str) -> list[int | None]:
 
 def _rope(meta: _Metadata, architecture: str, head_dim: int, factors: np.ndarray | None) -> RopeConfig:
     theta = float(meta.number("rope.freq_base", 10_000.0))
-    rotated = meta.number("rope.dimension_count", head_dim)
+    rotated = meta.whole("rope.dimension_count", head_dim)
     if rotated != head_dim:
         raise ValueError(f"{architecture}.rope.dimension_count={rotated} is not supported, only the head's {head_dim}")
-    kind = meta.get("rope.scaling.type", "none")
-    # An older key, from before there were kinds.
-    linear = meta.get("rope.scale_linear")
-    if linear not in (None, 1.0):
-        kind, factor = "linear", linear
-    else:
-        factor = meta.get("rope.scaling.factor")
-    scaling = None
-    if kind == "linear":
-        scaling = RopeScaling("linear", float(factor))
+    kind, scaling = meta.get("rope.scaling.type", "none"), None
+    if meta.number("rope.scale_linear", 1.0) != 1.0:
+        # An older key, from before there were kinds.
+        scaling = RopeScaling("linear", float(meta.number("rope.scale_linear")))
+    elif kind == "linear":
+        scaling = RopeScaling("linear", float(meta.number("rope.scaling.factor")))
     elif kind == "yarn":
-        scaling = _yarn(meta, float(factor))
+        scaling = _yarn(meta, float(meta.number("rope.scaling.factor")))
     elif kind != "none":
         raise ValueError(f"{architecture}.rope.scaling.type={kind!r} is not supported; supported: none, linear, yarn")
     if factors is not None:
@@ -174,7 +182,7 @@ def _yarn(meta: _Metadata, factor: float) -> RopeScaling:
     return RopeScaling(
         "yarn",
         factor,
-        original_max_positions=meta.number("rope.scaling.original_context_length"),
+        original_max_positions=meta.whole("rope.scaling.original_context_length"),
         beta_fast=meta.number("rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=meta.number("rope.scaling.yarn_beta_slow", 1.0),
         attention_factor=None if attention == 1.0 else attention * (0.1 * math.log(factor) + 1.0),
