@@ -26,11 +26,12 @@ import jax
 
 import configs
 from benchmarks.train import with_setting
+from parallel.compilation import compile_program
 from parallel.topology import tpu_devices
 from perf.chips import find_chip
 from perf.flops import count_params
 from training.config import TrainRun
-from training.loop import compile_program, lower_step
+from training.loop import lower_step
 from training.resolve import Resolved, resolve
 from training.state import abstract_state, state_shardings
 

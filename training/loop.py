@@ -17,6 +17,7 @@ import data
 from checkpoint.store import Checkpoint, CheckpointError, CheckpointStore
 from data import Corpus, Loader
 from parallel import distributed
+from parallel.compilation import compile_program, use_compilation_cache
 from perf.chips import peak_flops
 from perf.flops import ledger
 from perf.goodput import GoodputLedger
@@ -47,7 +48,7 @@ def run(run: TrainRun, *, console: ConsoleMode = "auto", started_ns: int | None 
     """
     distributed.initialize(run.distributed)
     resolved = resolve(run, jax.devices())
-    use_compilation_cache(run)
+    use_compilation_cache(run.cache_dir)
     if run.fresh:
         set_aside(run)
     with contextlib.ExitStack() as stack:
@@ -84,12 +85,6 @@ def run(run: TrainRun, *, console: ConsoleMode = "auto", started_ns: int | None 
     # Not after an error: the other processes would be waited for, and they wait for this one.
     distributed.shutdown()
     return summary
-
-
-def use_compilation_cache(run: TrainRun) -> None:
-    """Compiled programs outlive the process: a resumed run starts in seconds."""
-    jax.config.update("jax_compilation_cache_dir", str((run.cache_dir / "xla").absolute()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def set_aside(run: TrainRun) -> None:
@@ -352,16 +347,6 @@ class Trainer:
     def close(self) -> None:
         if self.loader is not None:
             self.loader.close()
-
-
-def compile_program(lowered: jax.stages.Lowered, options: dict[str, str | bool]) -> jax.stages.Compiled:
-    """Raises ValueError for an option that XLA does not have here, or whose value it refuses."""
-    try:
-        return lowered.compile(compiler_options=options)
-    except jax.errors.JaxRuntimeError as error:
-        if "compile option" in str(error) or "setting option" in str(error):
-            raise ValueError(f"xla_options={options}: {error}") from error
-        raise
 
 
 def abstract_batch(resolved: Resolved) -> Batch:

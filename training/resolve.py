@@ -9,8 +9,10 @@ import jax
 import optax
 
 from model.execution import Execution
+from model.placement import check_model_placement
 from model.selection import Selection, select_kernels
 from model.transformer import Definition
+from parallel.compilation import compiler_options
 from parallel.mesh import make_mesh
 from parallel.sharding import Placement
 from training.config import TrainRun
@@ -76,53 +78,12 @@ def resolve(run: TrainRun, devices: Sequence[jax.Device]) -> Resolved:
 
 def check_placement(run: TrainRun, placement: Placement) -> None:
     """Raises ValueError for the first length that does not divide over its mesh axes."""
-    model, rules = run.model, placement
     rows = run.data.batch_size // run.accumulation
-    setting = "data.batch_size" if run.accumulation == 1 else "data.batch_size / accumulation"
-    rules.check(setting, rows, "batch")
-    lengths = [
-        ("model.num_heads", model.num_heads, ("heads", "act_heads")),
-        ("model.num_kv_heads", model.num_kv_heads, ("kv_heads", "act_heads")),
-        ("model.vocab_size", model.vocab_size, ("vocab", "act_vocab")),
-        ("model.embed_dim", model.embed_dim, ("embed", "act_embed")),
-        ("model.head_dim", model.head_dim, ("head_dim",)),
-        ("data.sequence_length", run.data.sequence_length, ("sequence",)),
-    ]
-    moe = model.moe
-    if moe is None or moe.num_dense_layers:
-        lengths.append(("model.mlp_dim", model.mlp_dim, ("mlp", "act_mlp")))
-    if moe is not None:
-        lengths.append(("model.moe.num_experts", moe.num_experts, ("experts",)))
-        lengths.append(("model.moe.mlp_dim", moe.mlp_dim, ("expert_mlp", "act_mlp")))
-        lengths.append(("model.embed_dim", model.embed_dim, ("expert_embed",)))
-        if moe.shared_mlp_dim:
-            lengths.append(("model.moe.shared_mlp_dim", moe.shared_mlp_dim, ("mlp", "act_mlp")))
-    for setting, length, logical in lengths:
-        for axis in logical:
-            rules.check(setting, length, axis)
-    if rules.size("sequence") > 1 or rules.size("act_embed") > 1:
+    placement.check("data.batch_size" if run.accumulation == 1 else "data.batch_size / accumulation", rows, "batch")
+    placement.check("data.sequence_length", run.data.sequence_length, "sequence")
+    check_model_placement(run.model, placement)
+    if placement.size("sequence") > 1 or placement.size("act_embed") > 1:
         raise ValueError(
-            f"rules.sequence={rules.rules.sequence} and rules.act_embed={rules.rules.act_embed}: attention and the "
-            "loss need whole rows and whole hidden states on a device; set both to None"
+            f"rules.sequence={placement.rules.sequence} and rules.act_embed={placement.rules.act_embed}: attention and "
+            "the loss need whole rows and whole hidden states on a device; set both to None"
         )
-    if moe is None and placement.size("experts") > 1:
-        raise ValueError(
-            f"mesh axis {placement.axes('experts')} of {placement.size('experts')} devices holds experts, and the "
-            "model has none; set mesh.expert to 1 or model.moe"
-        )
-
-
-def compiler_options(settings: Sequence[str], platform: str) -> dict[str, str | bool]:
-    """XLA options of "name=value" settings. One that names another platform (xla_gpu_..., xla_tpu_...) is left out:
-    a config says once what each platform needs. Raises ValueError for a setting of another form."""
-    options: dict[str, str | bool] = {}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals or not name.startswith("xla_") or not value:
-            raise ValueError(f"xla_options={setting!r} must be xla_NAME=VALUE")
-        # xla_jf_: the TPU compiler's older names.
-        kinds = {"xla_cpu": "cpu", "xla_gpu": "gpu", "xla_tpu": "tpu", "xla_jf_": "tpu"}
-        if kinds.get(name[:7], platform) == platform:
-            # XLA takes numbers as text, and booleans only as booleans.
-            options[name] = {"true": True, "false": False}.get(value.lower(), value)
-    return options
