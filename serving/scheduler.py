@@ -305,9 +305,7 @@ class Scheduler:
             return lookahead, []
         # Drafts are a gamble on idle hardware: not worth computing another sequence again.
         preempted: list[Sequence] = []
-        if self._extend(decoding, 1):
-            return 1, preempted
-        for sequence in sorted(decoding, key=_RANK):
+        for sequence in decoding:
             while sequence.state is State.RUNNING and not self._extend([sequence], 1):
                 if self.num_running == 1 and not self._in_flight:
                     # It has every page there is.

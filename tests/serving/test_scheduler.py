@@ -132,8 +132,10 @@ class Service:
 
     def launch(self, lookahead: int = 1) -> Plan:
         """Plans a call and lets the device compute it; what it found is taken in by `land`."""
+        running = {sequence for sequence in self.sequences.values() if sequence.state is State.RUNNING}
         plan = self.scheduler.schedule(lookahead)
         self.check_plan(plan, lookahead)
+        assert not plan.preempted or all(tile.sequence in running for tile in plan.tiles), "admitted to be turned out"
         self.plans.append(plan)
         for sequence, reason in plan.finished:
             assert sequence.finish_reason == reason
@@ -144,8 +146,8 @@ class Service:
         self.check()
         return plan
 
-    def land(self) -> None:
-        plan, outputs = self.flights.pop(0)
+    def land(self, index: int = 0) -> None:
+        plan, outputs = self.flights.pop(index)
         ended = [sequence for sequence, tokens in outputs.items() if END in tokens]
         for sequence in ended:
             del outputs[sequence][outputs[sequence].index(END) + 1 :]
@@ -787,6 +789,21 @@ def test_pages_in_flight_are_not_given_to_others():
     served.scheduler.commit(plan, {sequence: [1]})
     assert (sequence.pages, sequence.num_generated) == ([], sequence.num_generated)
     assert served.scheduler.schedule().tiles[0].sequence is other
+
+
+def test_a_sequence_waits_for_pages_in_flight_rather_than_end():
+    served = service(num_pages=6, page_size=4, prefix_cache=False)
+    (first,) = decoding(served, length=5)
+    served.launch()
+    (second,) = [served.submit(p, 12) for p in endless(8, 12)]
+    served.launch()
+    served.land(1)
+    served.finish(first, "error")
+    while not second.preemptions:
+        served.launch()
+        served.land(1)
+    served.drain()
+    assert len(second.tokens) == 20
 
 
 def test_a_cancelled_request_in_flight_ends_when_its_call_has_landed():
