@@ -291,5 +291,7 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
 
 
 async def _our_bug(request: Request, error: Exception) -> Response:
-    # Starlette raises it again after this answer, and uvicorn writes it down.
-    return error_response(500, "an error in the server; it was logged")
+    # Starlette raises it again after this answer: uvicorn writes it down and hangs up, which the client must know.
+    response = error_response(500, "an error in the server; it was logged")
+    response.headers.update(_CLOSE)
+    return response

@@ -15,7 +15,7 @@ from serving.api import Api, create_app
 from serving.api_config import ApiConfig
 from serving.exchange import Engine
 
-LAST_WORDS_SECONDS = 5.0
+LAST_WORDS_SECONDS = 2.0
 """How long connections may take to be told the end after the engine has ended everything."""
 
 logger = logging.getLogger(__name__)
@@ -110,5 +110,11 @@ class _Server(uvicorn.Server):
             if not await self._api.drain():
                 self._api.cancel_all()
             await self._api.idle(LAST_WORDS_SECONDS)
+            if self._api.exchanges:
+                # Clients that do not read: uvicorn would wait for them, and then cancel with a traceback each.
+                logger.warning("hanging up on %d clients that do not read", len(self._api.exchanges))
+                for connection in list(self.server_state.connections):
+                    connection.transport.abort()
+                await self._api.idle(LAST_WORDS_SECONDS)
         finally:
             self.should_exit = True

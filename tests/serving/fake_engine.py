@@ -165,8 +165,8 @@ class _Running:
         self.request, self.shown, self.generated = request, 0, 0
         cut = min([i for stop in request.stop if (i := text.find(stop)) >= 0], default=len(text))
         self.text, self.finish = text[:cut], "stop"
-        while len(self.text.encode()) > request.params.max_tokens:
-            self.text, self.finish = self.text[:-1], "length"
+        if len(data := self.text.encode()) > request.params.max_tokens:
+            self.text, self.finish = data[: request.params.max_tokens].decode(errors="ignore"), "length"
 
     def step(self, characters: int, tokenizer: Tokenizer, fail: Callable, cancelled: set[str]) -> Delta:
         piece = self.text[self.shown : self.shown + characters]
