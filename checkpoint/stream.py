@@ -19,7 +19,7 @@ from model.transformer import Definition, Tree
 # Bytes of the file's array that are held besides the shard being filled: bounds what dequantisation multiplies.
 BLOCK_BYTES = 4 << 20
 # Shards that are read at once. Each may be as large as a leaf's share of a device.
-READERS = 4
+READERS = 8
 _LISTED = 10
 
 LeafPath = tuple[str | int, ...]
@@ -167,30 +167,47 @@ def _read_piece(
     source: TensorSource, match: _Match, shape: tuple[int, ...], wanted: tuple[slice, ...], out: np.ndarray
 ) -> None:
     """Fills `out` with the elements `wanted` of our array of this shape, a block of the file's rows at a time."""
-    axis = match.piece.stored.axes[0][0]
+    stored = match.piece.stored
+    axis = stored.axes[0][0]
     per_step = 4 * int(np.prod(shape)) // shape[axis]
     step = max(BLOCK_BYTES // max(per_step, 1), 1)
     first, last = wanted[axis].start, wanted[axis].stop
     for start in range(first, last, step):
         part = slice(start, min(start + step, last))
-        into = slice(part.start - first, part.stop - first)
         block = _read_block(source, match, shape, (*wanted[:axis], part, *wanted[axis + 1 :]))
-        target = out[(slice(None),) * axis + (into,)]
+        # Converted in the file's order: on the way into ours, each element would be a step of its own.
         with np.errstate(over="ignore"):
-            target[...] = block
-        if out.dtype == np.float16 and not np.isfinite(target).all():
+            block = block.astype(out.dtype, copy=False)
+        if out.dtype == np.float16 and not np.isfinite(block).all():
             raise ValueError(
                 f"{source.tensors[match.name].file}: {match.name} has values beyond float16's range; "
                 "load the parameters as bfloat16 or float32"
             )
+        target = out[(slice(None),) * axis + (slice(start - first, part.stop - first),)]
+        bits = np.dtype(f"u{out.dtype.itemsize}")  # NumPy copies the elements of its own types faster.
+        _copy(target.view(bits).transpose(stored.order), block.view(bits), depth=len(stored.axes[0]))
+
+
+def _copy(target: np.ndarray, source: np.ndarray, *, depth: int) -> None:
+    """target[...] = source, of arrays in the file's order whose first `depth` axes are its rows.
+
+    16 rows at a time: their columns become runs that share cache lines. A transposition of bfloat16 takes 1.7 GB/s
+    this way and 0.45 GB/s in one go (one core of a shared CPU machine).
+    """
+    if depth > 1:
+        for inner, part in zip(target, source, strict=True):
+            _copy(inner, part, depth=depth - 1)
+        return
+    for start in range(0, len(source), 16):
+        target[start : start + 16] = source[start : start + 16]
 
 
 def _read_block(source: TensorSource, match: _Match, shape: tuple[int, ...], wanted: tuple[slice, ...]) -> np.ndarray:
-    """Elements `wanted` of our array of this shape, in the source's dtype or float32."""
-    stored = match.piece.stored
+    """Elements `wanted` of our array of this shape, axes in the file's order, in the source's dtype or float32."""
+    stored, head = match.piece.stored, len(shape) - 1
     rows = list(wanted)
     if stored.interleaved:
-        rows[-1] = slice(0, shape[-1])
+        rows[head] = slice(0, shape[head])
     index, sizes, rest = [slice(place, place + 1) for place in match.index], [], [slice(None)] * len(shape)
     for group in stored.axes:
         major, *minor = group
@@ -205,9 +222,9 @@ def _read_block(source: TensorSource, match: _Match, shape: tuple[int, ...], wan
             for axis in group:
                 rest[axis] = rows[axis]
         sizes.extend(shape[axis] for axis in minor)
-    block = source.read(match.name, tuple(index)).reshape(sizes).transpose(np.argsort(stored.order))[tuple(rest)]
+    block = source.read(match.name, tuple(index)).reshape(sizes)[tuple(rest[axis] for axis in stored.order)]
     if stored.interleaved:
-        block = block[..., halves(shape[-1])[wanted[-1]]]
+        block = block.take(halves(shape[head])[wanted[head]], axis=stored.order.index(head))
     return block if stored.offset == 0 else block.astype(np.float32) + np.float32(stored.offset)
 
 

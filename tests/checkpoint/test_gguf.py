@@ -445,7 +445,7 @@ def test_headers_equal_those_of_the_gguf_package():
 
 def test_memory_stays_far_below_the_model(tmp_path, monkeypatch):
     """32 layers of 0.5 MB of Q8_0 that become 62 MB of float32; embeddings are small here."""
-    monkeypatch.setattr(stream, "BLOCK_BYTES", 64 << 10)
+    monkeypatch.setattr(stream, "BLOCK_BYTES", 32 << 10)
     config = dense(embed_dim=256, mlp_dim=256, num_layers=32, num_heads=4, num_kv_heads=4, head_dim=64)
     rng, tensors = np.random.default_rng(0), {"token_embd.weight": np.zeros((64, 256), np.float32)}
     tensors["output_norm.weight"] = np.ones(256, np.float32)
