@@ -24,8 +24,8 @@ class ApiConfig:
     max_choices: int = 128
     """Most sequences of one request: prompts times `n`."""
     stream_buffer: int = 1024
-    """Tokens, times the choices of the request, that a stream's client may fall behind, beyond what fits in the sockets'
-    own buffers; the request is then cancelled. At 1,000 tokens/s that is a second."""
+    """Tokens, times the choices of the request, that a stream's client may fall behind beyond what the sockets' own
+    buffers hold; the request is then cancelled. At 1,000 tokens/s that is a second."""
     stall_seconds: float = 60.0
     """A client that takes nothing from its stream for this long, or sends nothing of its body, is dropped."""
     grace_seconds: float = 30.0
