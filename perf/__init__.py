@@ -3,6 +3,7 @@
 - `chips`: what a device can do, each figure with its source; a CPU is measured.
 - `flops`: FLOPs and parameters of a model, per layer and op, from its configuration alone.
 - `jaxpr`: the matmul FLOPs that a JAX program executes, to hold the ledger against.
+- `traffic`: bytes that a serving step must read, FLOPs of a prefill, and the share of the bandwidth that was used.
 - `meter`: step times into tokens/s, MFU and HFU; a utilisation above 1 is an error.
 - `goodput`: where the wall time of a run went, over all of its attempts.
 """

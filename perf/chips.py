@@ -6,6 +6,7 @@ print the sparse figure, twice as large: MFU over it would be half of the truth.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import math
@@ -13,13 +14,14 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 GB = 10**9
 MiB = 2**20
@@ -77,6 +79,22 @@ class Peak:
     dtype: str
     source: str | None
     reason: str | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.value is None) != (self.reason is None), self
+
+
+@dataclasses.dataclass(frozen=True)
+class Bandwidth:
+    """Peak bytes/s between one JAX device and its memory, either direction. Exactly one of `value` and `reason` is set.
+
+    `cache_bytes`: what the device can keep on the chip between two steps, and so need not read again; None if unknown.
+    """
+
+    value: float | None
+    source: str | None
+    reason: str | None = None
+    cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         assert (self.value is None) != (self.reason is None), self
@@ -352,6 +370,28 @@ def peak_flops(device: jax.Device, dtype, *, local_devices: int = 1) -> Peak:
     return Peak(value, name, source)
 
 
+def peak_bandwidth(device: jax.Device, *, local_devices: int = 1) -> Bandwidth:
+    """Peak memory bandwidth of one JAX device, bytes/s read plus written.
+
+    `local_devices` as for `peak_flops`: virtual CPU devices share the machine's. On a CPU the first call measures
+    (under 1.5 s).
+    """
+    if device.platform == "cpu":
+        machine, source = measure_cpu_bandwidth()
+        if local_devices > 1:
+            source += f"; divided over {local_devices} virtual devices"
+        # Any of the virtual devices may have all of the caches.
+        return Bandwidth(machine / local_devices, source, cache_bytes=_cpu_caches())
+    chip = find_chip(device.device_kind)
+    if chip is None:
+        return Bandwidth(None, None, unknown_chip_reason(device.device_kind))
+    source = f"{chip.name} memory: {chip.sources['memory']}"
+    if chip.devices_per_chip > 1:
+        source += f"; 1 of {chip.devices_per_chip} devices of the chip"
+    share = chip.devices_per_chip
+    return Bandwidth(chip.memory_bandwidth / share, source, cache_bytes=chip.on_chip_bytes // share)
+
+
 CPU_DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -435,3 +475,87 @@ def _usable_cores() -> float:
         if quota != "max":
             cores = min(cores, float(math.ceil(int(quota) / int(period))))
     return cores
+
+
+_BLOCK_BYTES = 4 * MiB
+# Bandwidth of a shared machine comes in bursts (this project's two-core virtual machines: 8 to 38 GB/s within
+# seconds): the best moment of this many seconds counts, since any step may meet such a moment.
+_MOMENT = 0.02
+
+
+@functools.cache
+def measure_cpu_bandwidth() -> tuple[float, str]:
+    """Memory bytes/s (read plus written) of the whole machine and how they were obtained; measured once per process.
+
+    No step may exceed the result, so it is the best of copies and of reads alone, by all usable cores and by one
+    (others may be busy now and idle later), over arrays well beyond the caches.
+    """
+    cores, caches = max(int(_usable_cores()), 1), _cpu_caches() or 0
+    # Sources and targets are four times the caches together; touching them takes longer than all else.
+    size = max(64 * MiB, 2 * caches)
+    rates: dict[str, float] = {}
+    with concurrent.futures.ThreadPoolExecutor(cores) as pool:
+        parts = list(pool.map(_blocks, [math.ceil(size / cores / _BLOCK_BYTES)] * cores))
+        for name, work, moved in (("copied", _copy, 2 * _BLOCK_BYTES), ("read", _read, _BLOCK_BYTES)):
+            for chosen in (parts, parts[:1]) if cores > 1 else (parts,):
+                stop = time.perf_counter() + 0.15
+                ends = list(pool.map(lambda part, work=work, stop=stop: _repeat(work, part, stop), chosen))
+                rates[name] = max(rates.get(name, 0.0), _best_moment(ends, moved))
+    source = (
+        f"measured: best {_MOMENT * 1e3:.0f} ms of arrays of {2 * size / MiB:.0f} MiB on {cores} CPU cores ("
+        + ", ".join(f"{rate / 1e9:.1f} GB/s {name}" for name, rate in rates.items())
+        + ")"
+    )
+    return max(rates.values()), source
+
+
+def _blocks(count: int) -> np.ndarray:
+    """float32 [2, count, block]: sources and targets, each page of them touched."""
+    return np.ones((2, count, _BLOCK_BYTES // 4), np.float32)
+
+
+def _copy(part: np.ndarray, index: int) -> None:
+    # The C library's copy of a block this large goes around the caches: nothing is read that is not counted.
+    np.copyto(part[1, index % part.shape[1]], part[0, index % part.shape[1]])
+
+
+def _read(part: np.ndarray, index: int) -> None:
+    block = part.reshape(-1, part.shape[-1])[index % (2 * part.shape[1])]
+    np.dot(block, block)
+
+
+def _repeat(work: Callable[[np.ndarray, int], None], part: np.ndarray, stop: float) -> list[float]:
+    """Times at which the blocks of one thread were done, the start first."""
+    ends = [time.perf_counter()]
+    while ends[-1] < stop or len(ends) < 3:
+        work(part, len(ends))
+        ends.append(time.perf_counter())
+    return ends
+
+
+def _best_moment(ends: list[list[float]], block_bytes: int) -> float:
+    """Largest bytes/s of all threads together in any moment between the last start and the first end."""
+    begin, stop = max(times[0] for times in ends), min(times[-1] for times in ends)
+    edges = np.linspace(begin, stop, max(int((stop - begin) / _MOMENT), 1) + 1)
+    done = sum(np.interp(edges, times, block_bytes * np.arange(len(times))) for times in ends)
+    return float(np.max(np.diff(done) / np.diff(edges)))
+
+
+@functools.cache
+def _cpu_caches() -> int | None:
+    """Last-level caches of the cores that this process may use; None where the system does not say."""
+    if sys.platform != "linux":
+        return None
+    return cpu_cache_bytes(os.sched_getaffinity(0), Path("/sys/devices/system/cpu"))
+
+
+def cpu_cache_bytes(cores: Iterable[int], folder: Path) -> int | None:
+    """Last-level caches of these cores together, from Linux's `folder`; None where it does not list them."""
+    caches: dict[tuple[int, str], int] = {}
+    for core in cores:
+        for index in (folder / f"cpu{core}" / "cache").glob("index*"):
+            size = (index / "size").read_text().strip()
+            key = (int((index / "level").read_text()), (index / "shared_cpu_list").read_text().strip())
+            caches[key] = int(size.rstrip("KMG")) * {"K": 2**10, "M": 2**20, "G": 2**30}.get(size[-1], 1)
+    last = max((level for level, _ in caches), default=None)
+    return None if last is None else sum(size for (level, _), size in caches.items() if level == last)

@@ -66,7 +66,7 @@ class Row:
         return self.executed * (1 + self.backward + self.recompute)
 
 
-class _Linear(NamedTuple):
+class Linear(NamedTuple):
     """A product with weights: `uses` weight matrices of `inputs` × `outputs` per token, out of `copies`."""
 
     op: str
@@ -79,6 +79,11 @@ class _Linear(NamedTuple):
     @property
     def active_weights(self) -> int:
         return self.inputs * self.outputs * self.uses
+
+    @property
+    def is_routed(self) -> bool:
+        """Of the routed experts: a token uses some copies, by the router's choice."""
+        return self.op.startswith("expert_")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,9 +226,14 @@ def attention_pairs(lengths: Iterable[int], window: int | None = None) -> int:
     return sum(causal_pairs(length, window) for length in lengths)
 
 
+def pair_flops(config: ModelConfig) -> int:
+    """FLOPs of one pair (query, key) in one layer, for q·k as for p·v: a multiply-add per element of a query head."""
+    return 2 * config.num_heads * config.head_dim
+
+
 def matmul_parameters(config: ModelConfig) -> int:
     """Weights that multiply each token: experts in use, router and LM head (tied or not), no embedding look-up."""
-    return sum(op.active_weights for layer in range(config.num_layers) for op in _layer_linears(config, layer)) + (
+    return sum(op.active_weights for layer in range(config.num_layers) for op in layer_linears(config, layer)) + (
         config.embed_dim * config.vocab_size
     )
 
@@ -235,41 +245,42 @@ def count_params(config: ModelConfig) -> ParameterCount:
     """
     total = active = 0
     for layer in range(config.num_layers):
-        linears = _layer_linears(config, layer)
-        vectors = _layer_vectors(config, layer)
+        linears = layer_linears(config, layer)
+        vectors = layer_vectors(config, layer)
         total += vectors + sum(op.inputs * op.outputs * op.copies for op in linears)
         active += vectors + sum(op.active_weights for op in linears)
     outside = config.vocab_size * config.embed_dim * (1 if config.tie_embeddings else 2) + config.embed_dim
     return ParameterCount(total + outside, active + outside)
 
 
-def _layer_linears(config: ModelConfig, layer: int) -> tuple[_Linear, ...]:
+def layer_linears(config: ModelConfig, layer: int) -> tuple[Linear, ...]:
+    """Products with weights of one layer, in the order of execution."""
     embed = config.embed_dim
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     attention = (
-        _Linear("query", embed, heads),
-        _Linear("key", embed, kv_heads),
-        _Linear("value", embed, kv_heads),
-        _Linear("output", heads, embed),
+        Linear("query", embed, heads),
+        Linear("key", embed, kv_heads),
+        Linear("value", embed, kv_heads),
+        Linear("output", heads, embed),
     )
     moe = config.moe
     if moe is None or not config.is_moe(layer):
         return attention + _mlp(config, "", config.mlp_dim)
-    router = _Linear("router", embed, moe.num_experts, dtype="float32")
+    router = Linear("router", embed, moe.num_experts, dtype="float32")
     experts = _mlp(config, "expert_", moe.mlp_dim, moe.experts_per_token, moe.num_experts)
     shared = _mlp(config, "shared_", moe.shared_mlp_dim) if moe.shared_mlp_dim else ()
     return (*attention, router, *experts, *shared)
 
 
-def _mlp(config: ModelConfig, prefix: str, width: int, uses: int = 1, copies: int = 1) -> tuple[_Linear, ...]:
+def _mlp(config: ModelConfig, prefix: str, width: int, uses: int = 1, copies: int = 1) -> tuple[Linear, ...]:
     inputs = ("gate", "up") if config.gated_mlp else ("up",)
     return (
-        *(_Linear(prefix + name, config.embed_dim, width, uses, copies) for name in inputs),
-        _Linear(prefix + "down", width, config.embed_dim, uses, copies),
+        *(Linear(prefix + name, config.embed_dim, width, uses, copies) for name in inputs),
+        Linear(prefix + "down", width, config.embed_dim, uses, copies),
     )
 
 
-def _layer_vectors(config: ModelConfig, layer: int) -> int:
+def layer_vectors(config: ModelConfig, layer: int) -> int:
     """Parameters of a layer that are not matmul weights: norms, biases, sinks."""
     count = config.embed_dim * (4 if config.norm_placement == "both" else 2)
     if config.qk_norm:
@@ -294,7 +305,7 @@ def _block_ops(config: ModelConfig) -> tuple[str, ...]:
     """Names of all ops that some layer has, in order of first use."""
     names = dict.fromkeys(ATTENTION_OPS)
     for layer in range(config.num_layers):
-        names.update(dict.fromkeys(op.op for op in _layer_linears(config, layer)))
+        names.update(dict.fromkeys(op.op for op in layer_linears(config, layer)))
     return tuple(names)
 
 
@@ -311,12 +322,12 @@ def _fill(book: Ledger) -> Ledger:
     executed = {window: _executed_pairs(book, window, exact) for window, exact in pairs.items()}
     rows = []
     for layer in range(config.num_layers):
-        query, key, value, output, *mlp = _layer_linears(config, layer)
+        query, key, value, output, *mlp = layer_linears(config, layer)
         rows += [_linear_row(book, layer, op) for op in (query, key, value)]
         window = config.window(layer)
         rows += [_attention_row(book, layer, op, pairs[window], executed[window]) for op in ATTENTION_OPS]
         rows += [_linear_row(book, layer, op) for op in (output, *mlp)]
-    rows.append(_linear_row(book, None, _Linear("lm_head", config.embed_dim, config.vocab_size)))
+    rows.append(_linear_row(book, None, Linear("lm_head", config.embed_dim, config.vocab_size)))
     return dataclasses.replace(book, rows=tuple(rows))
 
 
@@ -338,7 +349,7 @@ def _row(book: Ledger, layer: int | None, op: str, dtype: DtypeClass, forward: i
     return Row(layer, op, dtype, forward, executed, backward, book.recomputed.get(op, 0))
 
 
-def _linear_row(book: Ledger, layer: int | None, op: _Linear) -> Row:
+def _linear_row(book: Ledger, layer: int | None, op: Linear) -> Row:
     forward = 2 * op.active_weights * book.tokens
     executed = 2 * op.active_weights * book.executed_tokens
     moe = book.config.moe
@@ -357,8 +368,7 @@ def _capacity(moe: MoEConfig, sequence_length: int) -> int:
 
 
 def _attention_row(book: Ledger, layer: int, op: str, pairs: int, executed: int) -> Row:
-    # One multiply-add per pair and element of every query head, for q·k as for p·v.
-    per_pair = 2 * book.config.num_heads * book.config.head_dim
+    per_pair = pair_flops(book.config)
     return _row(book, layer, op, "compute", per_pair * pairs, per_pair * executed)
 
 
