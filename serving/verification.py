@@ -43,7 +43,7 @@ class Verified(NamedTuple):
     valid_B: jax.Array
     """bool: False where one of the positions that were reached had no distribution (see `sampling.row_is_valid`)."""
     log_probs: LogProbs | None
-    """None unless asked for."""
+    """None unless asked for; zeros where no row of the batch wants them."""
 
 
 def verify(
@@ -56,13 +56,15 @@ def verify(
     mask_BTU: jax.Array | None = None,
     *,
     with_log_probs: bool = False,
+    wants_log_probs_B: jax.Array | None = None,
 ) -> Verified:
     """Emit the accepted drafts of each row and one more token, T = K + 1 at most.
 
     `logits_BTV[:, t]` are the target's after `history` and the first t drafts: they decide over absolute position
     `history.length_B + t`. `num_drafts_B` (0 to K) drafts of a row count. `draft_log_probs_BKV` is the distribution
     that each draft was drawn from, as `log_distribution` and `draw` gave it; None for drafts that were not drawn
-    (n-grams). `mask_BTU` is as in `log_distribution`, for each position.
+    (n-grams). `mask_BTU` is as in `log_distribution`, for each position. `with_log_probs` (static) adds those to the
+    result; where `wants_log_probs_B` is given, they are computed only in calls in which a row wants them.
 
     Two exact rules, by row:
     - coupled or greedy: the target draws its own token at each position, and a draft is accepted if it is that token.
@@ -94,7 +96,7 @@ def verify(
         accepted_B = accepted_B + running_B
         tokens.append(token_B)
         if with_log_probs:
-            log_probs.append(top_log_probs(log_p_BV, token_B))
+            log_probs.append(_log_probs(log_p_BV, token_B, wants_log_probs_B))
     stacked = LogProbs(*(jnp.stack(parts, axis=1) for parts in zip(*log_probs, strict=True))) if log_probs else None
     return Verified(jnp.stack(tokens, axis=1), accepted_B + 1, accepted_B, valid_B, stacked)
 
@@ -140,6 +142,14 @@ def _residual(log_p_BV: jax.Array, log_q_BV: jax.Array | None, draft_B: jax.Arra
     # Empty where p = q up to rounding, or where the draft model's row is NaN: then nothing is taken off p.
     empty_B1 = ~jnp.any(residual_BV > -jnp.inf, axis=1, keepdims=True)
     return jnp.where(empty_B1, log_p_BV, residual_BV)
+
+
+def _log_probs(log_p_BV: jax.Array, token_B: jax.Array, wants_B: jax.Array | None) -> tuple[jax.Array, ...]:
+    if wants_B is None:
+        return top_log_probs(log_p_BV, token_B)
+    shapes = jax.eval_shape(top_log_probs, log_p_BV, token_B)
+    nothing = [jnp.zeros(shape.shape, shape.dtype) for shape in shapes]
+    return jax.lax.cond(jnp.any(wants_B), lambda: top_log_probs(log_p_BV, token_B), lambda: tuple(nothing))
 
 
 def _at(log_probs_BV: jax.Array, token_B: jax.Array) -> jax.Array:

@@ -420,6 +420,16 @@ def test_log_probs_are_those_of_the_distribution_that_was_drawn_from():
         assert np.array_equal(verified.log_probs.top_ids_BTk[:, t, 0], np.argmax(wanted, axis=1))
 
 
+def test_log_probs_are_computed_only_where_a_row_wants_them():
+    *_, wanted = small_round([K] * SMALL, with_log_probs=True)
+    *_, one = small_round([K] * SMALL, with_log_probs=True, wants_log_probs_B=np.arange(SMALL) == 3)
+    *_, none = small_round([K] * SMALL, with_log_probs=True, wants_log_probs_B=np.zeros(SMALL, bool))
+    for field in range(3):
+        np.testing.assert_array_equal(one.log_probs[field], wanted.log_probs[field])
+        assert not np.any(none.log_probs[field])
+    np.testing.assert_array_equal(none.tokens_BT, wanted.tokens_BT)
+
+
 def test_a_row_verifies_the_same_in_any_batch():
     rng = np.random.default_rng(13)
     rows = repeated_rows(CONFIGS["everything"], SMALL)._replace(coupled_B=np.arange(SMALL) % 2 == 0)
