@@ -2,26 +2,69 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from kernels.paged_attention import reference, xla
+from kernels.paged_attention import reference, tiles, xla
 from kernels.target import Target, default_target
 
-Impl = Literal["auto", "reference", "xla"]
-
-_IMPLEMENTATIONS = {"reference": reference, "xla": xla}
+Impl = Literal["auto", "reference", "xla", "pallas"]
 
 
-def choose(impl: Impl, target: Target) -> tuple[Impl, str]:
-    """Concrete implementation and the reason for it; "auto" is decided here. ValueError for an unknown name."""
+@dataclasses.dataclass(frozen=True)
+class PagedAttentionCase:
+    """The static facts of one call: shapes (of one shard, where sharded) and dtype. `width` counts positions: M · S."""
+
+    dtype: str
+    batch: int
+    num_tokens: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    width: int
+
+
+def supports(impl: Impl, case: PagedAttentionCase, target: Target) -> str | None:
+    """Why `impl` can't compute `case` on `target`; None where it can. Raises ValueError for an unknown name."""
+    match impl:
+        case "reference" | "xla":
+            return None
+        case "pallas":
+            return tiles.unsupported(case, target)
+        case _:
+            raise ValueError(f"paged_attention impl={impl!r} is unknown; choose one of {', '.join(get_args(Impl))}")
+
+
+def choose(impl: Impl, target: Target, case: PagedAttentionCase | None = None) -> tuple[Impl, str]:
+    """Concrete implementation and the reason for it; "auto" is decided here.
+
+    One name serves a run's calls of many lengths, so without a `case` "auto" stays "auto" on a GPU that has a kernel,
+    and is decided at each call. Raises ValueError for an unknown name and, with the reason, for a named implementation
+    that can't run `case`.
+    """
     if impl not in get_args(Impl):
         raise ValueError(f"paged_attention impl={impl!r} is unknown; choose one of {', '.join(get_args(Impl))}")
     if impl != "auto":
+        reason = None if case is None else supports(impl, case, target)
+        if reason is not None:
+            raise ValueError(
+                f"paged_attention impl={impl!r} can't run: {reason}; set the paged_attention impl to 'auto' or 'xla'"
+            )
         return impl, "asked for by name"
-    return "xla", f"the only fast implementation for {target.platform}"
+    if target.platform != "gpu":
+        return "xla", f"the only fast implementation for {target.platform}"
+    if case is None:
+        if target.compute_capability == (9, 0):
+            return "auto", "at each call: pallas for few queries of a row (decode, verification), xla for more"
+        return "xla", f"the only fast implementation for {target}"
+    reason = supports("pallas", case, target)
+    if reason is None:
+        return "pallas", "reads live pages only, each once"
+    return "xla", f"pallas can't: {reason}"
 
 
 def paged_attention(
@@ -56,28 +99,37 @@ def paged_attention(
       soft_cap: scores become soft_cap · tanh(score / soft_cap).
       sinks: float32 [N], a logit per head that joins the softmax and carries no value.
       impl: "auto" chooses for `target`, as `choose` does.
-      target: device kind; None for the default device. Read only where `impl` is "auto".
+      target: device kind; None for the default device. Read only where `impl` is "auto" or "pallas".
 
-    Returns out_BTNH in q's dtype. Raises ValueError for shapes or dtypes that disagree and for an unknown `impl`.
+    Returns out_BTNH in q's dtype. Raises ValueError for shapes or dtypes that disagree, for an unknown `impl` and for
+    one that can't run.
     """
     _check(q_BTNH, k_pages_PSKH, v_pages_PSKH, page_table_BM, lengths_B)
-    if impl not in _IMPLEMENTATIONS:
-        impl, _ = choose(impl, default_target() if target is None else target)
+    case = case_of(q_BTNH, k_pages_PSKH, page_table_BM)
+    if impl not in ("reference", "xla"):
+        impl, _ = choose(impl, default_target() if target is None else target, case)
     if starts_B is None:
         starts_B = lengths_B - q_BTNH.shape[1]
+    operands = (q_BTNH, k_pages_PSKH, v_pages_PSKH, page_table_BM, lengths_B, starts_B)
+    statics = {"scale": scale, "window": window, "soft_cap": soft_cap, "sinks": sinks}
     with jax.named_scope("paged_attention"):
-        return _IMPLEMENTATIONS[impl].paged_attention(
-            q_BTNH,
-            k_pages_PSKH,
-            v_pages_PSKH,
-            page_table_BM,
-            lengths_B,
-            starts_B,
-            scale=scale,
-            window=window,
-            soft_cap=soft_cap,
-            sinks=sinks,
-        )
+        match impl:
+            case "reference":
+                return reference.paged_attention(*operands, **statics)
+            case "xla":
+                return xla.paged_attention(*operands, **statics)
+            case _:
+                # Here and not above: Mosaic GPU's modules change with JAX's version, and most runs need none of them.
+                from kernels.paged_attention import gpu
+
+                return gpu.paged_attention(*operands, **statics, tiles=tiles.choose_tiles(case))
+
+
+def case_of(q_BTNH: jax.Array, k_pages_PSKH: jax.Array, page_table_BM: jax.Array) -> PagedAttentionCase:
+    """The case of a call with these arrays (or their shapes and dtypes)."""
+    B, T, N, H = q_BTNH.shape
+    S, K = k_pages_PSKH.shape[1:3]
+    return PagedAttentionCase(jnp.dtype(q_BTNH.dtype).name, B, T, N, K, H, S, page_table_BM.shape[1] * S)
 
 
 def _check(q, k_pages, v_pages, page_table, lengths) -> None:
