@@ -1,6 +1,7 @@
 """The scheduler over a device of integers: a position's "keys and values" are a hash of all that was read to get there,
 so that any position computed from the wrong page, twice, or not at all changes every later token."""
 
+import itertools
 import random
 from collections import Counter
 
@@ -253,8 +254,8 @@ def text(length: int, seed: int = 0) -> list[int]:
 
 def endless(length: int, generated: int, count: int = 1) -> list[list[int]]:
     """Prompts whose texts have no end token among the first `generated`."""
-    prompts = (text(length, seed) for seed in range(10_000))
-    return [p for p in prompts if END not in alone(tuple(p), length + generated)][:count]
+    prompts = (text(length, seed) for seed in itertools.count())
+    return list(itertools.islice((p for p in prompts if END not in alone(tuple(p), length + generated)), count))
 
 
 # Anything, in any order
