@@ -15,7 +15,7 @@ import pytest
 from serving.api_config import ApiConfig
 from serving.server import LAST_WORDS_SECONDS, serve_http
 from tests.contracts.tree import ROOT
-from tests.serving.fake_engine import MODEL, FakeEngine, events
+from tests.serving.fake_engine import MODEL, FakeEngine, events, wait_until
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "stream": True}
 
@@ -49,23 +49,22 @@ def server(characters: int, grace: float, step: int = 10) -> Iterator[Server]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_running_streams_finish(number: signal.Signals):
-    # Half a second of text.
-    with server(characters=500, grace=10) as running, httpx.Client(base_url=running.url) as client:
+    # A second and a half of text.
+    with server(characters=1500, grace=10) as running, httpx.Client(base_url=running.url) as client:
         with client.stream("POST", "/v1/chat/completions", json=CHAT) as response:
             text = response.iter_text()
             received = next(text)
             running.process.send_signal(number)
-            time.sleep(0.1)
+            wait_until(lambda: httpx.get(f"{running.url}/ready").status_code == 503)
             late = httpx.post(f"{running.url}/v1/chat/completions", json=CHAT)
             assert late.status_code == 503 and int(late.headers["retry-after"]) >= 10
             assert "stopping" in late.json()["error"]["message"]
-            assert httpx.get(f"{running.url}/ready").status_code == 503
             assert httpx.get(f"{running.url}/health").status_code == 200
             received += "".join(text)
         *chunks, usage_free_last, done = events(received)
         assert done == "[DONE]" and usage_free_last["choices"][0]["finish_reason"] == "stop"
         contents = [chunk["choices"][0]["delta"].get("content") or "" for chunk in [*chunks, usage_free_last]]
-        assert len("".join(contents)) == 500
+        assert len("".join(contents)) == 1500
         assert running.end() == ["stop"]
         assert number.name in running.err
 
@@ -80,7 +79,7 @@ def test_what_outlasts_the_grace_period_is_cancelled_and_told():
             last = events(received + "".join(text))[-1]
         assert "the server stopped" in last["error"]["message"]
         assert running.end() == ["cancelled"] * 2
-        assert 0.2 < time.monotonic() - begin < 4
+        assert 0.2 < time.monotonic() - begin < 10
 
 
 def test_a_second_signal_does_not_wait():
@@ -108,7 +107,7 @@ def test_a_stalled_client_does_not_keep_the_process():
             begin = time.monotonic()
             assert running.end() == ["cancelled"]
             assert "hanging up on 1 client" in running.err
-            assert LAST_WORDS_SECONDS < time.monotonic() - begin < 3 * LAST_WORDS_SECONDS
+            assert LAST_WORDS_SECONDS < time.monotonic() - begin < 10 * LAST_WORDS_SECONDS
 
 
 def test_an_address_that_is_taken():
