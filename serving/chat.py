@@ -63,6 +63,7 @@ class ChatTemplate:
             self._template = self._environment.from_string(source)
         # A template that does not know tools would drop them without a word.
         self._reads_tools = "tools" in variables
+        self._tags_calls = "<tool_call>" in source
         self._reads_calls = "tool_calls" in source
 
     def render(
@@ -77,11 +78,14 @@ class ChatTemplate:
 
         Texts in parts are joined, a missing content is an empty text, and arguments of tool calls, which are JSON in a
         string, are objects to the template. If it does not know tools, they are described in the system message, and
-        earlier calls in their messages, in the form of `serving.tools`. Raises ChatTemplateError, with the reason.
+        earlier calls in their messages, in the form of `serving.tools`; if it knows tools of another form, they are
+        refused. Raises ChatTemplateError, with the reason.
         """
         messages = [_plain(message, f"messages[{i}]") for i, message in enumerate(messages)]
         if not self._reads_calls:
             messages = [_calls_as_text(message) for message in messages]
+        if tools and self._reads_tools and not self._tags_calls:
+            raise ChatTemplateError("tools: the model's chat template asks for calls in a form other than <tool_call>")
         if tools and not self._reads_tools:
             messages = _tools_as_text(messages, tools)
         variables = {

@@ -42,6 +42,8 @@ class GrammarCompiler:
             eos_token=list(end_ids),
             slices=llguidance.LLTokenizer.json_slices(),
         )
+        # The first grammar builds tables of the tokenizer (0.1 s), which no request should wait for.
+        self.compile_json_object()
 
     def compile_json_schema(self, schema: dict[str, Any]) -> Grammar:
         """JSON of the schema, with free but bounded white space between its parts.

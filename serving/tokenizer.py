@@ -82,8 +82,8 @@ class Tokenizer:
             before = self._plain_backend.encode(mark, add_special_tokens=False).ids
             ids = self._plain_backend.encode(mark + text, add_special_tokens=False).ids
             after = ids[len(before) :]
-            # A mark that merges with the text is none.
-            if ids[: len(before)] == before and b"".join(map(self.token_bytes, after)) == text.encode("utf-8"):
+            # A mark that merges with the text is none: the bytes differ.
+            if b"".join(map(self.token_bytes, after)) == text.encode("utf-8"):
                 return after
         return self._longest_tokens(text.encode("utf-8"))
 

@@ -65,6 +65,13 @@ def test_tools_reach_a_template_that_does_not_know_them(smollm2):
     assert json.dumps(tools[0]) not in smollm2.render(USER)
 
 
+def test_tools_of_another_form_are_refused():
+    source = "{% if tools %}{{ tools | tojson }}{% endif %}"
+    assert render(source) == ""
+    with pytest.raises(ChatTemplateError, match=r"tools: .* a form other than <tool_call>"):
+        render(source, tools=CHATS["tools"])
+
+
 def test_calls_reach_a_template_that_does_not_know_them(smollm2):
     function = {"name": "f", "arguments": '{"a": 1}'}
     message = {"role": "assistant", "content": "See:", "tool_calls": [{"type": "function", "function": function}]}

@@ -251,6 +251,14 @@ def test_a_compiler_needs_an_end_token_and_room(tokenizer):
         GrammarCompiler(tokenizer, 100, tokenizer.end_ids)
 
 
+def test_no_text_allows_special_tokens(compiler, tokenizer):
+    matcher = compiler.compile_regex(r"(.|\n)*").matcher()
+    mask = allowed(matcher)
+    specials = np.array(sorted(tokenizer.special_ids))
+    assert set(specials[mask[specials]]) == set(tokenizer.end_ids)
+    assert mask[: tokenizer.vocab_size].sum() > 48_000
+
+
 def test_text_that_spells_a_special_token_is_not_that_token(compiler, tokenizer):
     grammar = compiler.compile_json_schema({"const": "a<|im_end|>b"})
     matcher, ids = grammar.matcher(), []

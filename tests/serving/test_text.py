@@ -143,6 +143,17 @@ def test_a_stop_string_across_tokens():
     assert stream.finish() == ""
 
 
+@pytest.mark.parametrize(
+    ("stops", "shown"),
+    [(("bc", "abc"), "x"), (("abcd", "bc"), "xa"), (("abce", "c", "bce"), "xab"), (("cd", "xabd"), "xab")],
+)
+def test_the_stop_string_that_is_complete_first_cuts(stops, shown):
+    for ids in (list(b"xabcde"), [TOKENIZERS["bytes"].token_id(piece) for piece in ("x", "ab", "c", "d", "e")]):
+        stream = TextStream(TOKENIZERS["bytes"], [], stops)
+        assert "".join(map(stream.push, ids)) == shown
+        assert stream.stopped
+
+
 def test_a_stop_string_that_spells_a_special_token():
     stream = TextStream(TOKENIZERS["bytes"], [], ("<|a|>", "xyz"))
     assert stream.push(ord("x")) == ""

@@ -168,10 +168,14 @@ def _small_gguf() -> bytes:
 DAMAGED = _small_gguf()
 
 
-def test_metadata_as_the_gguf_package_reads_it():
-    ours = read_metadata(SMOLLM2)
-    theirs = gguf.GGUFReader(SMOLLM2)
-    assert ours == {key: field.contents() for key, field in theirs.fields.items() if not key.startswith("GGUF.")}
+def test_metadata_as_the_gguf_package_reads_it(tmp_path):
+    keys = {"flag": True, "number": 7, "text": "größe", "floats": [0.5, -1.25], "ints": [1, -2], "texts": ["a", ""]}
+    path = byte_level_gguf(tmp_path / "x.gguf", "gpt-2", **keys)
+    theirs = gguf.GGUFReader(path)
+    assert read_metadata(path) == {
+        key: field.contents() for key, field in theirs.fields.items() if not key.startswith("GGUF.")
+    }
+    assert read_metadata(SMOLLM2)["llama.rope.freq_base"] == 100_000
 
 
 # --- SentencePiece
