@@ -11,8 +11,8 @@ passing it by would starve long prompts. Where decoding runs out of pages, the l
 it keeps its tokens, and what the prefix cache still has of it is not computed again.
 
 In flight. What a plan names belongs to the device until `commit` or `discard`: it is in no other plan, and its pages go
-to no one else even when it is finished meanwhile. Between two calls of `schedule` with all plans landed, that is
-nothing. Only the thread that runs the engine calls a scheduler.
+to no one else even when it is finished meanwhile. Requests may be submitted and cancelled at any time. A scheduler has no
+lock of its own: who calls it from several threads holds one.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class Scheduler:
         # Who was just turned out, or another in its place, would be the next to be turned out.
         if not preempted:
             tiles += self._admit(now, self.config.chunk_tokens // self.config.tile_tokens - len(tiles))
-        rounds = self._rounds(decode, lookahead) if decode and not tiles else 1
+        rounds = self._rounds(decode, lookahead) if decode else 1
         self._in_flight.update(decode)
         self._in_flight.update(tile.sequence for tile in tiles)
         return Plan(tuple(tiles), decode, rounds, lookahead, tuple(preempted), tuple(finished))
