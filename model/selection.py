@@ -8,6 +8,7 @@ import jax
 
 from kernels import attention as attention_op
 from kernels import grouped_matmul as grouped_op
+from kernels import paged_attention as paged_op
 from kernels.attention import xla as attention_xla
 from kernels.target import target_of
 from model.config import ModelConfig
@@ -81,3 +82,32 @@ def _select_grouped(config, impl, dtype, tokens, placement, target) -> tuple[str
         out_dim=config.mlp_dim if moe is None else moe.mlp_dim // placement.size("expert_mlp"),
     )
     return grouped_op.choose(impl, case, target)
+
+
+class PagedSelection(NamedTuple):
+    """As `Selection`, for extending sequences over a paged cache."""
+
+    paged_attention: str
+    grouped_matmul: str
+    reasons: tuple[str, ...]
+
+
+def select_paged_kernels(
+    config: ModelConfig,
+    *,
+    paged_attention: str,
+    grouped_matmul: str,
+    dtype: str,
+    rows: int,
+    page_size: int,
+    placement: Placement,
+    device: jax.Device,
+) -> PagedSelection:
+    """Implementations for decoding batches of up to `rows` tokens. Raises ValueError for a named one that can't run."""
+    target = target_of(device)
+    paged, reason = paged_op.choose(paged_attention, target)
+    reasons = [f"attention over pages: {paged}, {reason}"]
+    grouped, reason = _select_grouped(config, grouped_matmul, dtype, rows, placement, target)
+    if config.moe is not None:
+        reasons.append(f"grouped product: {grouped}, {reason}")
+    return PagedSelection(paged, grouped, tuple(reasons))

@@ -1,0 +1,320 @@
+"""The engine: a thread that schedules, runs and answers requests, one step after another.
+
+A step is: what to do (scheduler), as calls to the device (executor), and while those run, the text of the step before
+goes out. Every array is the executor's; everything here is about sequences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+
+from serving.chat import ChatTemplate
+from serving.controller import DraftController
+from serving.errors import Draining
+from serving.executor import CallRecord, Executor, Outcome
+from serving.grammar import GrammarCompiler, GrammarError, Matcher
+from serving.metrics import Metrics
+from serving.request import Delta, FinishReason, Request, Sequence, TokenLogprob, Usage
+from serving.scheduler import Plan, Scheduler
+from serving.text import TextStream
+from serving.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+IDLE_SECONDS = 0.05
+"""How long an idle engine sleeps before it looks for deadlines."""
+
+
+@dataclasses.dataclass
+class _Answer:
+    """The text side of a sequence."""
+
+    text: TextStream
+    matcher: Matcher | None
+    last: float
+    """When its last tokens came."""
+    sent: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """What a step gave one sequence, decided but not yet told."""
+
+    sequence: Sequence
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    text: str
+    finish: FinishReason | None
+    error: str | None
+
+
+class Engine:
+    """Serves requests until it is stopped. `submit`, `cancel` and `drain` may be called from any thread.
+
+    `on_calls` gets the records of each step's calls, in the engine's thread.
+    """
+
+    def __init__(
+        self,
+        *,
+        model_name: str,
+        tokenizer: Tokenizer,
+        chat: ChatTemplate | None,
+        grammars: GrammarCompiler | None,
+        vocab_size: int,
+        scheduler: Scheduler,
+        executor: Executor,
+        controller: DraftController | None,
+        max_draft_batch: int,
+        metrics: Metrics,
+        on_calls: Callable[[list[CallRecord]], None],
+        seed: int,
+    ) -> None:
+        self.model_name, self.tokenizer, self.chat, self.grammars = model_name, tokenizer, chat, grammars
+        self.vocab_size, self.max_context = vocab_size, scheduler.config.max_context
+        self.metrics, self.ready = metrics, False
+        self._scheduler, self._executor, self._controller = scheduler, executor, controller
+        self._max_draft_batch, self._on_calls = max_draft_batch, on_calls
+        self._random = random.Random(seed)
+        # Guards the scheduler; never held while the device works or a callback runs.
+        self._changed = threading.Condition()
+        self._answers: dict[Sequence, _Answer] = {}
+        self._untold: list[_Step] = []
+        self._draining = self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # From any thread
+
+    def start(self) -> None:
+        """Everything is compiled: take requests."""
+        self._thread.start()
+        self.ready = True
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def submit(self, request: Request) -> None:
+        """Queues a request. Raises Draining, QueueFull, or ValueError for one that can never run."""
+        answer = _Answer(
+            TextStream(self.tokenizer, request.prompt, request.stop),
+            None if request.grammar is None else request.grammar.matcher(),
+            time.monotonic(),
+        )
+        self._check(request)
+        with self._changed:
+            if self._draining or self._stopping:
+                raise Draining
+            sequence = self._scheduler.submit(request)
+            self._answers[sequence] = answer
+            given = request.params.seed
+            self._executor.admit(sequence, self._random.getrandbits(63) if given is None else given)
+            self._changed.notify()
+
+    def _check(self, request: Request) -> None:
+        biased = [token for token, _ in request.params.logit_bias]
+        for name, tokens in (("prompt", request.prompt), ("logit_bias", biased)):
+            if any(not 0 <= token < self.vocab_size for token in tokens):
+                raise ValueError(f"{name} has a token outside of the vocabulary, 0 to {self.vocab_size - 1}")
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request soon, in whatever state it is; one that has ended is left alone."""
+        with self._changed:
+            self._scheduler.cancel(request_id)
+            self._changed.notify()
+
+    def drain(self, timeout: float) -> bool:
+        """Takes nothing new, and waits for what there is; True if everything has ended."""
+        end = time.monotonic() + timeout
+        with self._changed:
+            self._draining = True
+            while self._answers and self.alive and (left := end - time.monotonic()) > 0:
+                self._changed.wait(min(left, IDLE_SECONDS))
+            return not self._answers
+
+    def stop(self) -> None:
+        """Ends the thread after its step; what is unfinished ends as cancelled."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self.alive:
+            self._thread.join()
+
+    # The engine's thread
+
+    def _run(self) -> None:
+        while not self._stopping:
+            plan, drafts = self._next_plan()
+            if plan.empty:
+                self._tell()
+                self._sleep()
+            else:
+                self._step(plan, drafts)
+        self._tell()
+        for sequence in list(self._answers):
+            self._end(sequence, "cancelled")
+        self._tell()
+
+    def _sleep(self) -> None:
+        with self._changed:
+            if self._scheduler.num_waiting == 0 and self._scheduler.num_running == 0 and not self._stopping:
+                self._changed.wait(IDLE_SECONDS)
+
+    def _next_plan(self) -> tuple[Plan, int]:
+        with self._changed:
+            drafts = 0
+            rows = self._scheduler.num_running
+            if self._controller is not None and 0 < rows <= self._max_draft_batch:
+                drafts = self._controller.choose(rows)
+            plan = self._scheduler.schedule(1 + drafts)
+            for sequence, reason in plan.finished:
+                self._note_end(sequence, reason)
+            self.metrics.observe_preemption(len(plan.preempted))
+        return plan, min(drafts, plan.lookahead - 1)
+
+    def _step(self, plan: Plan, drafts: int) -> None:
+        outcomes, records = self._execute(plan, drafts)
+        now = time.monotonic()
+        steps = [self._read(sequence, outcome) for sequence, outcome in outcomes.items()]
+        with self._changed:
+            self._scheduler.commit(plan, {step.sequence: list(step.tokens) for step in steps})
+            for step in steps:
+                self._settle(step, now)
+            self._observe(records)
+        try:
+            self._on_calls(records)
+        # A measurement that can't be right is told, and does not end the serving.
+        except ValueError:
+            logger.exception("the measurement of a step failed")
+
+    def _execute(self, plan: Plan, drafts: int) -> tuple[dict[Sequence, Outcome], list[CallRecord]]:
+        """Runs a plan; if that fails, sequence by sequence, so that the one at fault fails alone."""
+        matchers = {s: a.matcher for s, a in self._answers.items() if a.matcher is not None}
+        try:
+            calls = self._executor.begin(plan, matchers, drafts)
+            # The device works now: a good time for everything that need not be done before.
+            self._tell()
+            return self._executor.end(calls)
+        # Whatever a request brings about must not end the others.
+        except Exception:
+            logger.exception("a step failed; its sequences are run one by one")
+            self._tell()
+        outcomes: dict[Sequence, Outcome] = {}
+        for sequence in dict.fromkeys([*(tile.sequence for tile in plan.tiles), *plan.decode]):
+            tiles = tuple(tile for tile in plan.tiles if tile.sequence is sequence)
+            alone = dataclasses.replace(plan, tiles=tiles, decode=() if tiles else (sequence,))
+            try:
+                outcomes |= self._executor.end(self._executor.begin(alone, matchers, drafts))[0]
+            except Exception as error:
+                logger.exception("the step of request %s failed", sequence.request.id)
+                reason = str(error) if isinstance(error, GrammarError) else "the step of this request failed"
+                outcomes[sequence] = Outcome(error=reason)
+        return outcomes, []
+
+    def _read(self, sequence: Sequence, outcome: Outcome) -> _Step:
+        """Tokens to text, up to the first that ends the sequence."""
+        answer, params = self._answers[sequence], sequence.request.params
+        kept, shown, text, finish, error = 0, 0, "", None, outcome.error
+        for token in outcome.tokens:
+            kept += 1
+            if token in params.stop_ids:
+                finish = "stop"
+                break
+            shown += 1
+            text += answer.text.push(token)
+            if answer.text.stopped:
+                finish = "stop"
+                break
+            if answer.matcher is not None:
+                try:
+                    answer.matcher.advance(token)
+                except GrammarError as reason:
+                    error = str(reason)
+                    break
+                if answer.matcher.finished:
+                    finish = "stop"
+                    break
+        tokens = tuple(outcome.tokens[:kept])
+        if error is not None:
+            finish = "error"
+        elif finish is None and len(sequence.tokens) + kept >= sequence.limit:
+            finish = "length"
+        return _Step(sequence, tokens, tuple(outcome.logprobs[:shown]), text, finish, error)
+
+    def _settle(self, step: _Step, now: float) -> None:
+        sequence = step.sequence
+        answer = self._answers[sequence]
+        if step.tokens:
+            if answer.sent:
+                self.metrics.observe_token_gap((now - answer.last) / len(step.tokens), len(step.tokens))
+            answer.sent += len(step.tokens)
+            answer.last = now
+        if step.finish is not None:
+            self._scheduler.finish(sequence, step.finish)
+        if step.tokens or step.finish is not None:
+            self._untold.append(step)
+
+    def _note_end(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._untold.append(_Step(sequence, (), (), "", reason, None))
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        with self._changed:
+            self._scheduler.finish(sequence, reason)
+        self._note_end(sequence, reason)
+
+    def _tell(self) -> None:
+        """Gives requests what the step before decided."""
+        untold, self._untold = self._untold, []
+        for step in untold:
+            sequence, usage, text = step.sequence, None, step.text
+            if step.finish is not None:
+                text += self._answers[sequence].text.finish()
+                usage = self._usage(sequence)
+                self.metrics.observe_request(usage, step.finish)
+                self._executor.forget(sequence)
+                with self._changed:
+                    del self._answers[sequence]
+                    self._changed.notify_all()
+            shown = step.tokens[: len(step.tokens) - (step.finish == "stop" and self._ends(step))]
+            delta = Delta(text, shown, step.logprobs, step.finish, step.error, usage)
+            try:
+                sequence.request.on_delta(delta)
+            except Exception:
+                logger.exception("request %s: its listener failed", sequence.request.id)
+                self.cancel(sequence.request.id)
+
+    def _ends(self, step: _Step) -> bool:
+        """Whether the last token is one that ends the text and is no part of it."""
+        return bool(step.tokens) and step.tokens[-1] in step.sequence.request.params.stop_ids
+
+    def _usage(self, sequence: Sequence) -> Usage:
+        request, now = sequence.request, time.monotonic()
+        arrival = min(request.arrival or sequence.submitted, sequence.submitted)
+        return Usage(
+            prompt_tokens=sequence.num_prompt,
+            completion_tokens=sequence.num_generated,
+            cached_tokens=sequence.cached_tokens,
+            queue_seconds=(sequence.started or now) - arrival,
+            first_token_seconds=None if sequence.first_token is None else sequence.first_token - arrival,
+            total_seconds=now - arrival,
+        )
+
+    def _observe(self, records: list[CallRecord]) -> None:
+        pool = self._scheduler.pool
+        self.metrics.observe_pages(pool.num_free, pool.num_cached, pool.num_live)
+        self.metrics.observe_queue(self._scheduler.num_running, self._scheduler.num_waiting)
+        for record in records:
+            kind = "prefill" if record.cell.drafts is None else "verify" if record.drafts else "decode"
+            self.metrics.observe_step(kind, record.seconds / max(record.rounds, 1), record.rows)
+            if self._controller is not None and kind != "prefill" and record.rounds:
+                self._controller.update(
+                    record.rows, record.drafts, record.drafted, record.accepted, record.seconds, rounds=record.rounds
+                )
+                if record.drafts:
+                    drafted, accepted, rounds = sum(record.drafted), sum(record.accepted), len(record.drafted)
+                    self.metrics.observe_speculation(drafted, accepted, accepted + rounds, rounds)

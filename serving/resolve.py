@@ -1,0 +1,141 @@
+"""From a server's settings to what it runs with: every cross-check made, every "auto" decided, once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from checkpoint.pretrained import Pretrained, open_pretrained
+from model.cache import token_bytes
+from model.config import ModelConfig
+from model.execution import Execution
+from model.placement import check_model_placement
+from model.precision import Precision
+from model.selection import select_paged_kernels
+from model.transformer import Definition
+from parallel.compilation import Options, compiler_options
+from parallel.mesh import make_mesh
+from parallel.sharding import Placement
+from serving.config import ServeRun
+from serving.programs import Drafting, Programs
+from serving.runner import Cell, plan_cells
+
+CPU_CACHE_BYTES = 2**30
+"""Cache on a CPU, whose memory is everybody's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """A server on given devices. `choices` are the decisions taken, one line each, for the log."""
+
+    run: ServeRun
+    devices: tuple[jax.Device, ...]
+    placement: Placement | None
+    pretrained: Pretrained | None
+    draft: Pretrained | None
+    programs: Programs
+    dtype: str
+    max_context: int
+    cells: tuple[Cell, ...]
+    options: Options
+    choices: tuple[str, ...]
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.programs.definition.config
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page of one device, in the caches of the model and of the draft model."""
+        tensor = 1 if self.placement is None else self.placement.size("act_heads")
+        models = [self.model] if self.draft is None else [self.model, self.draft.config]
+        itemsize = jnp.dtype(self.dtype).itemsize
+        return sum(token_bytes(model, itemsize) for model in models) * self.run.engine.page_size // tensor
+
+
+def resolve(run: ServeRun, devices: Sequence[jax.Device]) -> Resolved:
+    """Raises ValueError, naming the setting, for whatever can't run on these devices. Computes nothing on them."""
+    mesh = make_mesh(run.mesh, devices)
+    whole = Placement(mesh, run.rules)
+    if mesh.size != whole.size("act_heads"):
+        sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
+        raise ValueError(f"mesh {sizes}: serving splits a model over 'tensor' alone; set the other mesh axes to 1")
+    pretrained = open_pretrained(run.source) if run.source else None
+    model = run.model if pretrained is None else pretrained.config
+    assert model is not None
+    check_model_placement(model, whole)
+    platform = devices[0].platform
+    dtype = run.dtype if run.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
+    max_context = min(run.engine.max_context or model.max_positions, model.max_positions)
+    execution, reasons = _execution(run, model, dtype, whole, devices[0])
+    drafting, draft, more = _drafting(run, model, dtype, whole, devices[0])
+    drafts = 0 if drafting is None else drafting.max_draft
+    cells = plan_cells(run.engine, max_context, drafts, run.speculation.max_batch)
+    where = f"devices: {mesh.size} of {devices[0].device_kind}, weights and cache in {dtype}"
+    return Resolved(
+        run=run,
+        devices=tuple(devices),
+        placement=whole if mesh.size > 1 else None,
+        pretrained=pretrained,
+        draft=draft,
+        programs=Programs(Definition(model, False, dtype), execution, run.engine.rounds, drafting),
+        dtype=dtype,
+        max_context=max_context,
+        cells=cells,
+        options=compiler_options(run.xla_options, platform),
+        choices=(where, *reasons, *more),
+    )
+
+
+def _execution(
+    run: ServeRun, model: ModelConfig, dtype: str, placement: Placement, device: jax.Device
+) -> tuple[Execution, tuple[str, ...]]:
+    selection = select_paged_kernels(
+        model,
+        paged_attention=run.kernels.paged_attention,
+        grouped_matmul=run.kernels.grouped_matmul,
+        dtype=dtype,
+        rows=run.engine.batch_sizes[-1],
+        page_size=run.engine.page_size,
+        placement=placement,
+        device=device,
+    )
+    execution = Execution(
+        precision=Precision(param=dtype, compute=dtype, gradient=dtype),
+        placement=placement if placement.mesh.size > 1 else None,
+        paged_attention=selection.paged_attention,
+        grouped_matmul=selection.grouped_matmul,
+    )
+    return execution, selection.reasons
+
+
+def _drafting(
+    run: ServeRun, model: ModelConfig, dtype: str, placement: Placement, device: jax.Device
+) -> tuple[Drafting | None, Pretrained | None, tuple[str, ...]]:
+    speculation = run.speculation
+    match speculation.kind:
+        case "none":
+            return None, None, ()
+        case "ngram":
+            return Drafting("ngram", speculation.max_draft), None, ("drafts: n-grams of the text itself",)
+        case "layers":
+            if speculation.num_layers >= model.num_layers:
+                raise ValueError(
+                    f"speculation.num_layers={speculation.num_layers} must be below the model's {model.num_layers}"
+                )
+            drafting = Drafting("layers", speculation.max_draft, num_layers=speculation.num_layers)
+            return drafting, None, (f"drafts: the model's first {speculation.num_layers} layers",)
+    draft = open_pretrained(speculation.draft)
+    if draft.config.vocab_size != model.vocab_size:
+        raise ValueError(
+            f"speculation.draft={speculation.draft} has a vocabulary of {draft.config.vocab_size} and the model one of "
+            f"{model.vocab_size}; drafts need the same"
+        )
+    check_model_placement(draft.config, placement)
+    execution, reasons = _execution(run, draft.config, dtype, placement, device)
+    definition = Definition(draft.config, False, dtype)
+    drafting = Drafting("model", speculation.max_draft, definition=definition, execution=execution)
+    return drafting, draft, (f"drafts: {speculation.draft}", *reasons)

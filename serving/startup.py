@@ -1,0 +1,233 @@
+"""From settings to an engine that is ready: weights and cache on their devices, every program compiled and tried."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from checkpoint.pretrained import Pretrained
+from model.cache import abstract_cache
+from model.config import ModelConfig
+from model.transformer import Definition
+from parallel.sharding import Placement
+from serving.byte_tokenizer import byte_tokenizer
+from serving.chat import ChatTemplate
+from serving.compilations import CompilationCounter
+from serving.controller import DraftController
+from serving.engine import Engine
+from serving.executor import Executor
+from serving.grammar import GrammarCompiler
+from serving.metrics import Metrics
+from serving.pages import PagePool
+from serving.programs import Cache, Weights
+from serving.resolve import CPU_CACHE_BYTES, Resolved
+from serving.runner import Compiled, Runner, empty_cache
+from serving.scheduler import Scheduler, SchedulerConfig
+from serving.tokenizer import Tokenizer, load_tokenizer
+from serving.utilization import UtilizationMeter
+from serving.weights import random_weights
+
+Say = Callable[[str], None]
+
+SCRATCH_COPIES = 6
+"""Arrays of a cell's context or logits that a program may hold at once, as measured: see `_scratch_bytes`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """A server's parts, ready to serve. `seconds`: from the first to ready."""
+
+    engine: Engine
+    runner: Runner
+    metrics: Metrics
+    meter: UtilizationMeter
+    compilations: CompilationCounter
+    compiled: Compiled
+    seconds: float
+
+
+def start(resolved: Resolved, say: Say) -> Started:
+    """Loads, compiles and tries everything. Raises ValueError for files and settings that can't work."""
+    began = time.monotonic()
+    run, engine = resolved.run, resolved.run.engine
+    compilations = CompilationCounter()
+    tokenizer = _tokenizer(resolved)
+    weights, draft_weights = _load(resolved, say)
+    num_pages = engine.num_pages or _fitting_pages(resolved)
+    say(f"cache: {num_pages - 1} pages of {engine.page_size} tokens, {num_pages * resolved.page_bytes / 1e9:.1f} GB")
+    cache, draft_cache = _caches(resolved, num_pages)
+    runner = Runner(
+        resolved.programs,
+        weights,
+        draft_weights,
+        cache,
+        draft_cache,
+        cells=resolved.cells,
+        engine=engine,
+        placement=resolved.placement,
+        device=resolved.devices[0],
+        options=resolved.options,
+    )
+    compiled = runner.compile(say)
+    say(f"compiled {compiled.programs} programs in {compiled.seconds:.1f} s")
+    controller = _controller(resolved)
+    runner.warm_up(None if controller is None else controller.record_time)
+    metrics = Metrics()
+    meter = UtilizationMeter(resolved.model, resolved.dtype, resolved.devices, metrics)
+    served = Engine(
+        model_name=run.name,
+        tokenizer=tokenizer,
+        chat=None
+        if tokenizer.chat_template is None
+        else ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens),
+        grammars=_grammars(tokenizer, resolved.model),
+        vocab_size=resolved.model.vocab_size,
+        scheduler=_scheduler(resolved, num_pages),
+        executor=Executor(
+            runner,
+            page_size=engine.page_size,
+            tile_tokens=engine.tile_tokens,
+            vocab_size=resolved.model.vocab_size,
+            max_draft=run.speculation.max_draft,
+        ),
+        controller=controller,
+        max_draft_batch=run.speculation.max_batch,
+        metrics=metrics,
+        on_calls=meter.observe,
+        seed=run.seed,
+    )
+    compilations.start(metrics.observe_compile)
+    served.start()
+    return Started(served, runner, metrics, meter, compilations, compiled, time.monotonic() - began)
+
+
+def _tokenizer(resolved: Resolved) -> Tokenizer:
+    if resolved.pretrained is None:
+        return byte_tokenizer()
+    tokenizer = load_tokenizer(resolved.pretrained.path)
+    if tokenizer.vocab_size > resolved.model.vocab_size:
+        raise ValueError(
+            f"{resolved.pretrained.path}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
+            f"{resolved.model.vocab_size}; they are not of one model"
+        )
+    return tokenizer
+
+
+def _grammars(tokenizer: Tokenizer, model: ModelConfig) -> GrammarCompiler | None:
+    """None for a model without an end token: a grammar could not say that a text is whole."""
+    return GrammarCompiler(tokenizer, model.vocab_size, tokenizer.end_ids) if tokenizer.end_ids else None
+
+
+def _load(resolved: Resolved, say: Say) -> tuple[Weights, Weights | None]:
+    began = time.monotonic()
+    weights = _load_model(resolved.programs.definition, resolved.pretrained, resolved)
+    draft_weights = None
+    if resolved.draft is not None:
+        draft_weights = _load_model(resolved.programs.drafting.definition, resolved.draft, resolved)
+    jax.block_until_ready((weights, draft_weights))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves((weights, draft_weights)))
+    source = "random" if resolved.pretrained is None else str(resolved.pretrained.path)
+    say(f"weights: {source}, {size / 1e9:.2f} GB in {time.monotonic() - began:.1f} s")
+    return weights, draft_weights
+
+
+def _load_model(definition: Definition, pretrained: Pretrained | None, resolved: Resolved) -> Weights:
+    shardings = tuple(
+        jax.tree.map(lambda names: _sharding(resolved.placement, names, resolved.devices[0]), tree, is_leaf=_is_axes)
+        for tree in definition.logical
+    )
+    if pretrained is None:
+        return random_weights(definition, shardings, resolved.run.seed)
+    return pretrained.load(definition, shardings)
+
+
+def _is_axes(node: object) -> bool:
+    return isinstance(node, tuple) and all(name is None or isinstance(name, str) for name in node)
+
+
+def _sharding(placement: Placement | None, names: tuple[str | None, ...], device: jax.Device) -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(device) if placement is None else placement.sharding(*names)
+
+
+def _caches(resolved: Resolved, num_pages: int) -> tuple[Cache, Cache]:
+    models = [resolved.model] + ([] if resolved.draft is None else [resolved.draft.config])
+    caches = [
+        empty_cache(
+            abstract_cache(
+                model,
+                num_pages=num_pages,
+                page_size=resolved.run.engine.page_size,
+                dtype=resolved.dtype,
+                placement=resolved.placement,
+                device=resolved.devices[0],
+            )
+        )
+        for model in models
+    ]
+    return caches[0], caches[1] if len(caches) > 1 else []
+
+
+def _fitting_pages(resolved: Resolved) -> int:
+    """Pages that fit beside the weights and the scratch of the largest program."""
+    engine, device = resolved.run.engine, resolved.devices[0]
+    # More than every row at its longest would never be used.
+    useful = engine.max_sequences * -(-resolved.max_context // engine.page_size) + 1
+    stats = None if device.platform == "cpu" else device.memory_stats()
+    if stats is None:
+        room = CPU_CACHE_BYTES
+    else:
+        scratch = _scratch_bytes(resolved)
+        room = int(stats["bytes_limit"] * engine.memory_fraction) - stats["bytes_in_use"] - scratch
+        least = -(-resolved.max_context // engine.page_size) + 1
+        if room < least * resolved.page_bytes:
+            raise ValueError(
+                f"{max(room, 0) / 1e9:.1f} GB are left for the cache beside {stats['bytes_in_use'] / 1e9:.1f} GB of "
+                f"weights and {scratch / 1e9:.1f} GB for programs, and one sequence of {resolved.max_context} tokens "
+                f"takes {least * resolved.page_bytes / 1e9:.1f} GB; lower engine.max_context, raise "
+                "engine.memory_fraction, or use more devices (mesh.tensor)"
+            )
+    return max(2, min(useful, room // resolved.page_bytes))
+
+
+def _scratch_bytes(resolved: Resolved) -> int:
+    """What the largest program needs beside its arguments: the pages of a cell laid end to end, and its logits.
+
+    An estimate, made before anything is compiled, since the programs' shapes depend on the number of pages.
+    """
+    model, itemsize = resolved.model, jnp.dtype(resolved.dtype).itemsize
+    tensor = 1 if resolved.placement is None else resolved.placement.size("act_heads")
+    context = max(cell.rows * cell.width for cell in resolved.cells) * 2 * model.num_kv_heads * model.head_dim
+    tokens = max(cell.rows * ((cell.drafts or 0) + 1) for cell in resolved.cells)
+    logits = tokens * model.vocab_size * 4
+    tiles = max(cell.rows for cell in resolved.cells if cell.drafts is None) * resolved.run.engine.tile_tokens
+    hidden = tiles * (2 * model.mlp_dim + 4 * model.embed_dim) * itemsize
+    widest = max(cell.rows * cell.width for cell in resolved.cells if cell.drafts is None)
+    scores = widest * resolved.run.engine.tile_tokens * model.num_heads * 4 * 2 // tensor
+    return SCRATCH_COPIES * (context * itemsize // tensor + logits) + hidden + scores
+
+
+def _controller(resolved: Resolved) -> DraftController | None:
+    speculation, engine = resolved.run.speculation, resolved.run.engine
+    if speculation.kind == "none":
+        return None
+    sizes = [size for size in engine.batch_sizes if size <= speculation.max_batch]
+    return DraftController(range(speculation.max_draft + 1), sizes or engine.batch_sizes[:1])
+
+
+def _scheduler(resolved: Resolved, num_pages: int) -> Scheduler:
+    engine = resolved.run.engine
+    pool = PagePool(num_pages, engine.page_size, prefix_cache=engine.prefix_cache)
+    config = SchedulerConfig(
+        max_sequences=engine.max_sequences,
+        max_queue=engine.max_queue,
+        chunk_tokens=engine.tile_counts[-1] * engine.tile_tokens,
+        tile_tokens=engine.tile_tokens,
+        max_context=resolved.max_context,
+        steps=engine.rounds,
+        ageing_seconds=engine.ageing_seconds,
+    )
+    return Scheduler(config, pool)

@@ -1,0 +1,102 @@
+"""How near the hardware's limit the calls to the device come: memory in decode, arithmetic in prefill."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from model.config import ModelConfig
+from perf.chips import Bandwidth, Peak, peak_bandwidth, peak_flops
+from perf.meter import ImplausibleMeasurement
+from perf.traffic import Traffic, decode_mbu, prefill_flops
+from serving.executor import CallRecord
+from serving.metrics import Metrics
+
+
+@dataclasses.dataclass
+class Totals:
+    """Work and time of the calls so far, for a mean over any span: take the difference of two."""
+
+    decode_bytes: int = 0
+    decode_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_rounds: int = 0
+    prefill_flops: int = 0
+    prefill_seconds: float = 0.0
+    prefill_tokens: int = 0
+
+
+class UtilizationMeter:
+    """Model bandwidth utilisation (MBU) of decode calls and model FLOPs utilisation (MFU) of prefill calls.
+
+    MBU: bytes that a round must read (weights that some token uses, once; live keys and values) over what the
+    devices' memory could deliver in its time. Rounds with drafts are left out: what they must read is a choice.
+    """
+
+    def __init__(self, model: ModelConfig, dtype: str, devices: Sequence[jax.Device], metrics: Metrics) -> None:
+        itemsize = jnp.dtype(dtype).itemsize
+        self._model, self._metrics, self._count = model, metrics, len(devices)
+        self._traffic = Traffic(model, weight_bytes=itemsize, cache_bytes=itemsize)
+        self.bandwidth: Bandwidth = peak_bandwidth(devices[0], local_devices=len(devices))
+        self.peak: Peak = peak_flops(devices[0], dtype, local_devices=len(devices))
+        self.totals = Totals()
+
+    def observe(self, records: list[CallRecord]) -> None:
+        """Takes in the calls of a step. Raises ImplausibleMeasurement for a utilisation above 1."""
+        for record in records:
+            if record.cell.drafts is None:
+                self._observe_prefill(record)
+            elif not record.drafts and record.rounds:
+                self._observe_decode(record)
+
+    def _observe_decode(self, record: CallRecord) -> None:
+        traffic, totals = self._traffic, self.totals
+        if self._model.moe is None:
+            moved = record.rounds * traffic.weights()
+        else:
+            # The weights are linear in the experts touched, and those are known as a sum over the rounds.
+            moved = (record.rounds - 1) * traffic.weights(0) + traffic.weights(record.experts)
+        for round_ in range(record.rounds):
+            # A row's last token is the round's input: it is not in the cache yet.
+            rows = zip(record.lengths, record.row_rounds, strict=True)
+            moved += traffic.cache([length - 1 + round_ for length, rounds in rows if rounds > round_])
+        totals.decode_bytes += moved
+        totals.decode_seconds += record.seconds
+        totals.decode_tokens += record.emitted
+        totals.decode_rounds += record.rounds
+        mbu = self.mbu(moved, record.seconds)
+        if mbu is not None:
+            self._metrics.set_mbu(mbu)
+
+    def _observe_prefill(self, record: CallRecord) -> None:
+        totals = self.totals
+        flops = prefill_flops(self._model, record.spans, record.draws)
+        totals.prefill_flops += flops
+        totals.prefill_seconds += record.seconds
+        totals.prefill_tokens += sum(count for _, count in record.spans)
+        mfu = self.mfu(flops, record.seconds)
+        if mfu is not None:
+            self._metrics.set_mfu(mfu)
+
+    def mbu(self, moved: int, seconds: float) -> float | None:
+        """Share of the bandwidth; None where it is not known (`bandwidth.reason`)."""
+        return decode_mbu(moved, seconds, self.bandwidth, num_devices=self._count).value
+
+    def mfu(self, flops: int, seconds: float) -> float | None:
+        """Share of the peak; None where it is not known (`peak.reason`)."""
+        return _share("MFU", flops, seconds, self.peak, self._count)
+
+
+def _share(name: str, amount: int, seconds: float, peak: Peak, devices: int) -> float | None:
+    if peak.value is None or seconds <= 0:
+        return None
+    share = amount / (seconds * peak.value * devices)
+    if share > 1:
+        raise ImplausibleMeasurement(
+            f"{name} {share:.2f} is above 1: {amount} in {seconds:.6f} s on {devices} devices of {peak.value:.3g}/s "
+            f"({peak.source}); the count or the peak is wrong"
+        )
+    return share
