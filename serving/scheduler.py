@@ -11,8 +11,8 @@ passing it by would starve long prompts. Where decoding runs out of pages, the l
 it keeps its tokens, and what the prefix cache still has of it is not computed again.
 
 In flight. What a plan names belongs to the device until `commit` or `discard`: it is in no other plan, and its pages go
-to no one else even when it is finished meanwhile. Requests may be submitted and cancelled at any time. A scheduler has no
-lock of its own: who calls it from several threads holds one.
+to no one else even when it is finished meanwhile. Requests may be submitted and cancelled at any time. A scheduler has
+no lock of its own: who calls it from several threads holds one.
 """
 
 from __future__ import annotations
