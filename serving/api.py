@@ -94,7 +94,7 @@ class Api:
         if self.draining:
             raise Draining
         if not self.engine.ready or not self.engine.alive:
-            state = "not ready yet" if self.engine.alive else "stopped"
+            state = "stopped" if self.engine.ready else "not ready yet"
             return error_response(503, f"the engine is {state}", retry_after=NOT_READY_SECONDS)
         try:
             body = await read_json_body(request, self.config)
@@ -137,8 +137,9 @@ class Api:
         return json_response(responses.encode(self.describe_model()))
 
     async def health(self, request: Request) -> Response:
-        """200 while the process and the engine's thread live; whether they take requests is /ready's to say."""
-        return json_response(responses.encode({"alive": self.engine.alive}), 200 if self.engine.alive else 503)
+        """200 while the engine's thread lives, or has yet to start; whether requests are taken is /ready's to say."""
+        alive = self.engine.alive or not self.engine.ready
+        return json_response(responses.encode({"alive": alive}), 200 if alive else 503)
 
     async def ready(self, request: Request) -> Response:
         ready = self.engine.ready and self.engine.alive and not self.draining

@@ -280,7 +280,9 @@ def parse_chat(body: bytes, model: Model, max_choices: int, arrival: float) -> C
     try:
         rendered = model.chat.render(given, tools=fields.get("tools") if choice != "none" else None)
     except ChatTemplateError as error:
-        raise BadRequest(f"messages: {error}", "messages", code="template_error") from error
+        # The template's own faults are the messages'; what it says of tools begins with their field.
+        name = "tools" if str(error).startswith("tools:") else "messages"
+        raise BadRequest(f"{name}: {str(error).removeprefix('tools: ')}", name, code="template_error") from error
     prompt = tuple(model.tokenizer.encode(rendered, special=False))
     max_tokens = _chat_max_tokens(fields)
     _check_length(prompt, fields, ("max_completion_tokens", "max_tokens"), "messages", model)

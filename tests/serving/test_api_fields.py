@@ -10,6 +10,7 @@ import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
+from serving.chat import ChatTemplate
 from serving.request import Request
 from serving.schema import CHAT, COMPLETION, sequence_seed
 from tests.serving.fake_engine import MAX_CONTEXT, MODEL, FakeEngine, serving
@@ -389,7 +390,9 @@ def test_messages_reach_the_template(client: Client):
     ]
     [request], _ = client.seen("chat/completions", {"messages": messages})
     text = bytes(request.prompt).decode()
-    assert text == ('<system>be short\n<assistant>{"name": "f", "arguments": {"a": 1}}\n<tool>42\n<assistant>')
+    assert text == (
+        '<system>be short\n<assistant><tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>\n<tool>42\n<assistant>'
+    )
 
 
 def test_tools_are_not_shown_where_none_may_be_called(client: Client):
@@ -405,6 +408,9 @@ def test_without_a_template_or_grammars(tmp_path):
         client.refused("chat/completions", {"response_format": {"type": "json_object"}}, "response_format")
         client.refused("chat/completions", {"tools": TOOLS, "tool_choice": "required"}, "tools")
         client.seen("chat/completions", {"tools": TOOLS})
+        # A template that wants calls in a form that nothing here would read.
+        engine.chat = ChatTemplate("{{ tools | tojson }}", {})
+        client.refused("chat/completions", {"tools": TOOLS}, "tools")
         engine.chat = None
         client.refused("chat/completions", {}, "messages")
         client.seen("completions", {})
