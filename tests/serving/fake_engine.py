@@ -34,7 +34,8 @@ TEMPLATE = (
     "{% for message in messages %}"
     "{% if message.content == 'raise' %}{{ raise_exception('no such message') }}{% endif %}"
     "<{{ message.role }}>{{ message.content }}"
-    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}{{ '\\n' }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
+    "{{ '\\n' }}"
     "{% endfor %}<assistant>"
 )
 
