@@ -2,6 +2,7 @@
 
 from data.config import DataConfig
 from model.config import ModelConfig, RopeConfig
+from serving.config import ServeRun
 from training.config import LayerConfig, TrainRun
 
 MODEL = ModelConfig(
@@ -25,3 +26,8 @@ def train() -> TrainRun:
         steps=1000,
         layers=LayerConfig(scan=True, remat="full", document_mask=False),
     )
+
+
+def serve() -> ServeRun:
+    """Random weights, to measure: `serve.py FOLDER` serves the real ones."""
+    return ServeRun(name="llama3-8b", model=MODEL)

@@ -3,6 +3,7 @@
 from checkpoint.config import CheckpointConfig
 from data.config import DataConfig
 from model.config import ModelConfig, MoEConfig
+from serving.config import EngineConfig, ServeRun
 from training.config import MuonConfig, OptimizerConfig, Precision, SampleConfig, ScheduleConfig, TrainRun
 
 MODEL = ModelConfig(
@@ -36,4 +37,20 @@ def train() -> TrainRun:
         precision=Precision(compute="float32"),
         checkpoint=CheckpointConfig(every=40),
         sample=SampleConfig(prompt="def main(", tokens=120),
+    )
+
+
+def serve() -> ServeRun:
+    """What `train.py quickstart` left in runs/."""
+    return ServeRun(
+        name="quickstart",
+        source="runs/quickstart",
+        engine=EngineConfig(
+            max_sequences=16,
+            batch_sizes=(1, 4, 16),
+            widths=(256, 1024),
+            tile_tokens=64,
+            tile_counts=(1, 8),
+            page_size=32,
+        ),
     )

@@ -26,6 +26,8 @@ from serving.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+FAILED = "the step of this request failed"
+
 IDLE_SECONDS = 0.05
 """How long an idle engine sleeps before it looks for deadlines."""
 
@@ -85,7 +87,7 @@ class Engine:
         self._changed = threading.Condition()
         self._answers: dict[Sequence, _Answer] = {}
         self._untold: list[_Step] = []
-        self._draining = self._stopping = False
+        self._draining = self._stopping = self._cache_lost = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # From any thread
@@ -185,6 +187,9 @@ class Engine:
             self._scheduler.commit(plan, {step.sequence: list(step.tokens) for step in steps})
             for step in steps:
                 self._settle(step, now)
+            if self._cache_lost:
+                self._scheduler.restart()
+                self._cache_lost = False
             self._observe(records)
         try:
             self._on_calls(records)
@@ -204,17 +209,26 @@ class Engine:
         except Exception:
             logger.exception("a step failed; its sequences are run one by one")
             self._tell()
+        return self._isolate(plan, matchers, drafts), []
+
+    def _isolate(self, plan: Plan, matchers: dict[Sequence, Matcher], drafts: int) -> dict[Sequence, Outcome]:
+        """A plan that failed, sequence by sequence, so that the one at fault fails alone. A failure that took the cache
+        along ends all that the plan has left, since which of them it was can't be tried any more."""
         outcomes: dict[Sequence, Outcome] = {}
+        self._cache_lost = self._executor.recover()
         for sequence in dict.fromkeys([*(tile.sequence for tile in plan.tiles), *plan.decode]):
             tiles = tuple(tile for tile in plan.tiles if tile.sequence is sequence)
             alone = dataclasses.replace(plan, tiles=tiles, decode=() if tiles else (sequence,))
+            if self._cache_lost:
+                outcomes[sequence] = Outcome(error=FAILED)
+                continue
             try:
                 outcomes |= self._executor.end(self._executor.begin(alone, matchers, drafts))[0]
             except Exception as error:
                 logger.exception("the step of request %s failed", sequence.request.id)
-                reason = str(error) if isinstance(error, GrammarError) else "the step of this request failed"
-                outcomes[sequence] = Outcome(error=reason)
-        return outcomes, []
+                outcomes[sequence] = Outcome(error=str(error) if isinstance(error, GrammarError) else FAILED)
+                self._cache_lost = self._executor.recover()
+        return outcomes
 
     def _read(self, sequence: Sequence, outcome: Outcome) -> _Step:
         """Tokens to text, up to the first that ends the sequence."""

@@ -99,6 +99,13 @@ class Executor:
     def forget(self, sequence: Sequence) -> None:
         self._params.pop(sequence, None)
 
+    def recover(self) -> bool:
+        """After a call that failed: True if it took the cache along, which is empty now."""
+        if self._runner.intact:
+            return False
+        self._runner.reset()
+        return True
+
     # Starting calls
 
     def begin(self, plan: Plan, matchers: Mapping[Sequence, Matcher], drafts: int) -> list[_Pending]:

@@ -137,6 +137,13 @@ class PagePool:
             if not self._references[page]:
                 self._retire(page)
 
+    def forget_all(self) -> None:
+        """The content of every page is lost: nothing is found any more, and cached pages are free."""
+        while self._cached:
+            self._evict()
+        self._key_of.clear()
+        self._page_of.clear()
+
     def commit(self, tokens: Sequence[int], pages: Sequence[int], computed: int) -> None:
         """Makes the full pages of tokens[:computed] known by their content. They must not be written again.
 

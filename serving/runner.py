@@ -67,15 +67,17 @@ class Compiled:
 
 
 class Runner:
-    """Runs prefill and decode calls. One thread calls it; the caches are donated from call to call."""
+    """Runs prefill and decode calls over caches of its own, which are donated from call to call. One thread calls it.
+
+    `caches`: shapes, dtypes and shardings of the model's cache and of the draft model's, which may be empty.
+    """
 
     def __init__(
         self,
         programs: Programs,
         weights: Weights,
         draft_weights: Weights | None,
-        cache: Cache,
-        draft_cache: Cache,
+        caches: tuple[Cache, Cache],
         *,
         cells: tuple[Cell, ...],
         engine: EngineConfig,
@@ -85,7 +87,6 @@ class Runner:
     ) -> None:
         self._programs, self._engine, self._options = programs, engine, options
         self._weights, self._draft_weights = weights, draft_weights
-        self._cache, self._draft_cache = cache, draft_cache
         self.cells = cells
         self._vocab = programs.definition.config.vocab_size
         self._words = -(-self._vocab // 32)
@@ -93,6 +94,8 @@ class Runner:
             self._replicated = jax.sharding.SingleDeviceSharding(device)
         else:
             self._replicated = placement.sharding()
+        self._make_caches = compile_zeros(caches)
+        self._cache, self._draft_cache = self._make_caches()
         self._compiled: dict[Cell, jax.stages.Compiled] = {}
         self._everything: dict[int, jax.Array] = {}
 
@@ -176,6 +179,16 @@ class Runner:
 
     # Calls
 
+    @property
+    def intact(self) -> bool:
+        """The caches are there: a call that fails on the device takes those that were donated to it along."""
+        return not any(array.is_deleted() for array in jax.tree.leaves((self._cache, self._draft_cache)))
+
+    def reset(self) -> None:
+        """Empty caches in the place of those that are lost."""
+        self._cache, self._draft_cache = [], []
+        self._cache, self._draft_cache = self._make_caches()
+
     def cell(self, rows: int, width: int, drafts: int | None) -> Cell | None:
         """Smallest cell for `rows` rows of `width` tokens with exactly `drafts` drafts; None where there is none."""
         fitting = [c for c in self.cells if c.drafts == drafts and c.rows >= rows and c.width >= width]
@@ -201,9 +214,10 @@ def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
 
 
-def empty_cache(abstract: Cache) -> Cache:
-    """Zeroed pages on their shards."""
-    make = jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract[0]))
-    shardings = jax.tree.map(lambda a: a.sharding, abstract[0]) if abstract else None
-    make = jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract[0]), out_shardings=shardings)
-    return [make() for _ in abstract]
+def compile_zeros(caches: tuple[Cache, Cache]) -> jax.stages.Compiled:
+    """A program that makes zeroed caches of these shapes and shardings."""
+
+    def zeros():
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), caches)
+
+    return jax.jit(zeros, out_shardings=jax.tree.map(lambda a: a.sharding, caches)).lower().compile()

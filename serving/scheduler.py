@@ -219,6 +219,14 @@ class Scheduler:
             if sequence in self._in_flight:
                 self._landed(sequence)
 
+    def restart(self) -> None:
+        """The content of the pages is lost: everything that runs gives them up and is computed again. Nothing may be
+        in flight."""
+        assert not self._in_flight, "a call is still in flight"
+        for sequence in (*self._prefilling, *self._decoding):
+            self._preempt(sequence)
+        self.pool.forget_all()
+
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """Ends a sequence in any state, once. Its pages are released now, or when the call that it is in lands."""
         assert sequence.state is not State.FINISHED, f"{sequence.request.id} has finished already"

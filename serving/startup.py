@@ -25,7 +25,7 @@ from serving.metrics import Metrics
 from serving.pages import PagePool
 from serving.programs import Cache, Weights
 from serving.resolve import CPU_CACHE_BYTES, Resolved
-from serving.runner import Compiled, Runner, empty_cache
+from serving.runner import Compiled, Runner
 from serving.scheduler import Scheduler, SchedulerConfig
 from serving.tokenizer import Tokenizer, load_tokenizer
 from serving.utilization import UtilizationMeter
@@ -59,13 +59,11 @@ def start(resolved: Resolved, say: Say) -> Started:
     weights, draft_weights = _load(resolved, say)
     num_pages = engine.num_pages or _fitting_pages(resolved)
     say(f"cache: {num_pages - 1} pages of {engine.page_size} tokens, {num_pages * resolved.page_bytes / 1e9:.1f} GB")
-    cache, draft_cache = _caches(resolved, num_pages)
     runner = Runner(
         resolved.programs,
         weights,
         draft_weights,
-        cache,
-        draft_cache,
+        _caches(resolved, num_pages),
         cells=resolved.cells,
         engine=engine,
         placement=resolved.placement,
@@ -156,15 +154,13 @@ def _sharding(placement: Placement | None, names: tuple[str | None, ...], device
 def _caches(resolved: Resolved, num_pages: int) -> tuple[Cache, Cache]:
     models = [resolved.model] + ([] if resolved.draft is None else [resolved.draft.config])
     caches = [
-        empty_cache(
-            abstract_cache(
-                model,
-                num_pages=num_pages,
-                page_size=resolved.run.engine.page_size,
-                dtype=resolved.dtype,
-                placement=resolved.placement,
-                device=resolved.devices[0],
-            )
+        abstract_cache(
+            model,
+            num_pages=num_pages,
+            page_size=resolved.run.engine.page_size,
+            dtype=resolved.dtype,
+            placement=resolved.placement,
+            device=resolved.devices[0],
         )
         for model in models
     ]
