@@ -20,7 +20,8 @@ _NO_FUNCTIONS = refused("it was replaced by tools and tool_calls")
 def messages(name: str, value: Any) -> list[dict[str, Any]]:
     """Messages for a template: content a string (or None beside tool calls), arguments of calls as objects.
 
-    Templates know the role "system", not OpenAI's newer name "developer" for it, so that becomes "system".
+    Templates know the role "system", not OpenAI's newer name "developer" for it, so that becomes "system". A message's
+    `name` reaches the template, whose business it is.
     """
     if not isinstance(value, list) or not value:
         raise wrong(name, value, "a list of at least one message")
