@@ -97,6 +97,8 @@ SLOPE = np.linspace(2, -2, V)
     [
         ([3.0, 2.0, 2.0, 2.0] + [0.0] * 13, Params(top_k=2), [0, 1, 2, 3]),
         ([3.0, 2.0, 2.0, 2.0] + [0.0] * 13, Params(top_k=4), [0, 1, 2, 3]),
+        # One unit in the last place apart is no tie.
+        ([2.0, float(np.nextafter(np.float32(1), np.float32(2)))] + [1.0] * 15, Params(top_k=2), [0, 1]),
         ([0.0] * V, Params(top_k=1), range(V)),
         ([0.0, -0.0] + [-1.0] * 15, Params(top_k=1), [0, 1]),
         ([0.0] * V, Params(top_p=0.01), range(V)),
