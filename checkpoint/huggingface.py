@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,15 @@ from safetensors.numpy import save_file
 
 from checkpoint.stream import Tensor, load_tensors, to_file
 from model.config import ModelConfig
-from model.families.huggingface import Family, family_of, parse_config, render_config
+from model.families.huggingface import (
+    OTHER_PARTS,
+    WRAPPED_ROOTS,
+    Family,
+    family_of,
+    is_wrapped,
+    parse_config,
+    render_config,
+)
 from model.families.names import Piece, huggingface_names, pieces
 from model.precision import Float
 from model.transformer import Definition, Tree
@@ -27,6 +36,8 @@ from model.transformer import Definition, Tree
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+_log = logging.getLogger(__name__)
 
 _DTYPES = ("F32", "F16", "BF16")
 # Buffers that old files hold and that follow from the config.
@@ -122,7 +133,12 @@ def load_huggingface(folder: Path, definition: Definition, shardings: tuple[Tree
     if definition.config.tie_embeddings and "lm_head.weight" in source.tensors:
         _check_tied(source)
         ignored.append("lm_head.weight")
-    names = huggingface_names(definition.config, interleaved=family.interleaved)
+    roots = ("model.",)
+    if _within(folder, is_wrapped):
+        roots, others = WRAPPED_ROOTS, [name for name in source.tensors if name.startswith(OTHER_PARTS)]
+        _log.warning("%s: %d tensors for other things than text are left out", folder, len(others))
+        ignored += others
+    names = huggingface_names(definition.config, interleaved=family.interleaved, roots=roots)
     return load_tensors(source, names, definition, shardings, ignored=ignored)
 
 

@@ -146,6 +146,12 @@ FAMILIES = (
             "rope_theta": 1e6,
             "rope_local_base_freq": 1e4,
             "max_position_embeddings": 131_072,
+            # The text part of a larger model's config.json holds little else than what differs from these.
+            "vocab_size": 262_208,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "sliding_window": 4096,
         },
         windows="layers",
         gemma=True,
@@ -201,6 +207,26 @@ FAMILIES = (
 )
 
 
+# Models around a decoder of ours: the key of its config, and its names' and the other parts' beginnings.
+_WRAPPED = {"gemma3": "gemma3_text"}
+WRAPPED_ROOTS = ("language_model.model.", "model.language_model.")
+OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+
+
+def is_wrapped(body: Body) -> bool:
+    """Whether a config.json is that of a model of more than text, whose text part alone we compute."""
+    return body.get("model_type") in _WRAPPED
+
+
+def _text(body: Body) -> Body:
+    if not is_wrapped(body):
+        return body
+    text = body.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ValueError(f"config.json: text_config={text!r}, and an object is required")
+    return {**text, "model_type": _WRAPPED[body["model_type"]]}
+
+
 class _Keys:
     """The keys of one config.json: errors name the key, and absent ones take the family's default."""
 
@@ -234,17 +260,17 @@ class _Keys:
 
 def family_of(body: Body) -> Family:
     """The family that config.json names. Raises ValueError for one that we do not compute."""
-    model_type = body.get("model_type")
+    model_type = _text(body).get("model_type")
     for family in FAMILIES:
         if family.model_type == model_type:
             return family
-    known = ", ".join(family.model_type for family in FAMILIES)
+    known = ", ".join([*(family.model_type for family in FAMILIES), *_WRAPPED])
     raise ValueError(f"config.json: model_type={model_type!r} is not supported; supported: {known}")
 
 
 def parse_config(body: Body) -> ModelConfig:
     """Architecture of a config.json. Raises ValueError that names the key of what we do not compute."""
-    family = family_of(body)
+    family, body = family_of(body), _text(body)
     keys = _Keys(body, family)
     # Of PreTrainedConfig, for every family: weights of another format than floating point.
     for key, value in {**family.only, "quantization_config": None}.items():

@@ -93,8 +93,8 @@ _VECTOR = ((0,),)
 _ROTATED = ("query", "key", "query_bias", "key_bias")
 
 _HUGGINGFACE: dict[Path, tuple[str, ...]] = {
-    ("embedding", "table"): ("model.embed_tokens.weight",),
-    ("final_norm", "scale"): ("model.norm.weight",),
+    ("embedding", "table"): ("embed_tokens.weight",),
+    ("final_norm", "scale"): ("norm.weight",),
     ("lm_head",): ("lm_head.weight",),
     ("attention", "query"): ("self_attn.q_proj.weight",),
     ("attention", "key"): ("self_attn.k_proj.weight",),
@@ -168,9 +168,10 @@ _GGUF: dict[Path, str] = {
 }
 
 
-def huggingface_names(config: ModelConfig, *, interleaved: bool = False) -> Names:
-    """Names in safetensors files of `transformers`; `interleaved` says that the model rotates neighbours."""
-    return functools.partial(_huggingface, config, interleaved)
+def huggingface_names(config: ModelConfig, *, interleaved: bool = False, roots: tuple[str, ...] = ("model.",)) -> Names:
+    """Names in safetensors files of `transformers`; `interleaved` says that the model rotates neighbours, `roots` what
+    names of the decoder may begin with."""
+    return functools.partial(_huggingface, config, interleaved, roots)
 
 
 def gguf_names(config: ModelConfig, *, interleaved: bool) -> Names:
@@ -178,13 +179,17 @@ def gguf_names(config: ModelConfig, *, interleaved: bool) -> Names:
     return functools.partial(_gguf, config, interleaved)
 
 
-def _huggingface(config: ModelConfig, interleaved: bool, path: Path, layer: int | None, expert: int | None) -> Stored:
+def _huggingface(
+    config: ModelConfig, interleaved: bool, roots: tuple[str, ...], path: Path, layer: int | None, expert: int | None
+) -> Stored:
     if path[0] == "norms":
         templates = (f"{_HUGGINGFACE_NORMS[config.norm_placement][path[1]]}.weight",)
     else:
         templates = _HUGGINGFACE[path]
-    start = "" if layer is None else f"model.layers.{layer}."
-    spellings = tuple(_one_row(Spelling(start + template.format(expert))) for template in templates)
+    if path != ("lm_head",):
+        start = "" if layer is None else f"layers.{layer}."
+        templates = tuple(f"{root}{start}{template}" for root in roots for template in templates)
+    spellings = tuple(_one_row(Spelling(template.format(expert))) for template in templates)
     return Stored(spellings, _AXES.get(path[-1], _VECTOR), interleaved and path[-1] in _ROTATED)
 
 

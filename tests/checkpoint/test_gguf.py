@@ -397,7 +397,7 @@ def test_flipped_bytes_of_the_header_never_get_past_a_named_error(tmp_path):
     data = write_fixture(tmp_path / "model.gguf", "llama2").read_bytes()
     path, rng = tmp_path / "flipped.gguf", np.random.default_rng(0)
     refused = 0
-    for place in rng.integers(0, 2500, size=300):
+    for place in rng.integers(0, 2500, size=150):
         damaged = bytearray(data)
         damaged[place] ^= int(rng.integers(1, 256))
         path.write_bytes(damaged)
@@ -407,7 +407,7 @@ def test_flipped_bytes_of_the_header_never_get_past_a_named_error(tmp_path):
             refused += "flipped.gguf" in str(error) or "model." in str(error)
         else:
             refused += 1
-    assert refused == 300
+    assert refused == 150
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,11 @@ def test_values_of_keys(name, changes, fields):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("llama2", {"model_type": "mamba"}, r"model_type='mamba' is not supported; supported: llama, .*ernie4_5_moe"),
+        (
+            "llama2",
+            {"model_type": "mamba"},
+            r"model_type='mamba' is not supported; supported: llama, .*ernie4_5_moe, gemma3",
+        ),
         ("llama2", {"model_type": None}, r"model_type=None"),
         ("llama2", {"hidden_act": "relu2"}, r"hidden_act='relu2' is not supported; supported: silu, gelu"),
         ("llama2", {"quantization_config": {"bits": 4}}, r"quantization_config=\{'bits': 4\} is not supported"),
@@ -271,6 +275,44 @@ def test_buffers_of_old_files_are_passed_over(tmp_path):
     fixture, buffer = load("llama2"), "model.layers.0.self_attn.rotary_emb.inv_freq"
     old = write_folder(tmp_path / "old", fixture, **{buffer: np.ones(4, np.float32)})
     assert_equal(load_from(old), load_from(write_folder(tmp_path / "new", fixture)))
+
+
+@pytest.mark.parametrize(
+    ("root", "others"), [("language_model.model.", ""), ("model.language_model.", "model.")], ids=["hub", "saved"]
+)
+def test_the_text_part_of_a_larger_gemma(root, others, tmp_path, caplog):
+    fixture = load("gemma3")
+    expected = load_from(write_folder(tmp_path / "text", fixture))
+    tensors = {name.replace("model.", root, 1): x for name, x in tensors_of(fixture).items()}
+    tensors[f"{others}vision_tower.vision_model.encoder.weight"] = np.zeros(3, np.float32)
+    (tmp_path / "whole").mkdir()
+    save_file(tensors, tmp_path / "whole" / "model.safetensors")
+    body = {"model_type": "gemma3", "text_config": config_of(fixture), "vision_config": {}}
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(body))
+    assert read_config(tmp_path / "whole") == FAMILIES["gemma3"]
+    assert_equal(load_from(tmp_path / "whole"), expected)
+    assert "1 tensors for other things than text are left out" in caplog.text
+    write_folder(tmp_path / "text", fixture, **{"vision_tower.weight": np.zeros(3, np.float32)})
+    with pytest.raises(ValueError, match=r"without a place:\n.*vision_tower\.weight"):
+        load_from(tmp_path / "text")
+
+
+def test_a_sparse_text_config():
+    """What the hub's gemma-3-4b has in its text_config."""
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10_240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    config = parse_config({"model_type": "gemma3", "text_config": text})
+    assert (config.vocab_size, config.num_heads, config.num_kv_heads, config.head_dim) == (262_208, 8, 4, 256)
+    assert config.window_pattern == (1024,) * 5 + (None,)
+    assert config.rope == RopeConfig(1e6, scaling=RopeScaling("linear", 8.0), local_theta=1e4)
+    with pytest.raises(ValueError, match=r"text_config=None, and an object is required"):
+        parse_config({"model_type": "gemma3"})
 
 
 def test_dtypes(tmp_path):
