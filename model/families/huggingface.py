@@ -215,7 +215,7 @@ OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.",
 
 def is_wrapped(body: Body) -> bool:
     """Whether a config.json is that of a model of more than text, whose text part alone we compute."""
-    return body.get("model_type") in _WRAPPED
+    return body.get("model_type") in tuple(_WRAPPED)
 
 
 def _text(body: Body) -> Body:
@@ -243,13 +243,35 @@ class _Keys:
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"config.json: {key}={value!r}, and a number is required")
+        if not math.isfinite(value):
+            raise ValueError(f"config.json: {key}={value!r} must be finite")
         return value
 
-    def whole(self, key: str, default: Any = None) -> int:
+    def whole(self, key: str, default: Any = None, *, least: int = 1, most: int = 2**31) -> int:
         value = self.number(key, default)
-        if value != int(value):
-            raise ValueError(f"config.json: {key}={value!r}, and a whole number is required")
+        if value != int(value) or not least <= value <= most:
+            raise ValueError(f"config.json: {key}={value!r}, and a whole number from {least} to {most} is required")
         return int(value)
+
+    def positive(self, key: str, default: Any = None) -> float:
+        value = self.number(key, default)
+        if value <= 0:
+            raise ValueError(f"config.json: {key}={value!r} must be above 0")
+        return value
+
+    def items(self, key: str) -> list[Any] | None:
+        """A list of whole numbers or strings, or None where the key is absent or null."""
+        value = self.get(key)
+        if value is not None and not (isinstance(value, list) and all(isinstance(x, str | int) for x in value)):
+            raise ValueError(f"config.json: {key}={value!r}, and a list is required")
+        return value
+
+    def object(self, key: str) -> Body:
+        """An object; empty where the key is absent or null."""
+        value = self.get(key)
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(f"config.json: {key}={value!r}, and an object is required")
+        return value or {}
 
     def flag(self, key: str, default: bool = False) -> bool:
         value = self.get(key, default)
@@ -277,7 +299,7 @@ def parse_config(body: Body) -> ModelConfig:
         given = body.get(key, value)
         if given != value and not (given is None and not value):
             raise ValueError(f"config.json: {key}={given!r} is not supported for {family.model_type}, only {value!r}")
-    num_layers, num_heads = keys.whole("num_hidden_layers"), keys.whole("num_attention_heads")
+    num_layers, num_heads = keys.whole("num_hidden_layers", most=10_000), keys.whole("num_attention_heads")
     embed_dim = keys.whole("hidden_size")
     fields = dict(family.implied)
     for key, names in family.switches.items():
@@ -294,7 +316,7 @@ def parse_config(body: Body) -> ModelConfig:
         head_dim=keys.whole("head_dim", embed_dim // num_heads),
         max_positions=keys.whole("max_position_embeddings", 2048),
         activation=_activation(keys),
-        norm_epsilon=keys.number("rms_norm_eps", 1e-6),
+        norm_epsilon=keys.positive("rms_norm_eps", 1e-6),
         tie_embeddings=keys.flag("tie_word_embeddings"),
         init_stddev=keys.number("initializer_range", 0.02),
         rope=_rope(keys),
@@ -309,7 +331,7 @@ def _activation(keys: _Keys) -> str:
     name = keys.get(key, "silu")
     # Gemma's files may hold a null for their own default.
     name = keys.family.defaults.get(key) if name is None else name
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise ValueError(f"config.json: {key}={name!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
@@ -318,29 +340,29 @@ def _gemma_fields(keys: _Keys, embed_dim: int) -> dict[str, Any]:
     caps = {"attention_soft_cap": "attn_logit_softcapping", "final_soft_cap": "final_logit_softcapping"}
     return {
         "embedding_scale": math.sqrt(embed_dim),
-        "attention_scale": keys.number("query_pre_attn_scalar") ** -0.5,
-        **{name: None if keys.get(key) is None else keys.number(key) for name, key in caps.items()},
+        "attention_scale": keys.positive("query_pre_attn_scalar") ** -0.5,
+        **{name: None if keys.get(key) is None else keys.positive(key) for name, key in caps.items()},
     }
 
 
 def _experts(keys: _Keys, names: ExpertKeys) -> MoEConfig:
     count = next((name for name in names.num_experts if name in keys.body), names.num_experts[0])
     mlp_dim = keys.whole(names.mlp_dim)
-    num_dense = keys.whole(names.num_dense, 0) if names.num_dense else 0
+    num_dense = keys.whole(names.num_dense, 0, least=0) if names.num_dense else 0
     if names.dense_list:
-        dense = keys.get(names.dense_list, [])
+        dense = keys.items(names.dense_list) or []
         num_dense = len(dense)
-        if sorted(dense) != list(range(num_dense)):
+        if set(dense) != set(range(num_dense)):
             raise ValueError(f"config.json: {names.dense_list}={dense} is not supported, only the leading layers")
     return MoEConfig(
         num_experts=keys.whole(count),
         experts_per_token=keys.whole(names.experts_per_token),
         mlp_dim=mlp_dim,
-        shared_mlp_dim=mlp_dim * keys.whole(names.num_shared, 0) if names.num_shared else 0,
+        shared_mlp_dim=mlp_dim * keys.whole(names.num_shared, 0, least=0) if names.num_shared else 0,
         num_dense_layers=num_dense,
         scoring=names.scoring,
         normalize_weights=keys.flag(names.normalize, True) if names.normalize else True,
-        weight_scale=keys.number(names.weight_scale, 1.0) if names.weight_scale else 1.0,
+        weight_scale=keys.positive(names.weight_scale, 1.0) if names.weight_scale else 1.0,
         router_bias=names.router_bias,
     )
 
@@ -354,10 +376,10 @@ def _windows(keys: _Keys, num_layers: int) -> list[int | None]:
     window = keys.whole("sliding_window")
     if kind in ("all", "switch"):
         return [window] * num_layers
-    types = keys.get("layer_types")
+    types = keys.items("layer_types")
     if types is None:
         types = _older_layer_types(keys, num_layers)
-    unknown = sorted(set(types) - {_SLIDING, _FULL})
+    unknown = sorted(set(map(str, types)) - {_SLIDING, _FULL})
     if unknown or len(types) != num_layers:
         raise ValueError(
             f"config.json: layer_types has {len(types)} entries for {num_layers} layers, "
@@ -370,7 +392,7 @@ def _older_layer_types(keys: _Keys, num_layers: int) -> list[str]:
     """Before there was `layer_types`: Qwen slides from layer `max_window_layers` on, of each period of Gemma's layers
     all but the last."""
     if keys.family.windows == "switched_layers":
-        first = keys.whole("max_window_layers")
+        first = keys.whole("max_window_layers", least=0)
         return [_SLIDING if layer >= first else _FULL for layer in range(num_layers)]
     period = keys.whole("_sliding_window_pattern", keys.number("sliding_window_pattern", 1))
     return [_SLIDING if (layer + 1) % period else _FULL for layer in range(num_layers)]
@@ -386,29 +408,42 @@ def shortest_period(windows: Sequence[int | None]) -> tuple[int | None, ...]:
 
 def _rope(keys: _Keys) -> RopeConfig:
     """From `rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of the versions before."""
-    theta = keys.number("rope_theta", 1e4)
-    given = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
+    given = keys.object("rope_parameters") or keys.object("rope_scaling")
     nested = _FULL in given or _SLIDING in given
-    main = (given.get(_FULL) or {}) if nested else given
+    parts = _Keys(given, keys.family)
+    main, local = (parts.object(_FULL), parts.object(_SLIDING)) if nested else (given, {})
     local_theta = None
     if keys.family.local_rope:
-        local = (given.get(_SLIDING) or {}) if nested else {}
         if _kind(local) != "default":
             raise ValueError(
                 f"config.json: rope_parameters.{_SLIDING}={local} is not supported, only rope_type=default"
             )
-        local_theta = float(local.get("rope_theta") or keys.number("rope_local_base_freq"))
-    elif nested and given.get(_SLIDING, main) != main:
+        local_theta = _theta(local, keys.positive("rope_local_base_freq"))
+    elif nested and local not in ({}, main):
         raise ValueError(f"config.json: rope_parameters={given}: layers of one rotation are required")
     fraction = main.get("partial_rotary_factor", keys.get("partial_rotary_factor", keys.family.fraction))
-    if keys.family.fraction is None and fraction not in (None, 1.0):
-        raise ValueError(f"config.json: partial_rotary_factor={fraction} is not supported for this model_type, only 1")
+    fraction = 1.0 if fraction is None else fraction
+    if not _is_number(fraction) or (keys.family.fraction is None and fraction != 1.0):
+        raise ValueError(
+            f"config.json: partial_rotary_factor={fraction!r} is not supported for this model_type, only 1"
+        )
     return RopeConfig(
-        theta=float(main.get("rope_theta", theta)),
-        fraction=1.0 if fraction is None else float(fraction),
+        theta=_theta(main, keys.positive("rope_theta", 1e4)),
+        fraction=float(fraction),
         scaling=_scaling(main, keys.whole("max_position_embeddings", 2048)),
         local_theta=local_theta,
     )
+
+
+def _theta(parameters: Body, default: float) -> float:
+    theta = parameters.get("rope_theta", default)
+    if not _is_number(theta) or theta <= 0:
+        raise ValueError(f"config.json: rope_theta={theta!r}, and a number above 0 is required")
+    return float(theta)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _kind(parameters: Body) -> str:
@@ -438,7 +473,7 @@ def _scaling(parameters: Body, max_positions: int) -> RopeScaling | None:
     kind = _kind(parameters)
     if kind == "default":
         return None
-    if kind not in _SCALING_KEYS:
+    if not isinstance(kind, str) or kind not in _SCALING_KEYS:
         raise ValueError(
             f"config.json: rope_type={kind!r} is not supported; supported: default, {', '.join(_SCALING_KEYS)}"
         )
@@ -449,11 +484,10 @@ def _scaling(parameters: Body, max_positions: int) -> RopeScaling | None:
     if "original_max_position_embeddings" in given and given["original_max_position_embeddings"] is None:
         given["original_max_position_embeddings"] = max_positions
     fields = {_SCALING_KEYS[kind][key]: value for key, value in given.items() if value is not None}
-    wrong = {
-        key: value for key, value in fields.items() if isinstance(value, bool) or not isinstance(value, int | float)
-    }
-    if "factor" not in fields or wrong:
-        raise ValueError(f"config.json: rope_type={kind!r} needs a factor, and numbers for {list(given)}: {parameters}")
+    if "factor" not in fields or not all(_is_number(value) and value > 0 for value in fields.values()):
+        raise ValueError(
+            f"config.json: rope_type={kind!r} needs a factor, and numbers above 0 for {list(given)}: {dict(parameters)}"
+        )
     return RopeScaling(kind, **fields)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
+import math
 import tracemalloc
 from pathlib import Path
 
@@ -155,6 +157,20 @@ def test_a_damaged_config_is_named(content, message, tmp_path):
         (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=rf"config\.json .*{message}"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "mixtral", "gemma3", "glm4_moe", "qwen3_moe"])
+def test_any_value_of_any_key_is_read_or_refused(name):
+    """Never another error than ValueError, whatever stands there, a level down too."""
+    body = body_of(name)
+    places = [(key,) for key in body]
+    places += [(key, inner) for key, value in body.items() if isinstance(value, dict) for inner in value]
+    for *outer, last in places:
+        for value in (None, "x", -1, 0, 1.5, [], {}, True, [[1]], {"a": 1}, math.nan, math.inf, 10**30):
+            changed = json.loads(json.dumps(body))
+            (changed[outer[0]] if outer else changed)[last] = value
+            with contextlib.suppress(ValueError):
+                parse_config(changed)
 
 
 # Tensors
