@@ -372,8 +372,10 @@ def test_a_certain_draft_is_always_accepted_and_an_impossible_one_never():
     certain[..., 3] = 0.5
     for coupled in (False, True):
         for params in (Params(), Params(temperature=0), Params(temperature=0.3, top_k=2, top_p=0.5)):
-            *_, verified = small_round([K] * SMALL, params, coupled, certain)
-            assert np.all(verified.count_B == K + 1) and np.all(verified.tokens_BT == 3)
+            # A draft beyond a row's number is none, however right.
+            *_, verified = small_round([K, 0, 1, K, K, K], params, coupled, certain)
+            assert np.asarray(verified.count_B).tolist() == [K + 1, 1, 2, K + 1, K + 1, K + 1]
+            assert np.all(verified.tokens_BT == 3)
             *_, verified = small_round([K] * SMALL, params, coupled, certain, np.full((SMALL, K), 4, np.int32))
             assert np.all(verified.count_B == 1) and np.all(verified.tokens_BT[:, 0] == 3)
 
