@@ -490,34 +490,38 @@ def knee(rates: Sequence[dict[str, Any]], share: float) -> float | None:
 
 
 def table(rates: Sequence[dict[str, Any]], settings: Settings) -> rich.table.Table:
-    title = f"TTFT <= {settings.ttft_ms:g} ms and time per token <= {settings.itl_ms:g} ms; mean ± half a 95% interval"
-    shown = rich.table.Table(title=title)
-    columns = (
-        ("completed/s", "completed_rate"),
-        ("tokens/s", "output_tokens_per_second"),
-        ("TTFT p50", "ttft_ms_p50"),
-        ("p99", "ttft_ms_p99"),
-        ("ITL p50", "itl_ms_p50"),
-        ("p99", "itl_ms_p99"),
-        ("token ms p50", "time_per_token_ms_p50"),
-        ("e2e p50", "e2e_ms_p50"),
-        ("p99", "e2e_ms_p99"),
-        ("goodput/s", "goodput"),
+    title = (
+        f"Objective: TTFT <= {settings.ttft_ms:g} ms, time per token <= {settings.itl_ms:g} ms. "
+        "Times in ms, p50 / p99, means over the repeats; goodput with half of its 95% interval"
     )
-    for heading in ("rate", "requests", "429", "failed", *(heading for heading, _ in columns), "within"):
+    shown = rich.table.Table(title=title)
+    counts = ("rate", "requests", "429", "failed")
+    for heading in (*counts, "done/s", "tokens/s", "TTFT", "ITL", "per token", "e2e", "goodput/s", "within"):
         shown.add_column(heading, justify="right")
     for each in rates:
-        counts = (each["rate"], each["requests"], each["refused"], each["error"] + each["timeout"])
+        numbers = (each["rate"], each["requests"], each["refused"], each["error"] + each["timeout"])
         share = "-" if each["share_within"] is None else f"{each['share_within']:.1%}"
-        shown.add_row(*(f"{n:g}" for n in counts), *(_cell(each[name]) for _, name in columns), share)
+        shown.add_row(
+            *(f"{number:g}" for number in numbers),
+            *(_number(each[name]["mean"]) for name in ("completed_rate", "output_tokens_per_second")),
+            *(_pair(each, name) for name in ("ttft_ms", "itl_ms", "time_per_token_ms", "e2e_ms")),
+            _with_interval(each["goodput"]),
+            share,
+        )
     return shown
 
 
-def _cell(figure: dict[str, Any]) -> str:
-    if figure["mean"] is None:
-        return "-"
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def _pair(each: dict[str, Any], name: str) -> str:
+    return " / ".join(_number(each[f"{name}_{which}"]["mean"]) for which in ("p50", "p99"))
+
+
+def _with_interval(figure: dict[str, Any]) -> str:
     half = "" if figure["high"] is None else f" ± {figure['high'] - figure['mean']:.2g}"
-    return f"{figure['mean']:.4g}{half}"
+    return _number(figure["mean"]) + half
 
 
 async def measure(settings: Settings) -> dict[str, Any]:
@@ -530,7 +534,8 @@ async def measure(settings: Settings) -> dict[str, Any]:
     counts = (8, 8 + max(8, min(settings.prompt_tokens) // 2))
     prompts.calibrate([(n, await client.prompt_tokens(prompts.words(n, rng))) for n in counts])
     ttft, itl = settings.ttft_ms / 1e3, settings.itl_ms / 1e3
-    console = rich.console.Console(stderr=True)
+    # A log file has no width: the table needs about 130 columns.
+    console = rich.console.Console(stderr=True, width=None if sys.stderr.isatty() else 140)
     rates: list[dict[str, Any]] = []
     raw: list[dict[str, Any]] = []
     report: dict[str, Any] = {

@@ -159,12 +159,14 @@ def test_cpu_bandwidth_is_measured_once():
     assert shared.value == whole.value / 8 and "8 virtual devices" in shared.source
 
 
-def test_the_best_moment_counts_all_threads():
-    # Two threads, 100 bytes a block: in 0.06 to 0.08 s the first is done with 4 blocks and the second with 2.
-    first = [0.0, 0.02, 0.04, 0.06, 0.065, 0.07, 0.075, 0.08, 0.1]
-    second = [0.0, 0.02, 0.04, 0.06, 0.07, 0.08, 0.1]
-    assert chips._best_moment([first, second], 100) == pytest.approx(600 / 0.02)
-    assert chips._best_moment([[0.0, 0.5]], 100) == pytest.approx(200)
+def test_the_best_moment_of_a_thread(monkeypatch):
+    monkeypatch.setattr(chips, "_MOMENT", 0.02)
+    # Blocks of 100 bytes: four of them in the moment from 0.06 on, and a single fast one is no moment.
+    times = [0.0, 0.02, 0.04, 0.06, 0.065, 0.07, 0.075, 0.08, 0.1, 0.101, 0.15]
+    assert chips._best_moment(times, 100) == pytest.approx(400 / 0.02)
+    assert chips._best_moment([0.0, 0.5], 100) == pytest.approx(200)
+    # Shorter than a moment altogether.
+    assert chips._best_moment([0.0, 0.001, 0.004], 100) == pytest.approx(200 / 0.004)
 
 
 def test_caches_are_counted_once_for_all_cores_that_share_them(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 
 import pytest
+import rich.console
 
 from benchmarks import serving, streaming
 from benchmarks.serving import Prompts, Record, Run, Settings
@@ -131,6 +132,17 @@ def test_repeats_are_pooled():
     assert [summary[name] for name in ("requests", "ok", "refused", "error", "timeout")] == [6, 3, 1, 1, 1]
     assert summary["share_within"] == 0.5 and summary["errors"] == ["e"]
     assert summary["goodput"]["mean"] == 0.5 and summary["goodput"]["low"] == 0.5
+
+
+def test_the_table_shows_what_there_is(capsys):
+    served = serving.summarise([Run(2.0, seed, 2.0, [record(0.5, 0.6, 0.7, tokens=2)], {}) for seed in (0, 1)], 1, 1)
+    failed = serving.summarise([Run(4.0, 0, 2.0, [record(0.5, outcome="error")], {})], 1, 1)
+    rich.console.Console(width=140).print(serving.table([served, failed], Settings()))
+    *_, first, second, _ = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in row.strip("│").split("│")] for row in (first, second)]
+    one, other = ["2", "2", "0", "0", "0.5", "1", "100 / 100"], ["4", "1", "0", "1", "0", "0", "- / -"]
+    assert [row[:7] for row in cells] == [one, other]
+    assert [row[-2:] for row in cells] == [["0.5 ± 0", "100.0%"], ["0", "0.0%"]]
 
 
 # Prompts
