@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import jax
-import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
@@ -239,7 +238,3 @@ def to_file(stored: Stored, ours: np.ndarray) -> np.ndarray:
     if stored.interleaved:
         ours = ours[..., np.argsort(halves(ours.shape[-1]))]
     return ours.transpose(stored.order).reshape(stored.shape(ours.shape))
-
-
-def floating(dtype: np.dtype) -> bool:
-    return dtype in (np.float32, np.float16, ml_dtypes.bfloat16)
