@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 
 from serving.api import create_app
 from serving.api_config import ApiConfig
-from serving.request import Delta
+from serving.request import Delta, TokenLogprob, Usage
 from serving.stream import DeltaStream, merge
 from tests.serving.fake_engine import MODEL, FakeEngine, events, long_text, serving, wait_until
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
 JSON = {"Content-Type": "application/json"}
 MAX_BODY = 20_000
+USAGE = Usage(1, 3, 0, 0.0, 0.1, 0.2)
 
 
 @pytest.fixture(scope="module")
@@ -357,6 +358,20 @@ def test_the_buffer_is_bounded_and_loses_nothing_within_its_bound():
         assert [delta.text for _, delta in await stream.take(1)] == ["a", "b"] and overflows == [1]
 
     asyncio.run(run())
+
+
+def test_merged_deltas_lose_nothing():
+    entries = [TokenLogprob(token, -token) for token in range(3)]
+    deltas = [
+        (0, Delta("a", (0,), (entries[0],))),
+        (1, Delta("x", (7,))),
+        (0, Delta("", (1,), (entries[1],))),
+        (0, Delta("b", (2,), (entries[2],), "error", "reason", USAGE)),
+    ]
+    assert merge(deltas) == [
+        (0, Delta("ab", (0, 1, 2), tuple(entries), "error", "reason", USAGE)),
+        (1, Delta("x", (7,))),
+    ]
 
 
 def test_the_engines_thread_outlives_the_loop():

@@ -203,8 +203,13 @@ def test_tool_calls_that_the_model_chose(client: openai.OpenAI, says):
         assert plain.choices[0].finish_reason == "stop"
 
 
+# Four characters at a time, or all at once.
+@pytest.mark.parametrize("characters", [4, 10_000])
 @pytest.mark.parametrize("stream", [False, True])
-def test_one_call_where_no_more_are_wanted(client: openai.OpenAI, engine: FakeEngine, says, stream: bool):
+def test_one_call_where_no_more_are_wanted(
+    client: openai.OpenAI, engine: FakeEngine, says, monkeypatch, stream: bool, characters: int
+):
+    monkeypatch.setattr(engine, "characters", characters)
     two = call_text("get_weather", {"city": "Oslo"}) + "\n" + call_text("get_weather", {"city": "Rom"})
     says(two + " and more" * 100)
     arguments = dict(model=MODEL, messages=HELLO, tools=[WEATHER], parallel_tool_calls=False)
