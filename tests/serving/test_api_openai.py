@@ -294,7 +294,7 @@ def test_a_full_queue_says_when_to_come_back():
     engine.max_context = 10**6
     with serving(engine) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client:
         with pytest.raises(openai.RateLimitError) as caught:
-            client.chat.completions.create(model=MODEL, messages=HELLO, n=20, stream=True, seed=1)
+            client.chat.completions.create(model=MODEL, messages=HELLO, n=20, seed=1)
         assert caught.value.response.headers["retry-after"] == "3"
         # Those that had a place have given it back.
         assert engine.wait_idle() and list(engine.ended.values()) == ["cancelled"] * 3
