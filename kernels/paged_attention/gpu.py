@@ -254,7 +254,7 @@ def _clear_past(v_smem, count) -> None:
 
     @pl.when(count < v_smem.shape[0])
     def _():
-        values = plgpu.load(v_smem, layout=_MATRIX)
+        values = plgpu.layout_cast(v_smem[...], _MATRIX)
         key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=_MATRIX)
         v_smem[...] = jnp.where(key < count, values, jnp.zeros_like(values))
         plgpu.commit_smem()

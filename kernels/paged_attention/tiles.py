@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+import jax
+
 from kernels.target import Target
 
 if TYPE_CHECKING:
     from kernels.paged_attention import PagedAttentionCase
 
+# Mosaic GPU's interface changes with JAX's minor version; the kernel was measured with 0.11.2.
+JAX_VERSION = jax.__version_info__
 # Keys are the rows of a warpgroup's matrix product (wgmma), which come in 64s.
 KEY_ROWS = 64
-# Scores and outputs lie in registers with a column for each query: past 64 columns they would spill.
-MAX_QUERIES = 64
+# Scores and outputs lie in registers with a column for each query. Above these the compiler's report
+# (`python -m kernels.aot`) shows some of them spilled to memory, at them none.
+MAX_QUERIES, MAX_QUERIES_OF_LARGE = 64, 32
 SHARED_BYTES = 227 * 1024
 NUM_PROCESSORS = 132
 MAX_PARTS = 16
@@ -30,11 +35,27 @@ class Tiles:
 
 def choose_tiles(case: PagedAttentionCase) -> Tiles:
     """Static in the shapes, so that equal calls add in equal order."""
-    pages_per_block = max(1, KEY_ROWS // case.page_size)
-    block_bytes = 2 * 2 * pages_per_block * case.page_size * case.head_dim
     # Half of a processor's shared memory: two blocks of threads on each, so that one computes while the other waits.
-    num_buffers = max(2, min(4, (SHARED_BYTES // 2 - 12 * 1024) // block_bytes))
-    return Tiles(pages_per_block, num_buffers, _num_parts(case.batch * case.num_kv_heads, case.width))
+    num_buffers = max(n for n in (2, 3, 4) if n == 2 or shared_bytes(case, n) <= SHARED_BYTES // 2 - 1024)
+    num_parts = _num_parts(case.batch * case.num_kv_heads, case.width)
+    return Tiles(_block(case) // case.page_size, num_buffers, num_parts)
+
+
+def _block(case: PagedAttentionCase) -> int:
+    """Positions of one block of keys: whole pages."""
+    return max(KEY_ROWS, case.page_size)
+
+
+def _columns(case: PagedAttentionCase) -> int:
+    """Queries of one kv head, in whole tiles of eight."""
+    return -(-case.num_tokens * case.num_heads // case.num_kv_heads // 8) * 8
+
+
+def shared_bytes(case: PagedAttentionCase, num_buffers: int) -> int:
+    """Shared memory of one block of threads: queries, weights, outputs (float32 at most), and the buffers."""
+    head = _columns(case) * (2 * case.head_dim + 2 * _block(case) + 4 * case.head_dim)
+    # Mosaic takes 2 KiB for reductions and a few bytes for barriers.
+    return head + 2048 + 64 + num_buffers * 2 * 2 * _block(case) * case.head_dim
 
 
 def _num_parts(programs: int, width: int) -> int:
@@ -53,16 +74,22 @@ def unsupported(case: PagedAttentionCase, target: Target) -> str | None:
     """Why the kernel can't compute this; None where it can."""
     if target.platform != "gpu" or target.compute_capability != (9, 0):
         return f"the kernel is written for NVIDIA GPUs of compute capability 9.0, and the target is {target}"
+    if JAX_VERSION < (0, 11):
+        return f"the kernel needs JAX 0.11 (Python 3.12), and this is JAX {'.'.join(map(str, JAX_VERSION))}"
     if case.dtype not in ("bfloat16", "float16"):
         return f"the kernel takes bfloat16 and float16, not {case.dtype}"
     if case.head_dim not in (64, 128, 256):
         return f"the kernel takes a head width of 64, 128 or 256, not {case.head_dim}"
     if case.page_size not in (16, 32, 64, 128):
         return f"the kernel takes pages of 16, 32, 64 or 128 positions, not {case.page_size}"
-    queries = case.num_tokens * case.num_heads // case.num_kv_heads
-    if queries > MAX_QUERIES:
+    large = case.head_dim > 128 or _block(case) > KEY_ROWS
+    most = MAX_QUERIES_OF_LARGE if large else MAX_QUERIES
+    if _columns(case) > most:
+        group = case.num_heads // case.num_kv_heads
         return (
-            f"the kernel takes up to {MAX_QUERIES} queries of a row for each kv head, "
-            f"not {queries} ({case.num_tokens} tokens of {case.num_heads // case.num_kv_heads} heads)"
+            f"with a head width of {case.head_dim} and pages of {case.page_size} the kernel takes up to {most} queries "
+            f"of a row for each kv head, not {case.num_tokens * group} ({case.num_tokens} tokens of {group} heads)"
         )
+    if shared_bytes(case, 2) > SHARED_BYTES:
+        return f"pages of {case.page_size} with a head width of {case.head_dim} are too large for its shared memory"
     return None

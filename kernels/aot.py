@@ -1,0 +1,146 @@
+"""Compiles the GPU kernels for an H100 on a machine that has none: `python -m kernels.aot` prints what each one takes.
+
+Needs JAX 0.11.2, the wheels jax-cuda13-plugin and jax-cuda13-pjrt of the same version, and CUDA's ptxas on the path; no
+GPU and none of NVIDIA's other wheels. It says whether a kernel is legal, its registers, its spills and its shared
+memory; it says nothing about time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.paged_attention import PagedAttentionCase, tiles
+
+# XLA's description of the device, in the text form of its GpuTargetConfigProto. Figures of an H100 SXM.
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84978434048
+  cuda_compute_capability { major: 9 minor: 0 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+# llama3-8b in decode (many rows, one row, one long row) and verification, and the edges of what the kernel takes.
+CASES = {
+    "128 rows of 512": PagedAttentionCase("bfloat16", 128, 1, 32, 8, 128, 64, 512),
+    "1 row of 512": PagedAttentionCase("bfloat16", 1, 1, 32, 8, 128, 64, 512),
+    "1 row of 8192": PagedAttentionCase("bfloat16", 1, 1, 32, 8, 128, 64, 8192),
+    "8 drafts": PagedAttentionCase("bfloat16", 16, 8, 32, 8, 128, 64, 1024),
+    "64 queries of a kv head": PagedAttentionCase("bfloat16", 1, 8, 64, 8, 128, 64, 1024),
+    "32 queries, pages of 128": PagedAttentionCase("bfloat16", 16, 4, 64, 8, 128, 128, 1024),
+    "heads of 64, pages of 16": PagedAttentionCase("float16", 16, 1, 32, 8, 64, 16, 1024),
+    "32 queries, heads of 256": PagedAttentionCase("bfloat16", 16, 8, 16, 4, 256, 64, 1024),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Per thread: `registers`, `spilled_bytes`. Per block of threads: `shared_bytes`, by the tiles' own account."""
+
+    name: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+
+
+def missing() -> str | None:
+    """What this machine lacks for it; None where nothing does."""
+    if tiles.JAX_VERSION < (0, 11):
+        return f"needs JAX 0.11, and this is JAX {jax.__version__}"
+    for module, package in (("jax_cuda13_plugin", "jax-cuda13-plugin"), ("jax_plugins", "jax-cuda13-pjrt")):
+        if importlib.util.find_spec(module) is None:
+            return f"needs the wheel {package}=={jax.__version__} (pip install --no-deps)"
+    return None if shutil.which("ptxas") else "needs ptxas, of CUDA 13, on the path"
+
+
+def reports() -> list[Report]:
+    """Every case, compiled in a process of its own that uses no GPU. RuntimeError with its output where one fails."""
+    cuda = Path(shutil.which("ptxas")).resolve().parents[1]
+    settings = ["JAX_PLATFORMS=cpu", f"CUDA_ROOT={cuda}", "MOSAIC_GPU_DUMP_PTXAS=1"]
+    command = ["env", *settings, sys.executable, "-m", "kernels.aot", "--compile"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"kernels did not compile for an H100:\n{done.stdout[-4000:]}")
+    return list(_parse(done.stdout))
+
+
+def _parse(output: str) -> Iterator[Report]:
+    """ptxas writes its report straight to the process's output, after the line with the case's name."""
+    for section in output.split("kernel: ")[1:]:
+        name = section.splitlines()[0]
+        case = CASES[name]
+        registers = [int(n) for n in re.findall(r"Used (\d+) registers", section)]
+        spilled = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", section)]
+        assert registers and spilled, f"no report of ptxas for {name}: {section}"
+        shared = tiles.shared_bytes(case, tiles.choose_tiles(case).num_buffers)
+        yield Report(name, max(registers), max(spilled), shared)
+
+
+def _compile_all() -> None:
+    from jax._src import xla_bridge
+    from jax.experimental import topologies
+
+    # The plugin registers itself when backends are made, and the description below needs it.
+    xla_bridge.backends()
+    topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=_H100)
+    mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("device",))
+    for name, case in CASES.items():
+        print(f"kernel: {name}", flush=True)
+        _compile(case, mesh)
+
+
+def _compile(case: PagedAttentionCase, mesh: jax.sharding.Mesh) -> None:
+    from kernels.paged_attention import gpu
+
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    pages = (case.width // case.page_size + 1, case.page_size, case.num_kv_heads, case.head_dim)
+    shapes = [(case.batch, case.num_tokens, case.num_heads, case.head_dim), pages, pages]
+    floats = [jax.ShapeDtypeStruct(shape, jnp.dtype(case.dtype), sharding=whole) for shape in shapes]
+    shapes = [(case.batch, case.width // case.page_size), (case.batch,), (case.batch,)]
+    integers = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole) for shape in shapes]
+
+    def attend(*operands):
+        # Both options on: the most that the kernel keeps in registers.
+        statics = {"scale": 0.1, "window": 100, "soft_cap": 30.0, "sinks": None}
+        return gpu.paged_attention(*operands, **statics, tiles=tiles.choose_tiles(case))
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(attend).trace(*floats, *integers).lower(lowering_platforms=("cuda",))
+    lowered.compile()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--compile", action="store_true", help="compile in this process (what the command itself runs)")
+    if parser.parse_args().compile:
+        _compile_all()
+        return
+    lacking = missing()
+    if lacking is not None:
+        parser.exit(2, f"python -m kernels.aot {lacking}\n")
+    print(f"{'kernel':<28}{'registers':>10}{'spilled':>9}{'shared':>9}")
+    for report in reports():
+        print(f"{report.name:<28}{report.registers:>10}{report.spilled_bytes:>9}{report.shared_bytes:>9}")
+
+
+if __name__ == "__main__":
+    main()
