@@ -65,6 +65,9 @@ party result change morning reason research girl guy moment air teacher force ed
 # Quantiles 0.975 of Student's t for 1, 2, ... degrees of freedom (any statistics table).
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
+# A client this late at sending is at its own limit, and the server may not be.
+LATE_SEND_MS = 50.0
+
 SERVER_METRICS = (
     "decode_mbu",
     "prefill_mfu",
@@ -434,7 +437,7 @@ def describe(run: Run, ttft: float, itl: float) -> dict[str, float | None]:
         ("itl_ms", [gap for record in ok for gap in record.gaps]),
         ("time_per_token_ms", [t for record in ok if (t := record.time_per_token) is not None]),
         ("e2e_ms", [record.end - record.sent for record in ok]),
-        # Above a few ms the client itself is late, and its times are not the server's.
+        # The client's own lateness: its other times are late by as much.
         ("late_send_ms", [record.sent - record.due for record in measured]),
     ):
         figures[f"{name}_p50"], figures[f"{name}_p99"] = percentiles(values)
@@ -556,6 +559,10 @@ async def measure(settings: Settings) -> dict[str, Any]:
             settings.output.write_text(json.dumps(report | {"raw": raw}) + "\n")
         done = rates[-1]
         console.print(f"rate {rate:g}: {done['ok']} of {done['requests']} ended well", highlight=False)
+        if (late := done["late_send_ms_p99"]["mean"] or 0.0) > LATE_SEND_MS:
+            console.print(
+                f"this client sent late (p99 {late:.0f} ms): its own limit shows in these figures", style="red"
+            )
     report["server_metrics"] = await server_metrics(client)
     if settings.output is not None:
         settings.output.write_text(json.dumps(report | {"raw": raw}) + "\n")
