@@ -434,6 +434,10 @@ def test_what_is_written_is_what_transformers_wrote(name, scan, tmp_path):
     assert read_config(tmp_path / "out") == FAMILIES[name]
     body, theirs = json.loads((tmp_path / "out" / "config.json").read_text()), config_of(fixture)
     assert (body["model_type"], body["architectures"]) == (theirs["model_type"], theirs["architectures"])
+    assert {key for key in theirs if key.startswith("hidden_act")} <= body.keys()
+    # Where no layer slides, max_window_layers says nothing; a null stands for false.
+    differing = {key for key, value in body.items() if (theirs.get(key, value) or False) != (value or False)}
+    assert differing <= {"max_window_layers"}
     assert_equal(load_file(tmp_path / "out" / "model.safetensors"), tensors_of(fixture))
 
 
@@ -472,6 +476,7 @@ def test_parameters_of_another_model_are_not_written(tmp_path):
     [
         (dense(window_pattern=(4, None)), r"nearest is llama, but for window_pattern=\(4, None\) \(it has \(None,\)\)"),
         (dense(attention_sinks=True), r"attention_sinks=True"),
+        (dense(attention_scale=0.25), r"nearest is llama, but for attention_scale=0\.25 \(it has 0\.5\)"),
         (dense(activation="gelu", gated_mlp=False, qk_norm=True), r"no model_type holds this architecture"),
         (moe(shared_mlp_dim=24, router_bias=True, scoring="sigmoid", qk_norm=True), r"moe.shared_mlp_dim=24"),
     ],
