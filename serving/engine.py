@@ -27,6 +27,7 @@ from serving.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 FAILED = "the step of this request failed"
+STOPPED = "the engine stopped"
 
 IDLE_SECONDS = 0.05
 """How long an idle engine sleeps before it looks for deadlines."""
@@ -150,16 +151,24 @@ class Engine:
     # The engine's thread
 
     def _run(self) -> None:
-        while not self._stopping:
-            plan, drafts = self._next_plan()
-            if plan.empty:
-                self._tell()
-                self._sleep()
-            else:
-                self._step(plan, drafts)
-        self._tell()
-        for sequence in list(self._answers):
-            self._end(sequence, "cancelled")
+        reason: FinishReason = "error"
+        try:
+            while not self._stopping:
+                plan, drafts = self._next_plan()
+                if plan.empty:
+                    self._tell()
+                    self._sleep()
+                else:
+                    self._step(plan, drafts)
+            reason = "cancelled"
+        # Nobody may wait for an engine that is gone: /health says that it is.
+        except Exception:
+            logger.exception("the engine stopped")
+        with self._changed:
+            self._stopping = True
+        told = {step.sequence for step in self._untold if step.finish is not None}
+        for sequence in self._answers.keys() - told:
+            self._untold.append(_Step(sequence, (), (), "", reason, STOPPED if reason == "error" else None))
         self._tell()
 
     def _sleep(self) -> None:
@@ -275,11 +284,6 @@ class Engine:
 
     def _note_end(self, sequence: Sequence, reason: FinishReason) -> None:
         self._untold.append(_Step(sequence, (), (), "", reason, None))
-
-    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
-        with self._changed:
-            self._scheduler.finish(sequence, reason)
-        self._note_end(sequence, reason)
 
     def _tell(self) -> None:
         """Gives requests what the step before decided."""

@@ -57,8 +57,9 @@ class UtilizationMeter:
         if self._model.moe is None:
             moved = record.rounds * traffic.weights()
         else:
-            # The weights are linear in the experts touched, and those are known as a sum over the rounds.
-            moved = (record.rounds - 1) * traffic.weights(0) + traffic.weights(record.experts)
+            # Experts touched are known as a sum over the rounds, and the bytes are linear in them.
+            each, rest = divmod(record.experts, record.rounds)
+            moved = (record.rounds - rest) * traffic.weights(each) + (rest * traffic.weights(each + 1) if rest else 0)
         for round_ in range(record.rounds):
             # A row's last token is the round's input: it is not in the cache yet.
             rows = zip(record.lengths, record.row_rounds, strict=True)
