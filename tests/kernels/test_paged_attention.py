@@ -142,10 +142,10 @@ def interpreted(q, k_pages, v_pages, page_table, lengths, starts, dtype, tiles=N
 
 # One case for each way through the kernel; an interpreted one takes seconds.
 KERNEL_CASES = {
-    "decode, ragged": dict(lengths=[70, 0, 192], M=3),
+    "decode, ragged": dict(lengths=[70, 0, 300], M=5, tiles=Tiles(1, 2, 1)),
     "parts, some empty": dict(lengths=[130, 5], M=3, tiles=Tiles(1, 2, 3)),
     "verification, window": dict(lengths=[150, 40], M=3, T=3, starts=[147, 38], window=50, N=4, K=2),
-    "soft cap, sinks": dict(lengths=[90], M=2, soft_cap=1.5, sinks=np.array([0.5, -1.0, 2.0])),
+    "soft cap, sinks": dict(lengths=[90], M=2, soft_cap=1.5, sinks=3 * SINKS[:4], N=4, K=2, T=2),
     "small pages, window, parts": dict(lengths=[150], M=10, S=16, window=100, tiles=Tiles(4, 3, 2), dtype="float16"),
     "wide heads": dict(lengths=[70], M=1, S=128, H=128, N=2, T=9),
 }
@@ -237,6 +237,11 @@ def test_choice_and_its_reason(newer_jax):
         ({"page_size": 48}, H100, "pages of 16, 32, 64 or 128 positions, not 48"),
         ({"num_tokens": 17}, H100, r"up to 64 queries .* not 68 \(17 tokens of 4 heads\)"),
         ({"num_tokens": 9, "page_size": 128}, H100, r"pages of 128 the kernel takes up to 32 queries .* not 36"),
+        (
+            {"num_tokens": 9, "head_dim": 256},
+            H100,
+            "head width of 256 and pages of 64 the kernel takes up to 32 queries",
+        ),
         ({"head_dim": 256, "page_size": 128}, H100, "pages of 128 with a head width of 256 are too large"),
     ],
 )
