@@ -20,7 +20,10 @@ from serving.batch import DecodeBatch, PrefillBatch
 from serving.drafting import ngram_drafts
 from serving.request import MAX_TOP_LOGPROBS
 from serving.sampling import History, Rows, draw, log_distribution, row_is_valid
-from serving.verification import verify
+from serving.verification import no_log_probs, verify, verify_greedy
+
+ALL_ALLOWED = 0xFFFFFFFF
+"""Word of a grammar's mask that allows everything."""
 
 Cache = list[LayerPages]
 Weights = tuple[Any, Any]
@@ -240,20 +243,30 @@ class Programs:
     def _check(self, model, output: Output, drafts, log_q, counts, constants: _Constants, state: State, mask_BU):
         """Parts of a `Result`: the tokens that the model emits after the drafts it accepts."""
         logits_BTV = self._logits(model, output.hidden_BTD)
-        history = History(state.tokens_BW, constants.prompt_B, state.length_B)
-        # A row under a grammar takes no drafts: its mask is that of its one position.
-        mask_BTU = jnp.broadcast_to(mask_BU[:, None], (*logits_BTV.shape[:2], mask_BU.shape[-1]))
-        verified = verify(
-            logits_BTV,
-            drafts,
-            log_q,
-            counts,
-            constants.rows,
-            history,
-            mask_BTU,
-            with_log_probs=True,
-            wants_log_probs_B=constants.logprobs_B & ~state.done_B,
-        )
+        asked_B = constants.logprobs_B & ~state.done_B
+        plain = ~jnp.any(asked_B) & jnp.all(constants.rows.plain_greedy_B) & jnp.all(mask_BU == ALL_ALLOWED)
+
+        def greedy(logits_BTV):
+            verified = verify_greedy(logits_BTV, drafts, counts)
+            return verified._replace(log_probs=no_log_probs(*verified.tokens_BT.shape))
+
+        def general(logits_BTV):
+            history = History(state.tokens_BW, constants.prompt_B, state.length_B)
+            # A row under a grammar takes no drafts: its mask is that of its one position.
+            mask_BTU = jnp.broadcast_to(mask_BU[:, None], (*logits_BTV.shape[:2], mask_BU.shape[-1]))
+            return verify(
+                logits_BTV,
+                drafts,
+                log_q,
+                counts,
+                constants.rows,
+                history,
+                mask_BTU,
+                with_log_probs=True,
+                wants_log_probs_B=asked_B,
+            )
+
+        verified = jax.lax.cond(plain, greedy, general, logits_BTV)
         emitted = jnp.where(state.done_B, 0, jnp.where(verified.valid_B, verified.count_B, -1))
         drafted = jnp.where(state.done_B, 0, counts)
         return verified.tokens_BT, emitted, drafted, *verified.log_probs, _experts(output)

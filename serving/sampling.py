@@ -52,6 +52,12 @@ class Rows(NamedTuple):
     def greedy_B(self) -> jax.Array:
         return self.temperature_B < _SMALLEST_TEMPERATURE
 
+    @property
+    def plain_greedy_B(self) -> jax.Array:
+        """The row's token is the argmax of the model's own logits."""
+        penalised_B = (self.repetition_B != 1) | (self.frequency_B != 0) | (self.presence_B != 0)
+        return self.greedy_B & ~penalised_B & ~jnp.any(self.bias_ids_BJ >= 0, axis=1)
+
 
 class History(NamedTuple):
     """The tokens before the one to draw, as the penalties count them."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from serving.request import MAX_TOP_LOGPROBS
 from serving.sampling import (
     DRAW,
     RESIDUAL,
@@ -86,9 +87,11 @@ def verify(
         if t < num_positions - 1:
             log_q_BV = None if draft_log_probs_BKV is None else draft_log_probs_BKV[:, t]
             drafted_B = t < num_drafts_B
-            token_B, kept_B = _decide(log_p_BV, log_q_BV, drafts_BK[:, t], drafted_B, rows, position_B)
+            token_B, kept_B = _decide(
+                log_p_BV, log_q_BV, drafts_BK[:, t], drafted_B, rows, position_B, logits_BTV[:, t]
+            )
         else:
-            token_B = draw_from_stream(log_p_BV, rows, position_B, jnp.full_like(position_B, DRAW))
+            token_B = _draw(log_p_BV, rows, position_B, jnp.full_like(position_B, DRAW), logits_BTV[:, t])
             kept_B = jnp.zeros_like(running_B)
         # A position that is not reached may hold anything: it follows a draft that was rejected.
         valid_B = valid_B & (row_is_valid(log_p_BV) | ~running_B)
@@ -101,6 +104,21 @@ def verify(
     return Verified(jnp.stack(tokens, axis=1), accepted_B + 1, accepted_B, valid_B, stacked)
 
 
+def verify_greedy(logits_BTV: jax.Array, drafts_BK: jax.Array, num_drafts_B: jax.Array) -> Verified:
+    """`verify` of rows that are all greedy, without penalties, bias, mask or log-probabilities: it reads the logits
+    once, and takes no branch on the device (each costs a round trip to the host: 0.4 ms of a 6.5 ms step of an 8B
+    model at batch 1 on an H100)."""
+    scores_BTV = logits_BTV.astype(jnp.float32)
+    tokens_BT = jnp.argmax(scores_BTV, axis=-1).astype(jnp.int32)
+    # The largest logit is NaN where any is; a row of -inf alone has no token.
+    sound_BT = jnp.isfinite(jnp.max(scores_BTV, axis=-1))
+    index_K = jnp.arange(drafts_BK.shape[1])
+    kept_BK = (drafts_BK == tokens_BT[:, :-1]) & (index_K < num_drafts_B[:, None])
+    accepted_B = jnp.sum(jnp.cumprod(kept_BK.astype(jnp.int32), axis=1), axis=1)
+    reached_BT = jnp.arange(tokens_BT.shape[1]) <= accepted_B[:, None]
+    return Verified(tokens_BT, accepted_B + 1, accepted_B, jnp.all(sound_BT | ~reached_BT, axis=1), None)
+
+
 def _decide(
     log_p_BV: jax.Array,
     log_q_BV: jax.Array | None,
@@ -108,16 +126,27 @@ def _decide(
     drafted_B: jax.Array,
     rows: Rows,
     position_B: jax.Array,
+    logits_BV: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """The token at one position, and whether it is the draft, so that the next position counts too."""
     by_ratio_B = drafted_B & ~rows.coupled_B & ~rows.greedy_B
     residual_BV = _residual(log_p_BV, log_q_BV, draft_B)
     scores_BV = jnp.where(by_ratio_B[:, None], residual_BV, log_p_BV)
     # The draft was drawn with the noise of the DRAW stream, so its replacement needs other noise.
-    own_B = draw_from_stream(scores_BV, rows, position_B, jnp.where(by_ratio_B, RESIDUAL, DRAW))
+    own_B = _draw(scores_BV, rows, position_B, jnp.where(by_ratio_B, RESIDUAL, DRAW), logits_BV)
     lucky_B = uniform(rows, position_B) < _acceptance(log_p_BV, log_q_BV, draft_B)
     kept_B = drafted_B & jnp.where(by_ratio_B, lucky_B, own_B == draft_B)
     return jnp.where(kept_B, draft_B, own_B), kept_B
+
+
+def _draw(
+    scores_BV: jax.Array, rows: Rows, position_B: jax.Array, stream_B: jax.Array, logits_BV: jax.Array
+) -> jax.Array:
+    """As `draw_from_stream`. The greedy choice among the model's own logits is made on those: normalising rounds two
+    of them into a tie now and then, and `verify_greedy` doesn't normalise."""
+    drawn_B = draw_from_stream(scores_BV, rows, position_B, stream_B)
+    best_B = jnp.argmax(jnp.where(scores_BV > -jnp.inf, logits_BV.astype(jnp.float32), -jnp.inf), axis=1)
+    return jnp.where(rows.plain_greedy_B, best_B.astype(jnp.int32), drawn_B)
 
 
 def _acceptance(log_p_BV: jax.Array, log_q_BV: jax.Array | None, draft_B: jax.Array) -> jax.Array:
@@ -142,6 +171,12 @@ def _residual(log_p_BV: jax.Array, log_q_BV: jax.Array | None, draft_B: jax.Arra
     # Empty where p = q up to rounding, or where the draft model's row is NaN: then nothing is taken off p.
     empty_B1 = ~jnp.any(residual_BV > -jnp.inf, axis=1, keepdims=True)
     return jnp.where(empty_B1, log_p_BV, residual_BV)
+
+
+def no_log_probs(batch: int, length: int) -> LogProbs:
+    """What stands for log-probabilities that no row wants."""
+    tops = (batch, length, MAX_TOP_LOGPROBS)
+    return LogProbs(jnp.zeros((batch, length)), jnp.zeros(tops, jnp.int32), jnp.zeros(tops))
 
 
 def _log_probs(log_p_BV: jax.Array, token_B: jax.Array, wants_B: jax.Array | None) -> tuple[jax.Array, ...]:
