@@ -23,11 +23,11 @@ def main(arguments: list[str]) -> int:
     if arguments[0] == "--list":
         print(listing())
         return 0
-    from checkpoint import CheckpointError
+    from serving.command import FAILURES
 
     try:
         return serve(configs, arguments)
-    except (ValueError, CheckpointError, OSError) as error:
+    except FAILURES as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -2,7 +2,7 @@
 
 from data.config import DataConfig
 from model.config import ModelConfig, RopeConfig
-from serving.config import ServeRun
+from serving.config import EngineConfig, ServeRun
 from training.config import LayerConfig, TrainRun
 
 MODEL = ModelConfig(
@@ -30,4 +30,8 @@ def train() -> TrainRun:
 
 def serve() -> ServeRun:
     """Random weights, to measure: `serve.py FOLDER` serves the real ones."""
-    return ServeRun(name="llama3-8b", model=MODEL)
+    return ServeRun(
+        name="llama3-8b",
+        model=MODEL,
+        engine=EngineConfig(max_sequences=256, batch_sizes=(1, 8, 32, 128, 256), rounds=16),
+    )

@@ -90,6 +90,8 @@ class PagedSelection(NamedTuple):
     paged_attention: str
     grouped_matmul: str
     reasons: tuple[str, ...]
+    ragged: bool
+    """Decoding reads live pages alone, so that the width of the page table costs nothing."""
 
 
 def select_paged_kernels(
@@ -100,14 +102,27 @@ def select_paged_kernels(
     dtype: str,
     rows: int,
     page_size: int,
+    width: int,
     placement: Placement,
     device: jax.Device,
 ) -> PagedSelection:
-    """Implementations for decoding batches of up to `rows` tokens. Raises ValueError for a named one that can't run."""
+    """Implementations for decoding batches of up to `rows` tokens whose contexts have up to `width`. Raises ValueError
+    for a named one that can't run."""
     target = target_of(device)
     paged, reason = paged_op.choose(paged_attention, target)
-    reasons = [f"attention over pages: {paged}, {reason}"]
+    decode = paged_op.PagedAttentionCase(
+        dtype=dtype,
+        batch=rows,
+        num_tokens=1,
+        num_heads=config.num_heads // placement.size("act_heads"),
+        num_kv_heads=config.num_kv_heads // placement.size("act_heads"),
+        head_dim=config.head_dim,
+        page_size=page_size,
+        width=width,
+    )
+    in_decode, _ = paged_op.choose(paged, target, decode)
+    reasons = [f"attention over pages: {paged}, {reason}; {in_decode} in decode"]
     grouped, reason = _select_grouped(config, grouped_matmul, dtype, rows, placement, target)
     if config.moe is not None:
         reasons.append(f"grouped product: {grouped}, {reason}")
-    return PagedSelection(paged, grouped, tuple(reasons))
+    return PagedSelection(paged, grouped, tuple(reasons), in_decode == "pallas")

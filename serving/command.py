@@ -8,6 +8,7 @@ import threading
 
 import jax
 
+from checkpoint import CheckpointError
 from parallel.compilation import use_compilation_cache
 from serving.bench import Bench
 from serving.config import ServeRun
@@ -15,6 +16,9 @@ from serving.request import Delta, Request, SamplingParams
 from serving.resolve import resolve
 from serving.server import serve_http
 from serving.startup import Started, start
+
+# What ends a server that was rightly started from; anything else that escapes is a bug.
+FAILURES = (ValueError, CheckpointError, OSError)
 
 
 def run(settings: ServeRun) -> int:

@@ -26,8 +26,9 @@ class EngineConfig:
     """Longest sequence, prompt and answer; None for the model's max_positions."""
     batch_sizes: tuple[int, ...] = (1, 8, 32, 128)
     """Rows of the compiled decode programs; a batch takes the smallest that holds it."""
-    widths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
-    """Context lengths of the compiled programs; a batch takes the smallest that holds its longest sequence."""
+    widths: tuple[int, ...] = (512, 2048, 8192)
+    """Context lengths of the compiled programs; a batch takes the smallest that holds its longest sequence. Decoding
+    has programs of the largest alone where its kernel reads live pages only."""
     cell_tokens: int = 131_072
     """Largest rows × width of a program; a batch beyond it runs as several."""
     tile_tokens: int = 128

@@ -186,6 +186,8 @@ class Engine:
             for sequence, reason in plan.finished:
                 self._note_end(sequence, reason)
             self.metrics.observe_preemption(len(plan.preempted))
+            if plan.empty:
+                self._observe([])
         return plan, min(drafts, plan.lookahead - 1)
 
     def _step(self, plan: Plan, drafts: int) -> None:

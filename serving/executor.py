@@ -118,20 +118,17 @@ class Executor:
 
     def _split_tiles(self, tiles: Sequences[Tile]) -> list[tuple[Cell, list[Tile]]]:
         """Tiles in order: a tile reads what those before it wrote, in its own call or an earlier one."""
-        groups, rest = [], list(tiles)
-        while rest:
-            count = len(rest)
-            while True:
-                width = max(tile.start + tile.count for tile in rest[:count])
-                # The row carries all known tokens, for the penalties of the token that is drawn.
-                width = max(width, *(len(tile.sequence.tokens) for tile in rest[:count] if tile.last), 0)
-                cell = self._runner.cell(count, width, None)
-                if cell is not None:
-                    break
-                assert count > 1, f"no prefill program holds a context of {width}"
-                count -= 1
-            groups.append((cell, rest[:count]))
-            rest = rest[count:]
+        if not tiles:
+            return []
+        # A row carries all known tokens, for the penalties of the token that is drawn.
+        reach = [len(tile.sequence.tokens) if tile.last else tile.start + tile.count for tile in tiles]
+        groups, first = [], 0
+        for cell in sorted(self._runner.split(len(tiles), max(reach)), key=lambda cell: -cell.rows):
+            group = list(tiles[first : first + cell.rows])
+            first += len(group)
+            # What is wide in another group is none of this one's.
+            own = self._runner.cell(cell.rows, max(reach[first - len(group) : first]), None)
+            groups.append((own or cell, group))
         return groups
 
     def _split_rows(self, sequences: Iterable[Sequence], reach: int, drafts: int) -> list[tuple[Cell, list[Sequence]]]:

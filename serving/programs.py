@@ -244,7 +244,7 @@ class Programs:
         """Parts of a `Result`: the tokens that the model emits after the drafts it accepts."""
         logits_BTV = self._logits(model, output.hidden_BTD)
         asked_B = constants.logprobs_B & ~state.done_B
-        plain = ~jnp.any(asked_B) & jnp.all(constants.rows.plain_greedy_B) & jnp.all(mask_BU == ALL_ALLOWED)
+        plain = ~jnp.any(asked_B) & jnp.all(constants.rows.plain_greedy_B) & jnp.all(mask_BU == jnp.uint32(ALL_ALLOWED))
 
         def greedy(logits_BTV):
             verified = verify_greedy(logits_BTV, drafts, counts)

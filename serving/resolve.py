@@ -14,7 +14,7 @@ from model.config import ModelConfig
 from model.execution import Execution
 from model.placement import check_model_placement
 from model.precision import Precision
-from model.selection import select_paged_kernels
+from model.selection import PagedSelection, select_paged_kernels
 from model.transformer import Definition
 from parallel.compilation import Options, compiler_options
 from parallel.mesh import make_mesh
@@ -40,6 +40,8 @@ class Resolved:
     dtype: str
     max_context: int
     cells: tuple[Cell, ...]
+    ragged: bool
+    """Decoding reads live pages alone."""
     options: Options
     choices: tuple[str, ...]
 
@@ -70,10 +72,10 @@ def resolve(run: ServeRun, devices: Sequence[jax.Device]) -> Resolved:
     platform = devices[0].platform
     dtype = run.dtype if run.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
     max_context = min(run.engine.max_context or model.max_positions, model.max_positions)
-    execution, reasons = _execution(run, model, dtype, whole, devices[0])
-    drafting, draft, more = _drafting(run, model, dtype, whole, devices[0])
+    selection = _select(run, model, dtype, max_context, whole, devices[0])
+    drafting, draft, more = _drafting(run, model, dtype, max_context, whole, devices[0])
     drafts = 0 if drafting is None else drafting.max_draft
-    cells = plan_cells(run.engine, max_context, drafts, run.speculation.max_batch)
+    cells = plan_cells(run.engine, max_context, drafts, run.speculation.max_batch, ragged=selection.ragged)
     where = f"devices: {mesh.size} of {devices[0].device_kind}, weights and cache in {dtype}"
     return Resolved(
         run=run,
@@ -81,39 +83,45 @@ def resolve(run: ServeRun, devices: Sequence[jax.Device]) -> Resolved:
         placement=whole if mesh.size > 1 else None,
         pretrained=pretrained,
         draft=draft,
-        programs=Programs(Definition(model, False, dtype), execution, run.engine.rounds, drafting),
+        programs=Programs(
+            Definition(model, False, dtype), _execution(selection, dtype, whole), run.engine.rounds, drafting
+        ),
         dtype=dtype,
         max_context=max_context,
         cells=cells,
+        ragged=selection.ragged,
         options=compiler_options(run.xla_options, platform),
-        choices=(where, *reasons, *more),
+        choices=(where, *selection.reasons, *more),
     )
 
 
-def _execution(
-    run: ServeRun, model: ModelConfig, dtype: str, placement: Placement, device: jax.Device
-) -> tuple[Execution, tuple[str, ...]]:
-    selection = select_paged_kernels(
+def _select(
+    run: ServeRun, model: ModelConfig, dtype: str, max_context: int, placement: Placement, device: jax.Device
+) -> PagedSelection:
+    return select_paged_kernels(
         model,
         paged_attention=run.kernels.paged_attention,
         grouped_matmul=run.kernels.grouped_matmul,
         dtype=dtype,
         rows=run.engine.batch_sizes[-1],
         page_size=run.engine.page_size,
+        width=max_context,
         placement=placement,
         device=device,
     )
-    execution = Execution(
+
+
+def _execution(selection: PagedSelection, dtype: str, placement: Placement) -> Execution:
+    return Execution(
         precision=Precision(param=dtype, compute=dtype, gradient=dtype),
         placement=placement if placement.mesh.size > 1 else None,
         paged_attention=selection.paged_attention,
         grouped_matmul=selection.grouped_matmul,
     )
-    return execution, selection.reasons
 
 
 def _drafting(
-    run: ServeRun, model: ModelConfig, dtype: str, placement: Placement, device: jax.Device
+    run: ServeRun, model: ModelConfig, dtype: str, max_context: int, placement: Placement, device: jax.Device
 ) -> tuple[Drafting | None, Pretrained | None, tuple[str, ...]]:
     speculation = run.speculation
     match speculation.kind:
@@ -135,7 +143,11 @@ def _drafting(
             f"{model.vocab_size}; drafts need the same"
         )
     check_model_placement(draft.config, placement)
-    execution, reasons = _execution(run, draft.config, dtype, placement, device)
-    definition = Definition(draft.config, False, dtype)
-    drafting = Drafting("model", speculation.max_draft, definition=definition, execution=execution)
-    return drafting, draft, (f"drafts: {speculation.draft}", *reasons)
+    selection = _select(run, draft.config, dtype, max_context, placement, device)
+    drafting = Drafting(
+        "model",
+        speculation.max_draft,
+        definition=Definition(draft.config, False, dtype),
+        execution=_execution(selection, dtype, placement),
+    )
+    return drafting, draft, (f"drafts: {speculation.draft}", *selection.reasons)

@@ -33,27 +33,30 @@ class Cell(NamedTuple):
         return f"decode of {self.rows} rows, context {self.width}" + (f", {self.drafts} drafts" if self.drafts else "")
 
 
-def plan_cells(engine: EngineConfig, max_context: int, drafts: int, max_draft_batch: int) -> tuple[Cell, ...]:
-    """Every program that serving needs, those first that a first request needs."""
-    widths = [width for width in engine.widths if width < max_context]
+def plan_cells(
+    engine: EngineConfig, max_context: int, drafts: int, max_draft_batch: int, *, ragged: bool
+) -> tuple[Cell, ...]:
+    """Every program that serving needs. `ragged`: decoding costs what is live, so that one width serves all."""
     # The last width holds the longest context, in whole pages.
-    widths.append(-(-max_context // engine.page_size) * engine.page_size)
-    cells = []
-    for width in widths:
-        for tiles in engine.tile_counts:
-            cells.append(Cell(tiles, width, None))
+    widest = -(-max_context // engine.page_size) * engine.page_size
+    widths = [*(width for width in engine.widths if width < widest), widest]
+    blocks = (0, drafts) if drafts else (0,)
+
+    def fits(rows: int, width: int, smallest: int) -> bool:
+        return rows == smallest or rows * width <= engine.cell_tokens
+
+    cells = [
+        Cell(tiles, width, None)
+        for width in widths
+        for tiles in engine.tile_counts
+        if fits(tiles, width, engine.tile_counts[0])
+    ]
+    for width in [widest] if ragged else widths:
         for rows in engine.batch_sizes:
-            cells.append(Cell(rows, width, 0))
-            if drafts and rows <= max_draft_batch:
-                cells.append(Cell(rows, width, drafts))
-    smallest = {None: engine.tile_counts[0]}
-
-    def fits(cell: Cell) -> bool:
-        return cell.rows * cell.width <= engine.cell_tokens or cell.rows == smallest.get(
-            cell.drafts, engine.batch_sizes[0]
-        )
-
-    return tuple(cell for cell in cells if fits(cell))
+            if ragged or fits(rows, width, engine.batch_sizes[0]):
+                small = rows <= max_draft_batch or rows == engine.batch_sizes[0]
+                cells += [Cell(rows, width, block) for block in blocks if not block or small]
+    return tuple(cells)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +72,14 @@ class Compiled:
 class Runner:
     """Runs prefill and decode calls over caches of its own, which are donated from call to call. One thread calls it.
 
-    `caches`: shapes, dtypes and shardings of the model's cache and of the draft model's, which may be empty.
+    `abstract`: shapes, dtypes and shardings of the weights, and of the draft model's where it has one; the weights
+    themselves come later, by `load`. `caches`: the same of the model's cache and of the draft model's, or [].
     """
 
     def __init__(
         self,
         programs: Programs,
-        weights: Weights,
-        draft_weights: Weights | None,
+        abstract: tuple[Weights, Weights | None],
         caches: tuple[Cache, Cache],
         *,
         cells: tuple[Cell, ...],
@@ -86,7 +89,7 @@ class Runner:
         options: Options,
     ) -> None:
         self._programs, self._engine, self._options = programs, engine, options
-        self._weights, self._draft_weights = weights, draft_weights
+        self._abstract, self._weights = abstract, None
         self.cells = cells
         self._vocab = programs.definition.config.vocab_size
         self._words = -(-self._vocab // 32)
@@ -95,7 +98,8 @@ class Runner:
         else:
             self._replicated = placement.sharding()
         self._make_caches = compile_zeros(caches)
-        self._cache, self._draft_cache = self._make_caches()
+        self._caches = caches
+        self._seconds: dict[Cell, float] = {}
         self._compiled: dict[Cell, jax.stages.Compiled] = {}
         self._everything: dict[int, jax.Array] = {}
 
@@ -129,7 +133,7 @@ class Runner:
         return compile_program(lowered, self._options), time.monotonic() - began
 
     def _lower(self, cell: Cell) -> jax.stages.Lowered:
-        state = jax.tree.map(_abstract, (self._weights, self._draft_weights, self._cache, self._draft_cache))
+        state = (*self._abstract, *self._caches)
         batch, mask = self._abstract_batch(cell), self._like((cell.rows, self._words), np.uint32)
         outputs = (
             jax.tree.map(lambda leaf: leaf.sharding, state[2]),
@@ -158,6 +162,11 @@ class Runner:
         tile = self._like((rows, self._engine.tile_tokens), np.int32)
         return PrefillBatch(*common, tile, self._like((rows, 3), np.int32))
 
+    def load(self, weights: Weights, draft_weights: Weights | None) -> None:
+        """Takes the weights, and makes the caches beside them."""
+        self._weights = (weights, draft_weights)
+        self.reset()
+
     def warm_up(self, record_time: Callable[[int, int, float], None] | None) -> None:
         """Runs every program, since the first run of one is slower. `record_time` gets the time of a round of each
         decode program: rows, drafts, seconds."""
@@ -166,6 +175,9 @@ class Runner:
             if cell.drafts is None:
                 batch = trial_batch(cell.rows, cell.width, size, self._engine.tile_tokens)
                 jax.block_until_ready(self.prefill(cell, batch, None))
+                began = time.monotonic()
+                jax.block_until_ready(self.prefill(cell, batch, None))
+                self._seconds[cell] = time.monotonic() - began
                 continue
             batch = trial_batch(cell.rows, cell.width, size, None)
             # One draft length is compiled, and fewer drafts take fewer passes of the draft model: each is timed.
@@ -194,6 +206,21 @@ class Runner:
         fitting = [c for c in self.cells if c.drafts == drafts and c.rows >= rows and c.width >= width]
         return min(fitting, key=lambda c: (c.rows * c.width, c.rows), default=None)
 
+    def split(self, count: int, width: int) -> list[Cell]:
+        """Prefill cells that hold `count` tiles of contexts of `width` together, in the least time."""
+        sizes = {cell.rows for cell in self.cells if cell.drafts is None}
+        cells = [cell for size in sizes if (cell := self.cell(size, width, None)) is not None]
+        assert cells, f"no prefill program holds a context of {width}"
+        # best[n]: seconds and cells of n tiles. A cell that was never timed counts as its rows.
+        best: list[tuple[float, list[Cell]]] = [(0.0, [])]
+        for tiles in range(1, count + 1):
+            options = []
+            for cell in cells:
+                seconds, rest = best[max(tiles - cell.rows, 0)]
+                options.append((seconds + self._seconds.get(cell, float(cell.rows)), [cell, *rest]))
+            best.append(min(options, key=lambda option: option[0]))
+        return best[count][1]
+
     def prefill(self, cell: Cell, batch: PrefillBatch, mask: np.ndarray | None) -> Result:
         """Starts a prefill; the result's arrays are still on their way."""
         return self._call(cell, batch, mask)
@@ -205,13 +232,9 @@ class Runner:
     def _call(self, cell: Cell, batch, mask: np.ndarray | None, *more) -> Result:
         if mask is None:
             mask = self._everything[cell.rows]
-        state = (self._weights, self._draft_weights, self._cache, self._draft_cache)
+        state = (*self._weights, self._cache, self._draft_cache)
         self._cache, self._draft_cache, result = self._compiled[cell](*state, batch, mask, *more)
         return result
-
-
-def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
 
 
 def compile_zeros(caches: tuple[Cache, Cache]) -> jax.stages.Compiled:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 
@@ -12,8 +14,7 @@ import jax.numpy as jnp
 from checkpoint.pretrained import Pretrained
 from model.cache import abstract_cache
 from model.config import ModelConfig
-from model.transformer import Definition
-from parallel.sharding import Placement
+from model.transformer import Definition, Tree
 from serving.byte_tokenizer import byte_tokenizer
 from serving.chat import ChatTemplate
 from serving.compilations import CompilationCounter
@@ -24,6 +25,7 @@ from serving.grammar import GrammarCompiler
 from serving.metrics import Metrics
 from serving.pages import PagePool
 from serving.programs import Cache, Weights
+from serving.request import MAX_STOP_IDS
 from serving.resolve import CPU_CACHE_BYTES, Resolved
 from serving.runner import Compiled, Runner
 from serving.scheduler import Scheduler, SchedulerConfig
@@ -56,13 +58,12 @@ def start(resolved: Resolved, say: Say) -> Started:
     run, engine = resolved.run, resolved.run.engine
     compilations = CompilationCounter()
     tokenizer = _tokenizer(resolved)
-    weights, draft_weights = _load(resolved, say)
-    num_pages = engine.num_pages or _fitting_pages(resolved)
+    shardings = _shardings(resolved)
+    num_pages = engine.num_pages or _fitting_pages(resolved, shardings)
     say(f"cache: {num_pages - 1} pages of {engine.page_size} tokens, {num_pages * resolved.page_bytes / 1e9:.1f} GB")
     runner = Runner(
         resolved.programs,
-        weights,
-        draft_weights,
+        _abstract(resolved, shardings),
         _caches(resolved, num_pages),
         cells=resolved.cells,
         engine=engine,
@@ -70,8 +71,12 @@ def start(resolved: Resolved, say: Say) -> Started:
         device=resolved.devices[0],
         options=resolved.options,
     )
-    compiled = runner.compile(say)
-    say(f"compiled {compiled.programs} programs in {compiled.seconds:.1f} s")
+    # Reading waits for disks and copies, compiling for cores.
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        weights = pool.submit(_load, resolved, shardings, say)
+        compiled = runner.compile(say)
+        say(f"compiled {compiled.programs} programs in {compiled.seconds:.1f} s")
+        runner.load(*weights.result())
     controller = _controller(resolved)
     runner.warm_up(None if controller is None else controller.record_time)
     metrics = Metrics()
@@ -107,6 +112,10 @@ def _tokenizer(resolved: Resolved) -> Tokenizer:
     if resolved.pretrained is None:
         return byte_tokenizer()
     tokenizer = load_tokenizer(resolved.pretrained.path)
+    if len(tokenizer.end_ids) > MAX_STOP_IDS:
+        raise ValueError(
+            f"{resolved.pretrained.path} names {len(tokenizer.end_ids)} end tokens; at most {MAX_STOP_IDS} can be used"
+        )
     if tokenizer.vocab_size > resolved.model.vocab_size:
         raise ValueError(
             f"{resolved.pretrained.path}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
@@ -120,35 +129,53 @@ def _grammars(tokenizer: Tokenizer, model: ModelConfig) -> GrammarCompiler | Non
     return GrammarCompiler(tokenizer, model.vocab_size, tokenizer.end_ids) if tokenizer.end_ids else None
 
 
-def _load(resolved: Resolved, say: Say) -> tuple[Weights, Weights | None]:
-    began = time.monotonic()
-    weights = _load_model(resolved.programs.definition, resolved.pretrained, resolved)
-    draft_weights = None
+def _definitions(resolved: Resolved) -> list[tuple[Definition, Pretrained | None]]:
+    """The model's, and the draft model's where there is one."""
+    models = [(resolved.programs.definition, resolved.pretrained)]
     if resolved.draft is not None:
-        draft_weights = _load_model(resolved.programs.drafting.definition, resolved.draft, resolved)
-    jax.block_until_ready((weights, draft_weights))
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves((weights, draft_weights)))
+        models.append((resolved.programs.drafting.definition, resolved.draft))
+    return models
+
+
+def _shardings(resolved: Resolved) -> list[tuple[Tree, Tree]]:
+    def place(names: tuple[str | None, ...]) -> jax.sharding.Sharding:
+        if resolved.placement is None:
+            return jax.sharding.SingleDeviceSharding(resolved.devices[0])
+        return resolved.placement.sharding(*names)
+
+    return [
+        tuple(jax.tree.map(place, tree, is_leaf=_is_axes) for tree in definition.logical)
+        for definition, _ in _definitions(resolved)
+    ]
+
+
+def _abstract(resolved: Resolved, shardings: list[tuple[Tree, Tree]]) -> tuple[Weights, Weights | None]:
+    def describe(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    described = [
+        jax.tree.map(describe, definition.abstract, placed)
+        for (definition, _), placed in zip(_definitions(resolved), shardings, strict=True)
+    ]
+    return described[0], described[1] if len(described) > 1 else None
+
+
+def _load(resolved: Resolved, shardings: list[tuple[Tree, Tree]], say: Say) -> tuple[Weights, Weights | None]:
+    began, loaded = time.monotonic(), []
+    for (definition, pretrained), placed in zip(_definitions(resolved), shardings, strict=True):
+        if pretrained is None:
+            loaded.append(random_weights(definition, placed, resolved.run.seed))
+        else:
+            loaded.append(pretrained.load(definition, placed))
+    jax.block_until_ready(loaded)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
     source = "random" if resolved.pretrained is None else str(resolved.pretrained.path)
     say(f"weights: {source}, {size / 1e9:.2f} GB in {time.monotonic() - began:.1f} s")
-    return weights, draft_weights
-
-
-def _load_model(definition: Definition, pretrained: Pretrained | None, resolved: Resolved) -> Weights:
-    shardings = tuple(
-        jax.tree.map(lambda names: _sharding(resolved.placement, names, resolved.devices[0]), tree, is_leaf=_is_axes)
-        for tree in definition.logical
-    )
-    if pretrained is None:
-        return random_weights(definition, shardings, resolved.run.seed)
-    return pretrained.load(definition, shardings)
+    return loaded[0], loaded[1] if len(loaded) > 1 else None
 
 
 def _is_axes(node: object) -> bool:
     return isinstance(node, tuple) and all(name is None or isinstance(name, str) for name in node)
-
-
-def _sharding(placement: Placement | None, names: tuple[str | None, ...], device: jax.Device) -> jax.sharding.Sharding:
-    return jax.sharding.SingleDeviceSharding(device) if placement is None else placement.sharding(*names)
 
 
 def _caches(resolved: Resolved, num_pages: int) -> tuple[Cache, Cache]:
@@ -167,7 +194,7 @@ def _caches(resolved: Resolved, num_pages: int) -> tuple[Cache, Cache]:
     return caches[0], caches[1] if len(caches) > 1 else []
 
 
-def _fitting_pages(resolved: Resolved) -> int:
+def _fitting_pages(resolved: Resolved, shardings: list[tuple[Tree, Tree]]) -> int:
     """Pages that fit beside the weights and the scratch of the largest program."""
     engine, device = resolved.run.engine, resolved.devices[0]
     # More than every row at its longest would never be used.
@@ -176,17 +203,22 @@ def _fitting_pages(resolved: Resolved) -> int:
     if stats is None:
         room = CPU_CACHE_BYTES
     else:
-        scratch = _scratch_bytes(resolved)
-        room = int(stats["bytes_limit"] * engine.memory_fraction) - stats["bytes_in_use"] - scratch
+        scratch, weights = _scratch_bytes(resolved), _bytes_per_device(resolved, shardings)
+        room = int(stats["bytes_limit"] * engine.memory_fraction) - weights - scratch
         least = -(-resolved.max_context // engine.page_size) + 1
         if room < least * resolved.page_bytes:
             raise ValueError(
-                f"{max(room, 0) / 1e9:.1f} GB are left for the cache beside {stats['bytes_in_use'] / 1e9:.1f} GB of "
+                f"{max(room, 0) / 1e9:.1f} GB are left for the cache beside {weights / 1e9:.1f} GB of "
                 f"weights and {scratch / 1e9:.1f} GB for programs, and one sequence of {resolved.max_context} tokens "
                 f"takes {least * resolved.page_bytes / 1e9:.1f} GB; lower engine.max_context, raise "
                 "engine.memory_fraction, or use more devices (mesh.tensor)"
             )
     return max(2, min(useful, room // resolved.page_bytes))
+
+
+def _bytes_per_device(resolved: Resolved, shardings: list[tuple[Tree, Tree]]) -> int:
+    described = jax.tree.leaves(_abstract(resolved, shardings))
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in described)
 
 
 def _scratch_bytes(resolved: Resolved) -> int:
@@ -196,7 +228,9 @@ def _scratch_bytes(resolved: Resolved) -> int:
     """
     model, itemsize = resolved.model, jnp.dtype(resolved.dtype).itemsize
     tensor = 1 if resolved.placement is None else resolved.placement.size("act_heads")
-    context = max(cell.rows * cell.width for cell in resolved.cells) * 2 * model.num_kv_heads * model.head_dim
+    # A decode program that reads live pages alone lays nothing end to end.
+    gathering = [cell for cell in resolved.cells if cell.drafts is None or not resolved.ragged]
+    context = max(cell.rows * cell.width for cell in gathering) * 2 * model.num_kv_heads * model.head_dim
     tokens = max(cell.rows * ((cell.drafts or 0) + 1) for cell in resolved.cells)
     logits = tokens * model.vocab_size * 4
     tiles = max(cell.rows for cell in resolved.cells if cell.drafts is None) * resolved.run.engine.tile_tokens

@@ -18,15 +18,11 @@ from serving.metrics import Metrics
 
 @dataclasses.dataclass
 class Totals:
-    """Work and time of the calls so far, for a mean over any span: take the difference of two."""
+    """Work of the calls so far; take the difference of two for that of a span."""
 
     decode_bytes: int = 0
-    decode_seconds: float = 0.0
-    decode_tokens: int = 0
     decode_rounds: int = 0
     prefill_flops: int = 0
-    prefill_seconds: float = 0.0
-    prefill_tokens: int = 0
 
 
 class UtilizationMeter:
@@ -46,41 +42,39 @@ class UtilizationMeter:
 
     def observe(self, records: list[CallRecord]) -> None:
         """Takes in the calls of a step. Raises ImplausibleMeasurement for a utilisation above 1."""
-        for record in records:
-            if record.cell.drafts is None:
-                self._observe_prefill(record)
-            elif not record.drafts and record.rounds:
-                self._observe_decode(record)
+        prefills = [record for record in records if record.cell.drafts is None]
+        decodes = [record for record in records if record.cell.drafts is not None and not record.drafts]
+        moved, flops = sum(map(self._bytes, decodes)), sum(map(self._flops, prefills))
+        self.totals.decode_bytes += moved
+        self.totals.decode_rounds += sum(record.rounds for record in decodes)
+        self.totals.prefill_flops += flops
+        # The host learns when the last call of a step ended, and not when the first did: a step of one kind is timed.
+        seconds = sum(record.seconds for record in records)
+        if moved and len(decodes) == len(records):
+            mbu = self.mbu(moved, seconds)
+            if mbu is not None:
+                self._metrics.set_mbu(mbu)
+        if flops and len(prefills) == len(records):
+            mfu = self.mfu(flops, seconds)
+            if mfu is not None:
+                self._metrics.set_mfu(mfu)
 
-    def _observe_decode(self, record: CallRecord) -> None:
-        traffic, totals = self._traffic, self.totals
+    def _bytes(self, record: CallRecord) -> int:
+        traffic = self._traffic
         if self._model.moe is None:
             moved = record.rounds * traffic.weights()
         else:
             # Experts touched are known as a sum over the rounds, and the bytes are linear in them.
-            each, rest = divmod(record.experts, record.rounds)
+            each, rest = divmod(record.experts, max(record.rounds, 1))
             moved = (record.rounds - rest) * traffic.weights(each) + (rest * traffic.weights(each + 1) if rest else 0)
         for round_ in range(record.rounds):
             # A row's last token is the round's input: it is not in the cache yet.
             rows = zip(record.lengths, record.row_rounds, strict=True)
             moved += traffic.cache([length - 1 + round_ for length, rounds in rows if rounds > round_])
-        totals.decode_bytes += moved
-        totals.decode_seconds += record.seconds
-        totals.decode_tokens += record.emitted
-        totals.decode_rounds += record.rounds
-        mbu = self.mbu(moved, record.seconds)
-        if mbu is not None:
-            self._metrics.set_mbu(mbu)
+        return moved
 
-    def _observe_prefill(self, record: CallRecord) -> None:
-        totals = self.totals
-        flops = prefill_flops(self._model, record.spans, record.draws)
-        totals.prefill_flops += flops
-        totals.prefill_seconds += record.seconds
-        totals.prefill_tokens += sum(count for _, count in record.spans)
-        mfu = self.mfu(flops, record.seconds)
-        if mfu is not None:
-            self._metrics.set_mfu(mfu)
+    def _flops(self, record: CallRecord) -> int:
+        return prefill_flops(self._model, record.spans, record.draws)
 
     def mbu(self, moved: int, seconds: float) -> float | None:
         """Share of the bandwidth; None where it is not known (`bandwidth.reason`)."""
