@@ -214,7 +214,7 @@ class Programs:
         B, V = allowed.shape[0], self.definition.config.vocab_size
 
         def run(index, carry):
-            cache, tokens, log_q, sound = carry
+            cache, tokens, log_q, sound_B = carry
             length = state.length_B + index
             start = jnp.maximum(length - block, 0)
             counts = jnp.where(index < allowed, length - start, 0)
@@ -229,15 +229,17 @@ class Programs:
             drawn = draw(distribution, constants.rows, length)
             # A draft past the width of the tokens is one that `allowed` rules out.
             tokens = tokens.at[jnp.arange(B), length].set(drawn, mode="drop")
-            sound = sound & (row_is_valid(distribution) | (index >= allowed))
-            return cache, tokens, log_q.at[:, index].set(distribution), sound
+            # Drafts before one without a distribution stay: whether that one fails depends on what they are, and in
+            # the texts of which they were dropped for it, the plain draw of the same noise would be biased.
+            sound_B = sound_B + ((sound_B == index) & row_is_valid(distribution))
+            return cache, tokens, log_q.at[:, index].set(distribution), sound_B
 
         log_q = jnp.zeros((B, num_drafts, V), jnp.float32)
-        start = (draft_cache if kind == "model" else cache, state.tokens_BW, log_q, jnp.ones((B,), bool))
-        used, tokens, log_q, sound = jax.lax.fori_loop(0, jnp.max(allowed), run, start)
+        start = (draft_cache if kind == "model" else cache, state.tokens_BW, log_q, jnp.zeros((B,), jnp.int32))
+        used, tokens, log_q, sound_B = jax.lax.fori_loop(0, jnp.max(allowed), run, start)
         ahead = jnp.minimum(state.length_B[:, None] + jnp.arange(num_drafts), tokens.shape[1] - 1)
         drafts = jnp.take_along_axis(tokens, ahead, axis=1)
-        counts = jnp.where(sound, allowed, 0)
+        counts = jnp.minimum(sound_B, allowed)
         return (drafts, log_q, counts, cache, used) if kind == "model" else (drafts, log_q, counts, used, draft_cache)
 
     def _check(self, model, output: Output, drafts, log_q, counts, constants: _Constants, state: State, mask_BU):
