@@ -228,7 +228,8 @@ class NaiveDecoder:
 
     def __init__(self, server: TinyServer, *, max_bias: int = 2) -> None:
         definition = server.resolved.programs.definition
-        self._weights = jax.tree.map(np.asarray, server.started.runner._weights)
+        weights, _ = server.started.runner._weights
+        self._weights = jax.tree.map(np.asarray, weights)
         self._limit, self._max_bias = server.resolved.max_context, max_bias
         run = execution(definition.config)
 

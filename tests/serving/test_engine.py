@@ -1,5 +1,5 @@
-"""The engine against decoding one sequence at a time, one token at a time, by the plain forward: the same tokens, however
-requests arrive, share a batch, are cut into tiles, turned out and computed again."""
+"""The engine against decoding one sequence at a time, one token at a time, by the plain forward: the same tokens,
+however requests arrive, share a batch, are cut into tiles, turned out and computed again."""
 
 import dataclasses
 import threading
