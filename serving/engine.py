@@ -20,7 +20,7 @@ from serving.executor import CallRecord, Executor, Outcome
 from serving.grammar import GrammarCompiler, GrammarError, Matcher
 from serving.metrics import Metrics
 from serving.request import Delta, FinishReason, Request, Sequence, TokenLogprob, Usage
-from serving.scheduler import Plan, Scheduler
+from serving.scheduler import Plan, Scheduler, Tile
 from serving.text import TextStream
 from serving.tokenizer import Tokenizer
 
@@ -223,23 +223,29 @@ class Engine:
         return self._isolate(plan, matchers, drafts), []
 
     def _isolate(self, plan: Plan, matchers: dict[Sequence, Matcher], drafts: int) -> dict[Sequence, Outcome]:
-        """A plan that failed, sequence by sequence, so that the one at fault fails alone. A failure that took the cache
-        along ends all that the plan has left, since which of them it was can't be tried any more."""
+        """A plan that failed, sequence by sequence, so that the one at fault fails alone. Once a failure took the cache
+        along, each is computed from its first token: nothing is left of what the cache held of it."""
         outcomes: dict[Sequence, Outcome] = {}
         self._cache_lost = self._executor.recover()
         for sequence in dict.fromkeys([*(tile.sequence for tile in plan.tiles), *plan.decode]):
-            tiles = tuple(tile for tile in plan.tiles if tile.sequence is sequence)
-            alone = dataclasses.replace(plan, tiles=tiles, decode=() if tiles else (sequence,))
-            if self._cache_lost:
-                outcomes[sequence] = Outcome(error=FAILED)
-                continue
+            alone = self._whole(plan, sequence) if self._cache_lost else _only(plan, sequence)
             try:
                 outcomes |= self._executor.end(self._executor.begin(alone, matchers, drafts))[0]
             except Exception as error:
                 logger.exception("the step of request %s failed", sequence.request.id)
                 outcomes[sequence] = Outcome(error=str(error) if isinstance(error, GrammarError) else FAILED)
-                self._cache_lost = self._executor.recover()
+                self._cache_lost |= self._executor.recover()
         return outcomes
+
+    def _whole(self, plan: Plan, sequence: Sequence) -> Plan:
+        """As far as the plan takes a sequence (one round of decoding), without what its pages held before."""
+        ends = [tile.start + tile.count for tile in plan.tiles if tile.sequence is sequence]
+        end, size = max(ends, default=len(sequence.tokens)), self._scheduler.config.tile_tokens
+        last = end == len(sequence.tokens)
+        tiles = [
+            Tile(sequence, start, min(size, end - start), last and start + size >= end) for start in range(0, end, size)
+        ]
+        return dataclasses.replace(plan, tiles=tuple(tiles), decode=())
 
     def _read(self, sequence: Sequence, outcome: Outcome) -> _Step:
         """Tokens to text, up to the first that ends the sequence."""
@@ -338,3 +344,9 @@ class Engine:
                 if record.drafts:
                     drafted, accepted, rounds = sum(record.drafted), sum(record.accepted), len(record.drafted)
                     self.metrics.observe_speculation(drafted, accepted, accepted + rounds, rounds)
+
+
+def _only(plan: Plan, sequence: Sequence) -> Plan:
+    """A sequence's part of a plan."""
+    tiles = tuple(tile for tile in plan.tiles if tile.sequence is sequence)
+    return dataclasses.replace(plan, tiles=tiles, decode=() if tiles else (sequence,))
