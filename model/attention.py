@@ -27,14 +27,19 @@ class Attention(nnx.Module):
         self.config, self.window = config, config.window(index)
         self.pattern_entry = index % len(config.window_pattern)
         init = normal(config.init_stddev)
-        self.query = create("query", (D, N, H), ("embed", "heads", "head_dim"), init)
-        self.key = create("key", (D, K, H), ("embed", "kv_heads", "head_dim"), init)
-        self.value = create("value", (D, K, H), ("embed", "kv_heads", "head_dim"), init)
-        self.output = create("output", (N, H, D), ("heads", "head_dim", "embed"), normal(residual_stddev(config)))
         qkv = config.qkv_bias
-        self.query_bias = create("query_bias", (N, H), ("heads", "head_dim"), zeros) if qkv else None
-        self.key_bias = create("key_bias", (K, H), ("kv_heads", "head_dim"), zeros) if qkv else None
-        self.value_bias = create("value_bias", (K, H), ("kv_heads", "head_dim"), zeros) if qkv else None
+        if create.join_qkv:
+            self.qkv = create("qkv", (D, N + 2 * K, H), ("embed", "heads", "head_dim"), init)
+            self.qkv_bias = create("qkv_bias", (N + 2 * K, H), ("heads", "head_dim"), zeros) if qkv else None
+        else:
+            self.query = create("query", (D, N, H), ("embed", "heads", "head_dim"), init)
+            self.key = create("key", (D, K, H), ("embed", "kv_heads", "head_dim"), init)
+            self.value = create("value", (D, K, H), ("embed", "kv_heads", "head_dim"), init)
+            self.query_bias = create("query_bias", (N, H), ("heads", "head_dim"), zeros) if qkv else None
+            self.key_bias = create("key_bias", (K, H), ("kv_heads", "head_dim"), zeros) if qkv else None
+            self.value_bias = create("value_bias", (K, H), ("kv_heads", "head_dim"), zeros) if qkv else None
+        self.joined = create.join_qkv
+        self.output = create("output", (N, H, D), ("heads", "head_dim", "embed"), normal(residual_stddev(config)))
         self.output_bias = create("output_bias", (D,), ("norm",), zeros) if config.attention_output_bias else None
         self.query_norm = RMSNorm(H, config, create.scope("query_norm")) if config.qk_norm else None
         self.key_norm = RMSNorm(H, config, create.scope("key_norm")) if config.qk_norm else None
@@ -58,9 +63,14 @@ class Attention(nnx.Module):
 
     def _project(self, x_BTD: jax.Array, rotation: Rotation, execution: Execution) -> tuple[jax.Array, ...]:
         """Queries, keys and values, normed and rotated."""
-        q_BTNH = project("btd,dnh->btnh", x_BTD, self.query, self.query_bias)
-        k_BTKH = project("btd,dkh->btkh", x_BTD, self.key, self.key_bias)
-        v_BTKH = project("btd,dkh->btkh", x_BTD, self.value, self.value_bias)
+        if self.joined:
+            N, K = self.config.num_heads, self.config.num_kv_heads
+            joined = project("btd,dnh->btnh", x_BTD, self.qkv, self.qkv_bias)
+            q_BTNH, k_BTKH, v_BTKH = jnp.split(joined, (N, N + K), axis=2)
+        else:
+            q_BTNH = project("btd,dnh->btnh", x_BTD, self.query, self.query_bias)
+            k_BTKH = project("btd,dkh->btkh", x_BTD, self.key, self.key_bias)
+            v_BTKH = project("btd,dkh->btkh", x_BTD, self.value, self.value_bias)
         if self.query_norm is not None:
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         q_BTNH, k_BTKH = rotate(q_BTNH, rotation), rotate(k_BTKH, rotation)

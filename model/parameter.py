@@ -39,6 +39,8 @@ class Creator:
 
     keys: jax.Array
     dtype: str
+    join_qkv: bool = False
+    """Attention's query, key and value projections are one array."""
 
     def scope(self, name: str | int) -> Creator:
         number = name if isinstance(name, int) else zlib.crc32(name.encode()) & 0x7FFFFFFF

@@ -70,9 +70,11 @@ def _yarn(frequencies: np.ndarray, scaling: RopeScaling, theta: float, rotated: 
 
 def rotate(x_BTNH: jax.Array, rotation: Rotation) -> jax.Array:
     """Rotates the pairs (i, i + R/2) of the first R elements of each head; the rest passes through. Same dtype out."""
-    cos, sin = (r[:, :, None, :] for r in rotation)
+    cos, sin = (r[:, :, None, None, :] for r in rotation)
     half = cos.shape[-1]
-    first, second, rest = jnp.split(x_BTNH, (half, 2 * half), axis=-1)
-    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
-    return turned if rest.shape[-1] == 0 else jnp.concatenate([turned, rest], axis=-1)
+    pairs = x_BTNH[..., : 2 * half].astype(jnp.float32).reshape(*x_BTNH.shape[:-1], 2, half)
+    # The halves swapped by a reversal: a concatenation of the two products would be a kernel of its own on a GPU.
+    sign = jnp.array([-1.0, 1.0], jnp.float32)[:, None]
+    turned = pairs * cos + pairs[..., ::-1, :] * (sign * sin)
+    turned = turned.reshape(*x_BTNH.shape[:-1], 2 * half).astype(x_BTNH.dtype)
+    return turned if 2 * half == x_BTNH.shape[-1] else jnp.concatenate([turned, x_BTNH[..., 2 * half :]], axis=-1)

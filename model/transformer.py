@@ -240,6 +240,9 @@ class Definition:
     config: ModelConfig
     scan: bool
     param_dtype: str = "float32"
+    join_qkv: bool = False
+    """Query, key and value projections as one array, `join_projections` of the three: one product reads them faster
+    when a few tokens are all there is. They cannot be split over devices then."""
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         """(params, biases) from a PRNG key. The same for any mesh, and for scanned or unrolled layers."""
@@ -252,7 +255,7 @@ class Definition:
         return nnx.split(abstract, nnx.Param, RouterBias)
 
     def _create(self, key: jax.Array) -> Transformer:
-        return Transformer(self.config, Creator(key, self.param_dtype), scan=self.scan)
+        return Transformer(self.config, Creator(key, self.param_dtype, self.join_qkv), scan=self.scan)
 
     @property
     def abstract(self) -> tuple[Tree, Tree]:
@@ -295,3 +298,15 @@ def _fill(abstract: nnx.State, values: Tree) -> nnx.State:
     structure = jax.tree.structure(nnx.to_pure_dict(abstract))
     assert structure == jax.tree.structure(values), f"{structure} != {jax.tree.structure(values)}"
     return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(values))
+
+
+def join_projections(params: Tree) -> Tree:
+    """`params` of unrolled layers as those of a definition with `join_qkv`. The three arrays of each layer may be freed
+    once the one is there: the tree given is emptied of them."""
+    for layer in params["prefix"].values():
+        attention = layer["attention"]
+        attention["qkv"] = jnp.concatenate([attention.pop(name) for name in ("query", "key", "value")], axis=1)
+        if "query_bias" in attention:
+            biases = [attention.pop(f"{name}_bias") for name in ("query", "key", "value")]
+            attention["qkv_bias"] = jnp.concatenate(biases, axis=0)
+    return params

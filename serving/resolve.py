@@ -84,7 +84,10 @@ def resolve(run: ServeRun, devices: Sequence[jax.Device]) -> Resolved:
         pretrained=pretrained,
         draft=draft,
         programs=Programs(
-            Definition(model, False, dtype), _execution(selection, dtype, whole), run.engine.rounds, drafting
+            Definition(model, False, dtype, mesh.size == 1),
+            _execution(selection, dtype, whole),
+            run.engine.rounds,
+            drafting,
         ),
         dtype=dtype,
         max_context=max_context,
@@ -147,7 +150,7 @@ def _drafting(
     drafting = Drafting(
         "model",
         speculation.max_draft,
-        definition=Definition(draft.config, False, dtype),
+        definition=Definition(draft.config, False, dtype, placement.mesh.size == 1),
         execution=_execution(selection, dtype, placement),
     )
     return drafting, draft, (f"drafts: {speculation.draft}", *selection.reasons)

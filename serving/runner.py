@@ -105,17 +105,19 @@ class Runner:
 
     # Compilation
 
-    def compile(self, progress: Callable[[str], None]) -> Compiled:
-        """Compiles every cell, several at once. `progress` gets a line for each."""
+    def lower(self) -> dict[Cell, jax.stages.Lowered]:
+        """Traces every cell. That takes the interpreter and no device, so that weights may be loaded meanwhile."""
+        return {cell: self._lower(cell) for cell in self.cells}
+
+    def compile(self, lowered: dict[Cell, jax.stages.Lowered], progress: Callable[[str], None]) -> Compiled:
+        """Compiles what `lower` gave, several at once. `progress` gets a line for each.
+
+        The device should have nothing else to do: on a GPU, XLA times the candidates for each product on it.
+        """
         began = time.monotonic()
-        lowered = {}
         workers = max(1, min(len(self.cells), os.cpu_count() or 1, 8))
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            # Tracing holds the interpreter's lock, compiling does not: one thread traces ahead of the others.
-            futures = {}
-            for cell in self.cells:
-                lowered[cell] = self._lower(cell)
-                futures[pool.submit(self._finish, lowered.pop(cell))] = cell
+            futures = {pool.submit(self._finish, one): cell for cell, one in lowered.items()}
             for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
                 cell = futures[future]
                 self._compiled[cell], seconds = future.result()

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from checkpoint.pretrained import Pretrained
 from model.cache import abstract_cache
 from model.config import ModelConfig
-from model.transformer import Definition, Tree
+from model.transformer import Definition, Tree, join_projections
 from serving.byte_tokenizer import byte_tokenizer
 from serving.chat import ChatTemplate
 from serving.compilations import CompilationCounter
@@ -71,12 +71,12 @@ def start(resolved: Resolved, say: Say) -> Started:
         device=resolved.devices[0],
         options=resolved.options,
     )
-    # Reading waits for disks and copies, compiling for cores.
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         weights = pool.submit(_load, resolved, shardings, say)
-        compiled = runner.compile(say)
-        say(f"compiled {compiled.programs} programs in {compiled.seconds:.1f} s")
+        lowered = runner.lower()
         runner.load(*weights.result())
+    compiled = runner.compile(lowered, say)
+    say(f"compiled {compiled.programs} programs in {compiled.seconds:.1f} s")
     controller = _controller(resolved)
     runner.warm_up(None if controller is None else controller.record_time)
     metrics = Metrics()
@@ -137,6 +137,11 @@ def _definitions(resolved: Resolved) -> list[tuple[Definition, Pretrained | None
     return models
 
 
+def _apart(definition: Definition) -> Definition:
+    """As weights are stored."""
+    return dataclasses.replace(definition, join_qkv=False)
+
+
 def _shardings(resolved: Resolved) -> list[tuple[Tree, Tree]]:
     def place(names: tuple[str | None, ...]) -> jax.sharding.Sharding:
         if resolved.placement is None:
@@ -144,7 +149,7 @@ def _shardings(resolved: Resolved) -> list[tuple[Tree, Tree]]:
         return resolved.placement.sharding(*names)
 
     return [
-        tuple(jax.tree.map(place, tree, is_leaf=_is_axes) for tree in definition.logical)
+        tuple(jax.tree.map(place, tree, is_leaf=_is_axes) for tree in _apart(definition).logical)
         for definition, _ in _definitions(resolved)
     ]
 
@@ -153,10 +158,11 @@ def _abstract(resolved: Resolved, shardings: list[tuple[Tree, Tree]]) -> tuple[W
     def describe(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    described = [
-        jax.tree.map(describe, definition.abstract, placed)
-        for (definition, _), placed in zip(_definitions(resolved), shardings, strict=True)
-    ]
+    one, described = jax.sharding.SingleDeviceSharding(resolved.devices[0]), []
+    for (definition, _), placed in zip(_definitions(resolved), shardings, strict=True):
+        if definition.join_qkv:
+            placed = jax.tree.map(lambda _: one, definition.abstract)
+        described.append(jax.tree.map(describe, definition.abstract, placed))
     return described[0], described[1] if len(described) > 1 else None
 
 
@@ -164,9 +170,10 @@ def _load(resolved: Resolved, shardings: list[tuple[Tree, Tree]], say: Say) -> t
     began, loaded = time.monotonic(), []
     for (definition, pretrained), placed in zip(_definitions(resolved), shardings, strict=True):
         if pretrained is None:
-            loaded.append(random_weights(definition, placed, resolved.run.seed))
+            params, biases = random_weights(_apart(definition), placed, resolved.run.seed)
         else:
-            loaded.append(pretrained.load(definition, placed))
+            params, biases = pretrained.load(_apart(definition), placed)
+        loaded.append((join_projections(params) if definition.join_qkv else params, biases))
     jax.block_until_ready(loaded)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
     source = "random" if resolved.pretrained is None else str(resolved.pretrained.path)

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from kernels.paged_attention import reference, tiles, xla
 from kernels.target import Target, default_target
@@ -158,7 +159,8 @@ def write_pages(
 ) -> tuple[jax.Array, jax.Array]:
     """The pages with the first counts[b] keys and values of each row at positions starts[b], starts[b] + 1, and so on.
 
-    Rows must not write to one place. In place where the pages are donated, or carried by a loop.
+    Page 0 is no row's: what is left out may be written there. Rows must not write to one place. In place where the
+    pages are donated, or carried by a loop.
     """
     P, S, K, _ = k_pages_PSKH.shape
     B, T = k_BTKH.shape[:2]
@@ -167,14 +169,23 @@ def write_pages(
     entry_BT = jnp.minimum(position_BT // S, page_table_BM.shape[1] - 1)
     slot_BT = jnp.take_along_axis(page_table_BM, entry_BT, axis=1) * S + position_BT % S
     written_BT = (offset_BT < counts_B[:, None]) & (position_BT < page_table_BM.shape[1] * S)
-    # Tokens that are not written get a place of their own past the end: a promise of distinct places must hold.
-    nowhere_BT = P * S + jnp.arange(B * T, dtype=jnp.int32).reshape(B, T)
-    slot_M = jnp.where(written_BT, slot_BT, nowhere_BT).reshape(-1)
+    if B * T == 1:
+        # One token needs no scatter, which would read and select what it may not overwrite (two launches more). One
+        # that takes no part is written too, to the first place: no row reads that page.
+        slot = jnp.where(written_BT, slot_BT, 0)[0, 0]
 
-    def write(pages: jax.Array, new: jax.Array) -> jax.Array:
-        rows = pages.reshape(P * S, K, -1)
-        values = new.astype(pages.dtype).reshape(B * T, K, -1)
-        return rows.at[slot_M].set(values, mode="drop", unique_indices=True).reshape(pages.shape)
+        def write(pages: jax.Array, new: jax.Array) -> jax.Array:
+            rows = pages.reshape(P * S, K, -1)
+            return lax.dynamic_update_slice(rows, new.astype(pages.dtype)[0], (slot, 0, 0)).reshape(pages.shape)
+    else:
+        # Tokens that are not written get a place of their own past the end: a promise of distinct places must hold.
+        nowhere_BT = P * S + jnp.arange(B * T, dtype=jnp.int32).reshape(B, T)
+        slot_M = jnp.where(written_BT, slot_BT, nowhere_BT).reshape(-1)
+
+        def write(pages: jax.Array, new: jax.Array) -> jax.Array:
+            rows = pages.reshape(P * S, K, -1)
+            values = new.astype(pages.dtype).reshape(B * T, K, -1)
+            return rows.at[slot_M].set(values, mode="drop", unique_indices=True).reshape(pages.shape)
 
     with jax.named_scope("write_pages"):
         return write(k_pages_PSKH, k_BTKH), write(v_pages_PSKH, v_BTKH)
