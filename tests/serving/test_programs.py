@@ -177,20 +177,24 @@ def mixed_rows(**more) -> list[Sequence]:
     return [kinds[row % len(kinds)] for row in range(BATCH)]
 
 
-def draw_texts(kind: str, run=None, draft_weights=None) -> tuple[dict[str, np.ndarray], float]:
+def draw_texts(
+    kind: str, run=None, draft_weights=None, spoil=None, calls: int = CALLS
+) -> tuple[dict[str, np.ndarray], float]:
     """Texts [N, 3] of unseeded rows, for each setting; and the share of drafts accepted."""
     bench = prepare(kind, mixed_rows())
     if draft_weights is not None:
         bench = bench._replace(draft_weights=draft_weights)
+    if spoil is not None:
+        bench = bench._replace(draft_cache=jax.tree.map(spoil, bench.draft_cache))
     drawn, drafted, accepted = [], 0, 0
-    for call in range(CALLS):
+    for call in range(calls):
         # Seeds as an engine would choose them: no two rows have the same.
         bench.batch.ints_BI[:, columns.SEED_HIGH] = call + 1
         result = decode(kind, bench, run=run)
         drawn.append(texts(result))
         counts, of = np.asarray(result.counts_RB), np.asarray(result.drafted_RB)
         drafted, accepted = drafted + of.sum(), accepted + (counts[of > 0] - 1).sum()
-    number, drawn = np.tile(np.arange(BATCH) % len(SETTINGS), CALLS), np.concatenate(drawn)
+    number, drawn = np.tile(np.arange(BATCH) % len(SETTINGS), calls), np.concatenate(drawn)
     return {name: drawn[number == index] for index, name in enumerate(SETTINGS)}, accepted / drafted
 
 
@@ -227,8 +231,9 @@ def test_the_comparison_detects_a_draft_that_misreports_its_distribution(monkeyp
 
     monkeypatch.setattr(programs_module, "log_distribution", reported)
     monkeypatch.setattr(programs_module, "draw", drawn_from)
-    drawn, _ = draw_texts("model", run=jax.jit(functools.partial(make("model").decode, DRAFTS)))
-    assert {"temperature", "hot, top-p"} <= set(misfits(drawn))
+    drawn, _ = draw_texts("model", run=jax.jit(functools.partial(make("model").decode, DRAFTS)), calls=10)
+    found = misfits(drawn)
+    assert {"temperature", "hot, top-p"} <= set(found) and "plain" not in found
 
 
 def test_a_draft_model_that_fails_after_some_tokens_leaves_the_distribution_as_it_is():
@@ -237,7 +242,7 @@ def test_a_draft_model_that_fails_after_some_tokens_leaves_the_distribution_as_i
     table = np.array(params["embedding"]["table"])
     table[[1, 3, 7, 9]] = np.nan
     broken = params | {"embedding": {"table": table}}
-    drawn, _ = draw_texts("model", draft_weights=to_device((broken, biases)))
+    drawn, _ = draw_texts("model", draft_weights=to_device((broken, biases)), calls=12)
     assert misfits(drawn) == []
 
 
@@ -249,3 +254,166 @@ def test_seeded_and_greedy_rows_emit_the_text_of_plain_decoding(kind):
     result = decode(kind, prepare(kind, rows))
     np.testing.assert_array_equal(texts(result), plain)
     assert np.any(np.asarray(result.counts_RB) > 1)
+
+
+def test_a_draft_cache_that_missed_tokens_leaves_the_distribution_as_it_is():
+    """As after rounds without drafts: what lies there is of other texts."""
+    rng = np.random.default_rng(6)
+    drawn, accepted = draw_texts("model", spoil=lambda x: x + rng.normal(size=x.shape).astype(np.float32), calls=12)
+    assert accepted > 0.01 and misfits(drawn) == []
+
+
+# ---- What rounds emit ----
+
+
+def repeated(*kinds: Sequence) -> list[Sequence]:
+    """A whole batch of these, in turn, so that no further program has to be compiled."""
+    return [kinds[row % len(kinds)] for row in range(BATCH)]
+
+
+def greedy(max_tokens: int = 6, **params) -> Sequence:
+    return sequence_of(max_tokens=max_tokens, temperature=0.0, **params)
+
+
+def emitted(kind: str | None, rows: list[Sequence], rounds: int = 3):
+    """The result, and the counts of its rounds for each kind of row, of which all rows have the same."""
+    drafts = DRAFTS if kind else 0
+    result = decode(kind, prepare(kind, rows, drafts=drafts), rounds, drafts)
+    kinds = len(dict.fromkeys(rows))
+    counts = np.asarray(result.counts_RB)
+    for row in range(kinds):
+        assert np.all(counts[:, row : BATCH - kinds : kinds] == counts[:, row, None])
+    return result, counts[:, :kinds]
+
+
+def test_rounds_end_when_every_row_is_at_its_limit():
+    result, counts = emitted(None, repeated(greedy(2), greedy(1)))
+    assert counts.tolist() == [[1, 1], [1, 0], [0, 0]]
+    # A round that did not run, and a row that took no part, leave nothing.
+    assert np.all(np.asarray(result.tokens_RBT)[2] == -1)
+    assert emitted(None, repeated(greedy(3)), rounds=1)[1].tolist() == [[1], [0], [0]]
+    assert emitted(None, repeated(greedy(3)))[1].tolist() == [[1], [1], [1]]
+
+
+def test_a_stop_token_is_emitted_and_nothing_after_it():
+    # The penalty is there for texts that do not repeat themselves.
+    first, second, _ = texts(emitted(None, repeated(greedy(frequency_penalty=2.0)))[0])[0].tolist()
+    assert first != second
+    stops = ((first,), (V - 1, second), ())
+    rows = repeated(*(greedy(frequency_penalty=2.0, stop_ids=ids) for ids in stops))
+    result, counts = emitted(None, rows)
+    assert counts.tolist() == [[1, 1, 1], [0, 1, 1], [0, 0, 1]]
+    assert np.asarray(result.tokens_RBT)[[0, 1], 1, 0].tolist() == [first, second]
+
+
+@pytest.mark.parametrize("kind", ["ngram", "layers", "model"])
+def test_a_stop_token_within_accepted_drafts_ends_the_row(kind):
+    """The host cuts the text; here no further round may run for it."""
+    rows = [sequence_of(max_tokens=9, stop_ids=(token,), temperature=0.9, seed=1) for token in range(V)]
+    result = decode(kind, prepare(kind, repeated(*rows)))
+    counts, emitted_tokens = np.asarray(result.counts_RB), np.asarray(result.tokens_RBT)
+    within = 0
+    for row in range(BATCH):
+        stop = row % V
+        hit = [stop in emitted_tokens[r, row, : counts[r, row]].tolist() for r in range(3)]
+        first = hit.index(True) if True in hit else 3
+        assert np.all(counts[:first, row] > 0) and np.all(counts[first + 1 :, row] == 0)
+        within += first < 3 and emitted_tokens[first, row, counts[first, row] - 1] != stop
+    assert within > 0
+
+
+@pytest.mark.parametrize("kind", ["ngram", "layers", "model"])
+def test_drafts_are_bounded_by_the_room_and_by_what_the_row_may_take(kind):
+    rows = [sequence_of(max_tokens=limit, seed=1) for limit in (1, 2, 3, 9)]
+    bench = prepare(kind, repeated(*rows, rows[3], rows[3]))
+    bench.batch.ints_BI[4::6, columns.DRAFTS] = 0
+    bench.batch.ints_BI[5::6, columns.DRAFTS] = 1
+    result = decode(kind, bench)
+    counts, drafted = np.asarray(result.counts_RB), np.asarray(result.drafted_RB)
+    total = counts.sum(axis=0)
+    assert np.all(counts >= 0) and np.all(counts <= drafted + 1)
+    for number, limit in enumerate((1, 2, 3)):
+        assert np.all(total[number::6] == limit)
+    left = np.array([1, 2, 3, 9, 9, 9])[np.arange(BATCH) % 6] - np.cumsum(counts, axis=0) + counts
+    may = np.array([2, 2, 2, 2, 0, 1])[np.arange(BATCH) % 6]
+    if kind == "ngram":
+        # Not every text goes on with something it had before; the prompt does.
+        assert np.all(drafted <= np.minimum(np.maximum(left - 1, 0), may))
+        assert np.all(drafted[0] == np.minimum(left[0] - 1, may))
+    else:
+        np.testing.assert_array_equal(drafted, np.where(left > 0, np.minimum(left - 1, may), 0))
+    assert counts[:, 3::6].max() == DRAFTS + 1
+
+
+@pytest.mark.parametrize("kind", [None, "layers"])
+def test_log_probs_are_those_of_the_distribution_where_a_row_asks(kind):
+    setting = SETTINGS["everything"] | {"max_tokens": 3, "seed": 1}
+    asked, silent = sequence_of(**setting, logprobs=3), sequence_of(**setting)
+    drafts = DRAFTS if kind else 0
+    result = decode(kind, prepare(kind, repeated(asked, silent), drafts=drafts), drafts=drafts)
+    counts, tokens = np.asarray(result.counts_RB), np.asarray(result.tokens_RBT)
+    chosen, ids, values = (np.asarray(x) for x in result[3:6])
+    assert ids.shape[-1] == MAX_TOP_LOGPROBS
+    for row in range(0, 200, 2):
+        text = []
+        for r in range(3):
+            for t in range(counts[r, row]):
+                law, _ = distribution(
+                    logits_after(len(text))[tuple(text)], oracle_params(SETTINGS["everything"]), PROMPT, text
+                )
+                token = tokens[r, row, t]
+                assert chosen[r, row, t] == pytest.approx(np.log(law[token]), abs=1e-4)
+                order = np.argsort(-law)[:3]
+                assert ids[r, row, t, :3].tolist() == order.tolist()
+                np.testing.assert_allclose(np.exp(values[r, row, t, :3]), law[order], atol=1e-5)
+                text.append(token)
+    assert not np.any(
+        np.asarray(decode(kind, prepare(kind, repeated(silent), drafts=drafts), drafts=drafts).chosen_RBT)
+    )
+
+
+@pytest.mark.parametrize("kind", ["ngram", "layers", "model"])
+def test_a_row_that_is_not_finite_is_marked_once_and_the_others_go_on(kind):
+    rows = repeated(sequence_of(seed=1))
+    right = decode(kind, prepare(kind, rows))
+    bench = prepare(kind, rows)
+    broken = [(k, v.at[3].set(jnp.nan)) for k, v in bench.cache]
+    result = decode(kind, bench._replace(cache=broken))
+    assert np.asarray(result.counts_RB)[:, 2].tolist() == [-1, 0, 0]
+    others = np.arange(BATCH) != 2
+    np.testing.assert_array_equal(np.asarray(result.counts_RB)[:, others], np.asarray(right.counts_RB)[:, others])
+    np.testing.assert_array_equal(texts_of(result, others), texts_of(right, others))
+
+
+def texts_of(result, rows: np.ndarray) -> np.ndarray:
+    return texts(result._replace(tokens_RBT=result.tokens_RBT[:, rows], counts_RB=result.counts_RB[:, rows]))
+
+
+def test_experts_count_those_that_live_rows_reach():
+    config = moe(vocab_size=V, embed_dim=8, num_heads=2, num_kv_heads=1, max_positions=WIDTH)
+    rows = [greedy(2), greedy(1)]
+    result = decode(None, prepare(None, rows, config, 0), drafts=0, config=config)
+    each = config.num_layers * config.moe.experts_per_token
+    # Both rows feed the same token, then one goes on alone, then nothing runs.
+    assert np.asarray(result.experts_R).tolist() == [each, each, 0]
+    assert not np.any(np.asarray(emitted(None, repeated(greedy(2)))[0].experts_R))
+
+
+def test_a_prefill_draws_where_a_tile_ends_the_known_tokens():
+    """Tiles of three tokens: the second one of a row reads what the first wrote."""
+    tile, config = 3, TARGET
+    sequences = [sequence_of(max_tokens=3, temperature=0.0, logprobs=1)] * 2 + [sequence_of(max_tokens=3, seed=1)]
+    bench = prepare(None, sequences)
+    spans = np.array([[0, 3, 0], [3, 1, 1], [0, 3, 1]], np.int32)
+    tiles = np.array([PROMPT[:3], [PROMPT[3], 0, 0], PROMPT[:3]], np.int32)
+    bench.batch.page_table_BM[:, 0] = [1, 1, 2]
+    bench.batch.ints_BI[2, columns.LENGTH] = tile
+    empty = jax.tree.map(jnp.zeros_like, bench.cache)
+    mask = np.full((3, 1), EVERYTHING)
+    _, _, result = jax.jit(make(None, config).prefill)(
+        bench.weights, None, empty, [], PrefillBatch(*bench.batch, tiles, spans), mask
+    )
+    assert np.asarray(result.counts_RB).tolist() == [[0, 1, 1]]
+    law = distribution(logits_after(0), Params(temperature=0.0))[0]
+    assert np.asarray(result.tokens_RBT)[0, 1, 0] == np.argmax(law)
+    assert np.asarray(result.chosen_RBT)[0, 1, 0] == pytest.approx(np.log(law.max()), abs=1e-4)
