@@ -181,10 +181,12 @@ def test_a_call_that_raises(server, naive, monkeypatch, where, kind, times):
     """ "cache": it takes the cache along, as a call does that fails on the device."""
     want = naive(PROMPTS[4], MARKED)
     with server.engine_over(chunk_tokens=16) as engine, server.compiling_nothing():
+        # Their pages are in the prefix cache when the call fails.
+        check_others(submit_others(engine, "before"), naive)
         with engine.held():
-            others = submit_others(engine)
-            # Ahead of some, behind others.
-            failing = submit(engine, "failing", PROMPTS[4], MARKED, priority=3)
+            others = submit_others(engine, "ahead")
+            failing = submit(engine, "failing", PROMPTS[4], MARKED)
+            behind = submit_others(engine, "behind")
             faults = Faults(server.started.runner, monkeypatch, where=where, kind=kind, times=times)
         failing.wait()
         assert faults.count == 1 if times == 1 else faults.count >= 2
@@ -195,6 +197,7 @@ def test_a_call_that_raises(server, naive, monkeypatch, where, kind, times):
             assert (failing.finish, failing.last.error) == ("error", FAILED)
             assert failing.tokens == want.tokens[: len(failing.tokens)]
         check_others(others, naive)
+        check_others(behind, naive)
         monkeypatch.undo()
         check_others(submit_others(engine, "again"), naive)
         assert generate(engine, "again", PROMPTS[4], MARKED).tokens == want.tokens
