@@ -229,7 +229,9 @@ def test_a_disconnect_frees_the_rows(started: Started, url: str):
     before = metric_of(started, "requests_total", outcome="cancelled") if _was_cancelled(started) else 0
     body = {"model": NAME, "prompt": "hello", "max_tokens": 480, "ignore_eos": True, "stream": True, "n": 100}
     with httpx.Client(base_url=url) as http, http.stream("POST", "/v1/completions", json=body) as response:
-        next(response.iter_bytes())
+        # Kept: an iterator that is dropped closes the connection.
+        pieces = response.iter_bytes()
+        next(pieces)
         wait_until(lambda: metric_of(started, "running") == SHAPES.max_sequences)
     wait_until(lambda: idle(started))
     assert metric_of(started, "requests_total", outcome="cancelled") > before + 50
