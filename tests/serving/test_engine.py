@@ -249,6 +249,20 @@ def test_without_a_seed_texts_differ(server):
     assert again == texts
 
 
+def test_the_engine_as_it_was_started(server, naive):
+    """With its own meter and metrics. Once only: the other engines write over what its prefix cache remembers."""
+    with server.compiling_nothing():
+        listeners = [submit(server.engine, f"r{n}", *request) for n, request in enumerate(REQUESTS)]
+        for listener, request in zip(listeners, REQUESTS, strict=True):
+            check(listener.wait(), *request, naive(*request))
+    assert server.engine.alive and server.engine.ready
+    wanted = [naive(*request) for request in REQUESTS]
+    value = server.started.metrics.registry.get_sample_value
+    assert value("generation_tokens_total") == sum(len(want.tokens) + (want.finish == "stop") for want in wanted)
+    assert value("requests_total", {"outcome": "stop"}) == sum(want.finish == "stop" for want in wanted) > 0
+    assert value("kv_pages", {"state": "live"}) is not None and value("decode_mbu") <= 1
+
+
 # Ends
 
 
