@@ -67,6 +67,10 @@ class DecodeBatch(NamedTuple):
     floats_BF: np.ndarray
     page_table_BM: np.ndarray
     tokens_BW: np.ndarray
+    length_B: np.ndarray | None = None
+    """Tokens so far; None for those of `ints_BI`. A call that follows another takes all of these from that one."""
+    done_B: np.ndarray | None = None
+    """Rows that take no more; None for none but those at their limit."""
 
 
 class PrefillBatch(NamedTuple):
@@ -98,7 +102,15 @@ class BatchBuilder:
         """`drafts`: drafts that each row may take in a round."""
         batch = self._rows(sequences, params, rows, width)
         batch.ints_BI[: len(sequences), DRAFTS] = drafts
-        return batch
+        return batch._replace(length_B=batch.ints_BI[:, LENGTH].copy(), done_B=np.zeros(rows, bool))
+
+    def page_table(self, sequences: Sequences[Sequence], rows: int, width: int) -> np.ndarray:
+        """int32 [rows, pages of `width`]."""
+        table = np.zeros((rows, width // self._page_size), np.int32)
+        for row, sequence in enumerate(sequences):
+            pages = sequence.pages[: table.shape[1]]
+            table[row, : len(pages)] = pages
+        return table
 
     def prefill(
         self,
@@ -114,21 +126,18 @@ class BatchBuilder:
         for row, (sequence, start, count) in enumerate(spans):
             tiles[row, :count] = sequence.tokens[start : start + count]
             spans_C3[row] = start, count, start + count == len(sequence.tokens)
-        return PrefillBatch(*batch, tiles, spans_C3)
+        return PrefillBatch(*batch[:4], tiles, spans_C3)
 
     def _rows(self, sequences, params, rows: int, width: int) -> DecodeBatch:
         assert len(sequences) <= rows, f"{len(sequences)} rows in a program of {rows}"
         ints, floats = np.tile(_EMPTY_INTS, (rows, 1)), np.tile(_EMPTY_FLOATS, (rows, 1))
-        page_table = np.zeros((rows, width // self._page_size), np.int32)
         tokens = np.zeros((rows, width), np.int32)
         for row, (sequence, constant) in enumerate(zip(sequences, params, strict=True)):
             ints[row], floats[row] = constant.ints, constant.floats
             ints[row, LENGTH] = len(sequence.tokens)
-            pages = sequence.pages[: page_table.shape[1]]
-            page_table[row, : len(pages)] = pages
             known = sequence.tokens[:width]
             tokens[row, : len(known)] = known
-        return DecodeBatch(ints, floats, page_table, tokens)
+        return DecodeBatch(ints, floats, self.page_table(sequences, rows, width), tokens)
 
 
 def trial_batch(rows: int, width: int, page_size: int, tile_tokens: int | None) -> DecodeBatch | PrefillBatch:
@@ -137,7 +146,7 @@ def trial_batch(rows: int, width: int, page_size: int, tile_tokens: int | None) 
     ints[:, LENGTH], ints[:, LIMIT] = width // 2, width
     batch = DecodeBatch(ints, floats, np.zeros((rows, width // page_size), np.int32), np.zeros((rows, width), np.int32))
     if tile_tokens is None:
-        return batch
+        return batch._replace(length_B=ints[:, LENGTH].copy(), done_B=np.zeros(rows, bool))
     count = min(tile_tokens, width)
     spans = np.tile(np.array([0, count, 1], np.int32), (rows, 1))
-    return PrefillBatch(*batch, np.zeros((rows, tile_tokens), np.int32), spans)
+    return PrefillBatch(*batch[:4], np.zeros((rows, tile_tokens), np.int32), spans)

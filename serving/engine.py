@@ -16,10 +16,10 @@ from collections.abc import Callable
 from serving.chat import ChatTemplate
 from serving.controller import DraftController
 from serving.errors import Draining
-from serving.executor import CallRecord, Executor, Outcome
+from serving.executor import CallRecord, Executor, Outcome, Pending
 from serving.grammar import GrammarCompiler, GrammarError, Matcher
 from serving.metrics import Metrics
-from serving.request import Delta, FinishReason, Request, Sequence, TokenLogprob, Usage
+from serving.request import Delta, FinishReason, Request, Sequence, State, TokenLogprob, Usage
 from serving.scheduler import Plan, Scheduler, Tile
 from serving.text import TextStream
 from serving.tokenizer import Tokenizer
@@ -191,11 +191,49 @@ class Engine:
         return plan, min(drafts, plan.lookahead - 1)
 
     def _step(self, plan: Plan, drafts: int) -> None:
-        outcomes, records = self._execute(plan, drafts)
-        now = time.monotonic()
-        steps = [self._read(sequence, outcome) for sequence, outcome in outcomes.items()]
+        """Runs a plan, and its rounds again as long as nothing else is to be done: each time, the next call is with the
+        device before the host has seen what the one before it gave."""
+        matchers = {s: a.matcher for s, a in self._answers.items() if a.matcher is not None}
+        calls = None
+        while True:
+            following: list[Pending] = []
+            try:
+                if calls is None:
+                    calls = self._executor.begin(plan, matchers, drafts)
+                following = self._follow(plan, calls)
+                # The device works now: a good time for everything that need not be done before.
+                self._tell()
+                outcomes, records = self._executor.end(calls)
+            # Whatever a request brings about must not end the others.
+            except Exception:
+                logger.exception("a step failed; its sequences are run one by one")
+                self._tell()
+                following = []
+                outcomes, records = self._isolate(plan, matchers, drafts), []
+            self._take_in(plan, outcomes, records, followed=bool(following))
+            if not following:
+                return
+            calls = following
+
+    def _follow(self, plan: Plan, calls: list[Pending]) -> list[Pending]:
+        # With drafts, the controller chooses anew at each step; one round is what a grammar or a prompt asked for.
+        if plan.tiles or plan.rounds == 1 or self._controller is not None:
+            return []
         with self._changed:
-            self._scheduler.commit(plan, {step.sequence: list(step.tokens) for step in steps})
+            if self._stopping or not self._scheduler.prolong(plan):
+                return []
+        return self._executor.follow(calls, plan)
+
+    def _take_in(
+        self, plan: Plan, outcomes: dict[Sequence, Outcome], records: list[CallRecord], *, followed: bool
+    ) -> None:
+        now = time.monotonic()
+        # A sequence that ended on the host may still be in a call that followed.
+        running = {s: outcome for s, outcome in outcomes.items() if s.state is not State.FINISHED}
+        steps = [self._read(sequence, outcome) for sequence, outcome in running.items()]
+        with self._changed:
+            tokens = {step.sequence: list(step.tokens) for step in steps}
+            self._scheduler.commit(plan, tokens, followed=followed)
             for step in steps:
                 self._settle(step, now)
             if self._cache_lost:
@@ -208,26 +246,14 @@ class Engine:
         except ValueError:
             logger.exception("the measurement of a step failed")
 
-    def _execute(self, plan: Plan, drafts: int) -> tuple[dict[Sequence, Outcome], list[CallRecord]]:
-        """Runs a plan; if that fails, sequence by sequence, so that the one at fault fails alone."""
-        matchers = {s: a.matcher for s, a in self._answers.items() if a.matcher is not None}
-        try:
-            calls = self._executor.begin(plan, matchers, drafts)
-            # The device works now: a good time for everything that need not be done before.
-            self._tell()
-            return self._executor.end(calls)
-        # Whatever a request brings about must not end the others.
-        except Exception:
-            logger.exception("a step failed; its sequences are run one by one")
-            self._tell()
-        return self._isolate(plan, matchers, drafts), []
-
     def _isolate(self, plan: Plan, matchers: dict[Sequence, Matcher], drafts: int) -> dict[Sequence, Outcome]:
         """A plan that failed, sequence by sequence, so that the one at fault fails alone. Once a failure took the cache
         along, each is computed from its first token: nothing is left of what the cache held of it."""
         outcomes: dict[Sequence, Outcome] = {}
         self._cache_lost = self._executor.recover()
         for sequence in dict.fromkeys([*(tile.sequence for tile in plan.tiles), *plan.decode]):
+            if sequence.state is State.FINISHED:
+                continue
             alone = self._whole(plan, sequence) if self._cache_lost else _only(plan, sequence)
             try:
                 outcomes |= self._executor.end(self._executor.begin(alone, matchers, drafts))[0]

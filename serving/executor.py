@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from serving.batch import BatchBuilder, RowParams, row_params
+from serving.batch import BatchBuilder, DecodeBatch, RowParams, row_params
 from serving.grammar import Matcher
 from serving.programs import Result
 from serving.request import Sequence, TokenLogprob
@@ -58,7 +58,9 @@ class CallRecord(NamedTuple):
 
 
 @dataclasses.dataclass
-class _Pending:
+class Pending:
+    """A call that was started."""
+
     cell: Cell
     sequences: list[Sequence]
     """One for each row."""
@@ -68,6 +70,8 @@ class _Pending:
     spans: tuple[tuple[int, int], ...]
     result: Result
     started: float
+    after: DecodeBatch | None = None
+    """Of a decode call: what a call that follows it begins with."""
 
 
 class _Host(NamedTuple):
@@ -108,7 +112,7 @@ class Executor:
 
     # Starting calls
 
-    def begin(self, plan: Plan, matchers: Mapping[Sequence, Matcher], drafts: int) -> list[_Pending]:
+    def begin(self, plan: Plan, matchers: Mapping[Sequence, Matcher], drafts: int) -> list[Pending]:
         """Starts the calls of a plan: tiles first. `drafts` tokens are drafted for each row that may take them."""
         calls = [self._begin_prefill(tiles, matchers) for tiles in self._split_tiles(plan.tiles)]
         reach = plan.rounds * plan.lookahead
@@ -145,7 +149,7 @@ class Executor:
             rest = rest[count:]
         return groups
 
-    def _begin_prefill(self, group: tuple[Cell, list[Tile]], matchers: Mapping[Sequence, Matcher]) -> _Pending:
+    def _begin_prefill(self, group: tuple[Cell, list[Tile]], matchers: Mapping[Sequence, Matcher]) -> Pending:
         cell, tiles = group
         sequences = [tile.sequence for tile in tiles]
         spans = [(tile.sequence, tile.start, tile.count) for tile in tiles]
@@ -156,19 +160,38 @@ class Executor:
         started = time.monotonic()
         result = self._runner.prefill(cell, batch, mask)
         positions = tuple((tile.start, tile.count) for tile in tiles)
-        return _Pending(cell, sequences, draws, [0] * len(tiles), positions, result, started)
+        return Pending(cell, sequences, draws, [0] * len(tiles), positions, result, started)
 
     def _begin_decode(
         self, cell: Cell, sequences: list[Sequence], matchers: Mapping[Sequence, Matcher], rounds: int, drafts: int
-    ) -> _Pending:
+    ) -> Pending:
         params = [self._params[sequence] for sequence in sequences]
         # The grammar's mask is known for the next token only.
         allowed = [0 if sequence in matchers else drafts for sequence in sequences]
         batch = self._builder.decode(sequences, params, allowed, cell.rows, cell.width)
         mask = self._mask(cell, sequences, matchers)
         started = time.monotonic()
-        result = self._runner.decode(cell, batch, mask, rounds)
-        return _Pending(cell, sequences, [True] * len(sequences), allowed, (), result, started)
+        result, after = self._runner.decode(cell, batch, mask, rounds)
+        return Pending(cell, sequences, [True] * len(sequences), allowed, (), result, started, after)
+
+    def follow(self, calls: list[Pending], plan: Plan) -> list[Pending]:
+        """Starts as many rounds again for the rows of decode calls that have not ended, so that the device need not
+        wait for the host. [] where a context would outgrow its program; rows under a grammar can't be followed.
+
+        The pages of twice the plan's tokens must have been given.
+        """
+        reach = 2 * plan.rounds * plan.lookahead
+        for call in calls:
+            longest = max(min(len(sequence.tokens) + reach, sequence.limit) for sequence in call.sequences)
+            if call.after is None or longest > call.cell.width:
+                return []
+        return [self._follow_one(call, plan.rounds) for call in calls]
+
+    def _follow_one(self, call: Pending, rounds: int) -> Pending:
+        table = self._builder.page_table(call.sequences, call.cell.rows, call.cell.width)
+        started = time.monotonic()
+        result, after = self._runner.decode(call.cell, call.after._replace(page_table_BM=table), None, rounds)
+        return dataclasses.replace(call, result=result, started=started, after=after)
 
     def _mask(
         self, cell: Cell, sequences: Sequences[Sequence | None], matchers: Mapping[Sequence, Matcher]
@@ -183,7 +206,7 @@ class Executor:
 
     # Their results
 
-    def end(self, calls: list[_Pending]) -> tuple[dict[Sequence, Outcome], list[CallRecord]]:
+    def end(self, calls: list[Pending]) -> tuple[dict[Sequence, Outcome], list[CallRecord]]:
         """Waits for calls, in the order they were started."""
         outcomes: dict[Sequence, Outcome] = {}
         records = []
@@ -218,7 +241,7 @@ class Executor:
         return outcomes, records
 
 
-def _fetch(call: _Pending) -> _Host:
+def _fetch(call: Pending) -> _Host:
     result = call.result
     arrays = [result.tokens_RBT, result.counts_RB, result.drafted_RB, result.experts_R]
     wanted = any(sequence.request.params.logprobs is not None for sequence in call.sequences)

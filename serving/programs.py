@@ -158,12 +158,13 @@ class Programs:
         """Up to `rounds` rounds, fewer where every row is done; each feeds a row's last token and at most `num_drafts`
         drafts, and emits one token more than it accepts.
 
-        Returns (cache, draft_cache, Result).
+        Returns (cache, draft_cache, Result, the rows' State: what a call that follows this one begins with).
         """
         models = self._bind(weights, draft_weights)
         constants = _unpack(batch.ints_BI, batch.floats_BF)
-        length = batch.ints_BI[:, columns.LENGTH]
-        state = State(batch.tokens_BW, length, length >= constants.limit_B)
+        length = batch.ints_BI[:, columns.LENGTH] if batch.length_B is None else batch.length_B
+        done = length >= constants.limit_B
+        state = State(batch.tokens_BW, length, done if batch.done_B is None else done | batch.done_B)
         result = Result.empty(self.rounds, length.shape[0], num_drafts + 1)
 
         def again(carry) -> jax.Array:
@@ -177,8 +178,8 @@ class Programs:
             return index + 1, cache, draft_cache, _advance(state, constants, *parts[:2]), result.put(index, *parts)
 
         start = (jnp.zeros((), jnp.int32), cache, draft_cache, state, result)
-        _, cache, draft_cache, _, result = jax.lax.while_loop(again, run, start)
-        return cache, draft_cache, result
+        _, cache, draft_cache, state, result = jax.lax.while_loop(again, run, start)
+        return cache, draft_cache, result, state
 
     def _bind(self, weights: Weights, draft_weights: Weights | None) -> _Models:
         draft = None if draft_weights is None else self.drafting.definition.bind(*draft_weights)

@@ -105,19 +105,16 @@ class Runner:
 
     # Compilation
 
-    def lower(self) -> dict[Cell, jax.stages.Lowered]:
-        """Traces every cell. That takes the interpreter and no device, so that weights may be loaded meanwhile."""
-        return {cell: self._lower(cell) for cell in self.cells}
+    def compile(self, progress: Callable[[str], None], wait: Callable[[], object]) -> Compiled:
+        """Compiles every cell, several at once, while the next are traced. `progress` gets a line for each.
 
-    def compile(self, lowered: dict[Cell, jax.stages.Lowered], progress: Callable[[str], None]) -> Compiled:
-        """Compiles what `lower` gave, several at once. `progress` gets a line for each.
-
-        The device should have nothing else to do: on a GPU, XLA times the candidates for each product on it.
+        `wait` returns when the device has nothing else to do, such as taking weights: on a GPU, XLA times the
+        candidates for each product on it.
         """
         began = time.monotonic()
         workers = max(1, min(len(self.cells), os.cpu_count() or 1, 8))
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            futures = {pool.submit(self._finish, one): cell for cell, one in lowered.items()}
+            futures = {pool.submit(self._compile, self._lower(cell), wait): cell for cell in self.cells}
             for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
                 cell = futures[future]
                 self._compiled[cell], seconds = future.result()
@@ -130,14 +127,15 @@ class Runner:
         scratch = max((a.temp_size_in_bytes + a.generated_code_size_in_bytes for a in analyses if a), default=0)
         return Compiled(time.monotonic() - began, len(self.cells), scratch)
 
-    def _finish(self, lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, float]:
+    def _compile(self, lowered: jax.stages.Lowered, wait: Callable[[], object]) -> tuple[jax.stages.Compiled, float]:
+        wait()
         began = time.monotonic()
         return compile_program(lowered, self._options), time.monotonic() - began
 
     def _lower(self, cell: Cell) -> jax.stages.Lowered:
         state = (*self._abstract, *self._caches)
         batch, mask = self._abstract_batch(cell), self._like((cell.rows, self._words), np.uint32)
-        outputs = (
+        outputs: tuple = (
             jax.tree.map(lambda leaf: leaf.sharding, state[2]),
             jax.tree.map(lambda leaf: leaf.sharding, state[3]),
             self._replicated,
@@ -145,6 +143,7 @@ class Runner:
         if cell.drafts is None:
             fn = jax.jit(self._programs.prefill, donate_argnums=(2, 3), out_shardings=outputs)
             return fn.lower(*state, batch, mask)
+        outputs = (*outputs, self._replicated)
         decode = jax.jit(self._programs.decode, static_argnums=(0,), donate_argnums=(3, 4), out_shardings=outputs)
         return decode.lower(cell.drafts, *state, batch, mask, self._like((), np.int32))
 
@@ -160,7 +159,7 @@ class Runner:
             self._like((rows, cell.width), np.int32),
         )
         if cell.drafts is not None:
-            return DecodeBatch(*common)
+            return DecodeBatch(*common, self._like((rows,), np.int32), self._like((rows,), np.bool_))
         tile = self._like((rows, self._engine.tile_tokens), np.int32)
         return PrefillBatch(*common, tile, self._like((rows, 3), np.int32))
 
@@ -225,18 +224,24 @@ class Runner:
 
     def prefill(self, cell: Cell, batch: PrefillBatch, mask: np.ndarray | None) -> Result:
         """Starts a prefill; the result's arrays are still on their way."""
-        return self._call(cell, batch, mask)
+        (result,) = self._call(cell, batch, mask)
+        return result
 
-    def decode(self, cell: Cell, batch: DecodeBatch, mask: np.ndarray | None, rounds: int) -> Result:
-        """Starts up to `rounds` rounds of decoding; the result's arrays are still on their way."""
-        return self._call(cell, batch, mask, np.int32(rounds))
+    def decode(
+        self, cell: Cell, batch: DecodeBatch, mask: np.ndarray | None, rounds: int
+    ) -> tuple[Result, DecodeBatch]:
+        """Starts up to `rounds` rounds of decoding; the result's arrays are still on their way. The batch returned
+        begins where this one ends."""
+        result, state = self._call(cell, batch, mask, np.int32(rounds))
+        after = batch._replace(tokens_BW=state.tokens_BW, length_B=state.length_B, done_B=state.done_B)
+        return result, after
 
-    def _call(self, cell: Cell, batch, mask: np.ndarray | None, *more) -> Result:
+    def _call(self, cell: Cell, batch, mask: np.ndarray | None, *more) -> list:
         if mask is None:
             mask = self._everything[cell.rows]
         state = (*self._weights, self._cache, self._draft_cache)
-        self._cache, self._draft_cache, result = self._compiled[cell](*state, batch, mask, *more)
-        return result
+        self._cache, self._draft_cache, *results = self._compiled[cell](*state, batch, mask, *more)
+        return results
 
 
 def compile_zeros(caches: tuple[Cache, Cache]) -> jax.stages.Compiled:

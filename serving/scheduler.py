@@ -197,8 +197,21 @@ class Scheduler:
         self._in_flight.update(tile.sequence for tile in tiles)
         return Plan(tuple(tiles), decode, rounds, lookahead, tuple(preempted), tuple(finished))
 
-    def commit(self, plan: Plan, outputs: Mapping[Sequence, list[int]]) -> None:
+    def prolong(self, plan: Plan) -> bool:
+        """Whether as many rounds of a plan that decodes alone may follow it before it lands: nothing else wants the
+        device, some sequence can use them, and all have the pages, which they are given here."""
+        if self._waiting or self._prefilling or self._cancelled or self._clock() >= self._next_deadline:
+            return False
+        tokens = plan.rounds * plan.lookahead
+        running = [sequence for sequence in plan.decode if sequence.state is State.RUNNING]
+        if all(sequence.limit - len(sequence.tokens) <= tokens for sequence in running):
+            return False
+        return self._extend(running, 2 * tokens)
+
+    def commit(self, plan: Plan, outputs: Mapping[Sequence, list[int]], *, followed: bool = False) -> None:
         """Takes in what a call computed: new tokens of `decode`, and the first one where a tile was the last.
+
+        `followed`: the same sequences are in another call already (see `prolong`), so they stay in flight.
 
         A sequence may have fewer tokens than it was granted, or none (its row failed). Full pages become known to the
         prefix cache; pages that were granted and not needed stay with their sequence, which writes them next, so a
@@ -209,7 +222,8 @@ class Scheduler:
             if self._landed(sequence):
                 self._advance(sequence, end, outputs.get(sequence, ()))
         for sequence in plan.decode:
-            if self._landed(sequence):
+            landed = sequence.state is not State.FINISHED if followed else self._landed(sequence)
+            if landed:
                 tokens = outputs.get(sequence, ())
                 self._advance(sequence, sequence.computed + len(tokens), tokens)
 

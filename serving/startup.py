@@ -73,9 +73,8 @@ def start(resolved: Resolved, say: Say) -> Started:
     )
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         weights = pool.submit(_load, resolved, shardings, say)
-        lowered = runner.lower()
-        runner.load(*weights.result())
-    compiled = runner.compile(lowered, say)
+        compiled = runner.compile(say, weights.result)
+    runner.load(*weights.result())
     say(f"compiled {compiled.programs} programs in {compiled.seconds:.1f} s")
     controller = _controller(resolved)
     runner.warm_up(None if controller is None else controller.record_time)

@@ -144,7 +144,8 @@ class CheckedEngine(Engine):
         pool = self.scheduler.pool
         pool.check()
         assert pool.num_free + pool.num_cached + pool.num_live == pool.capacity
-        running = (*self.scheduler._prefilling, *self.scheduler._decoding)
+        # What ended while a call that followed was under way keeps its pages until that call lands.
+        running = {*self.scheduler._prefilling, *self.scheduler._decoding, *self.scheduler._in_flight}
         assert pool.num_live == len({page for sequence in running for page in sequence.pages}), "a page has leaked"
 
     @contextmanager
