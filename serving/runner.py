@@ -194,8 +194,16 @@ class Runner:
 
     @property
     def intact(self) -> bool:
-        """The caches are there: a call that fails on the device takes those that were donated to it along."""
-        return not any(array.is_deleted() for array in jax.tree.leaves((self._cache, self._draft_cache)))
+        """The caches are there: a call that fails on the device takes those that were donated to it along, or leaves
+        arrays whose reading fails."""
+        caches = (self._cache, self._draft_cache)
+        if any(array.is_deleted() for array in jax.tree.leaves(caches)):
+            return False
+        try:
+            jax.block_until_ready(caches)
+        except jax.errors.JaxRuntimeError:
+            return False
+        return True
 
     def reset(self) -> None:
         """Empty caches in the place of those that are lost."""
