@@ -391,10 +391,11 @@ def texts_of(result, rows: np.ndarray) -> np.ndarray:
 
 def test_experts_count_those_that_live_rows_reach():
     config = moe(vocab_size=V, embed_dim=8, num_heads=2, num_kv_heads=1, max_positions=WIDTH)
-    rows = [greedy(2), greedy(1)]
+    # The row that is done would go on with other tokens, which reach other experts.
+    rows = [greedy(2), *(greedy(1, logit_bias=((token, 100.0),)) for token in (2, 5, 8))]
     result = decode(None, prepare(None, rows, config, 0), drafts=0, config=config)
     each = config.num_layers * config.moe.experts_per_token
-    # Both rows feed the same token, then one goes on alone, then nothing runs.
+    # All rows feed the same token, then one goes on alone, then nothing runs.
     assert np.asarray(result.experts_R).tolist() == [each, each, 0]
     assert not np.any(np.asarray(emitted(None, repeated(greedy(2)))[0].experts_R))
 
