@@ -114,7 +114,12 @@ class Runner:
         began = time.monotonic()
         workers = max(1, min(len(self.cells), os.cpu_count() or 1, 8))
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            futures = {pool.submit(self._compile, self._lower(cell), wait): cell for cell in self.cells}
+            futures: dict[concurrent.futures.Future, Cell] = {}
+            for cell in self.cells:
+                futures[pool.submit(self._compile, self._lower(cell), wait)] = cell
+                # What ended early failed, as a damaged file does: there is no reason to trace the others.
+                for future in [future for future in futures if future.done()]:
+                    future.result()
             for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
                 cell = futures[future]
                 self._compiled[cell], seconds = future.result()
