@@ -56,6 +56,7 @@ class Bench:
             "dtype": self._resolved.dtype,
             "versions": {"python": platform.python_version(), "jax": jax.__version__},
             "speculation": self._resolved.run.speculation.kind,
+            "drafts": None if (stats := self._started.engine.speculation) is None else dataclasses.asdict(stats),
             "choices": list(self._resolved.choices),
             "decode": decode,
             "prefill": prefill,

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from serving.chat import ChatTemplate
-from serving.controller import DraftController
+from serving.controller import DraftController, SpeculationStats
 from serving.errors import Draining
 from serving.executor import CallRecord, Executor, Outcome, Pending
 from serving.grammar import GrammarCompiler, GrammarError, Matcher
@@ -101,6 +101,11 @@ class Engine:
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
+
+    @property
+    def speculation(self) -> SpeculationStats | None:
+        """What drafts did so far; None without drafts."""
+        return None if self._controller is None else self._controller.stats
 
     def submit(self, request: Request) -> None:
         """Queues a request. Raises Draining, QueueFull, or ValueError for one that can never run."""
@@ -370,6 +375,8 @@ class Engine:
                 if record.drafts:
                     drafted, accepted, rounds = sum(record.drafted), sum(record.accepted), len(record.drafted)
                     self.metrics.observe_speculation(drafted, accepted, accepted + rounds, rounds)
+                    stats = self._controller.stats
+                    self.metrics.set_tokens_per_round(stats.tokens_per_round, stats.expected_tokens_per_round)
 
 
 def _only(plan: Plan, sequence: Sequence) -> Plan:

@@ -111,6 +111,10 @@ class Metrics:
         self._rounds = Counter("draft_rounds", "Verifications of one sequence's draft", registry=r)
         self._emitted = Counter("draft_emitted_tokens", "Tokens that verifications gave", registry=r)
         self._acceptance = Gauge("acceptance_rate", "Accepted over proposed tokens since the start", registry=r)
+        self._round = Gauge("draft_tokens_per_round", "Tokens that a verification gave, since the start", registry=r)
+        self._expected_round = Gauge(
+            "draft_expected_tokens_per_round", "The same as the acceptance predicts: (1-p^(k+1))/(1-p)", registry=r
+        )
         self._speculated = [0, 0]
         self._speculated_lock = threading.Lock()
         self._mbu = Gauge("decode_mbu", "Bytes a decode step must read over what the bandwidth allows", registry=r)
@@ -160,6 +164,11 @@ class Metrics:
             self._speculated[1] += accepted
             if self._speculated[0]:
                 self._acceptance.set(self._speculated[1] / self._speculated[0])
+
+    def set_tokens_per_round(self, observed: float, expected: float) -> None:
+        """Of verifications since the start, beside what draft lengths and acceptance give by the formula."""
+        self._round.set(observed)
+        self._expected_round.set(expected)
 
     def set_mbu(self, utilisation: float) -> None:
         """Raises ValueError outside 0 to 1: bytes were counted that no step can have read."""

@@ -7,6 +7,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 import configs
+import serve
+import serving.resolve
 import train
 from model.transformer import Definition
 from parallel.mesh import MESH_AXES, MeshConfig
@@ -16,7 +18,8 @@ from training.config import TrainRun
 from training.resolve import check_placement, resolve
 from training.schedule import make_schedule
 
-NAMES = configs.names()
+NAMES = [name for name in configs.names() if hasattr(configs.load(name), "train")]
+SERVED = ("llama3-8b", "quickstart", "smollm2")
 
 # Billions of parameters, total and active, to the last digit: as in the models' cards (arXiv 2401.04088, 2505.09388),
 # but that Qwen's 3.35 is cut to 3.3 there. quickstart is nobody's but ours.
@@ -45,8 +48,32 @@ def run_named(name: str) -> TrainRun:
 
 def test_the_names_are_those_of_the_files() -> None:
     assert {*PUBLISHED, "quickstart"} == {*NAMES}
+    assert {*NAMES, *SERVED} == {*configs.names()}
     for name in NAMES:
         assert run_named(name).name == name
+    for name in SERVED:
+        assert configs.load(name).serve().name == name
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_serves_here(devices: int) -> None:
+    resolved = serving.resolve.resolve(configs.load("llama3-8b").serve(), jax.devices()[:devices])
+    assert (resolved.placement is None) == (devices == 1)
+    # Whatever the batch and the context, some program holds it.
+    assert {cell.width for cell in resolved.cells} >= {512, 8192}
+    assert max(cell.rows for cell in resolved.cells) == resolved.run.engine.max_sequences
+    assert resolved.page_bytes * devices == 64 * 32 * 2 * 8 * 128 * 4
+
+
+def test_the_model_in_the_package_is_found() -> None:
+    resolved = serving.resolve.resolve(configs.load("smollm2").serve(), jax.devices()[:1])
+    assert f"{count_params(resolved.model).total / 1e6:.0f}" == "135"
+    assert resolved.max_context == 2048
+
+
+def test_serve_lists_what_can_be_served(capsys: pytest.CaptureFixture[str]) -> None:
+    assert serve.main(["--list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [*SERVED]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

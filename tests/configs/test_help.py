@@ -8,6 +8,7 @@ import typing
 
 import pytest
 
+from serving.config import ServeRun
 from training.config import TrainRun
 
 
@@ -20,7 +21,7 @@ def dataclasses_below(kind: type) -> dict[str, type]:
     return found
 
 
-SETTINGS = dataclasses_below(TrainRun)
+SETTINGS = dataclasses_below(TrainRun) | dataclasses_below(ServeRun)
 
 
 def undocumented(source: str) -> list[str]:
