@@ -198,7 +198,10 @@ class Engine:
     def _step(self, plan: Plan, drafts: int) -> None:
         """Runs a plan, and its rounds again as long as nothing else is to be done: each time, the next call is with the
         device before the host has seen what the one before it gave."""
-        matchers = {s: a.matcher for s, a in self._answers.items() if a.matcher is not None}
+        sequences = [*(tile.sequence for tile in plan.tiles), *plan.decode]
+        # Looked up one by one: other threads add answers meanwhile.
+        found = {sequence: self._answers[sequence].matcher for sequence in sequences}
+        matchers = {sequence: matcher for sequence, matcher in found.items() if matcher is not None}
         calls = None
         while True:
             following: list[Pending] = []

@@ -252,7 +252,14 @@ def _fetch(call: Pending) -> _Host:
 
 def _outcome(host: _Host, row: int, sequence: Sequence) -> Outcome:
     outcome, asked = Outcome(), sequence.request.params.logprobs
-    for round_, count in enumerate(host.counts[:, row].tolist()):
+    counts = host.counts[:, row]
+    if host.tokens.shape[2] == 1 and asked is None and counts.min() >= 0:
+        # Plain decoding, without a loop over the rounds.
+        emitted = counts > 0
+        outcome.tokens = host.tokens[emitted, row, 0].tolist()
+        outcome.drafted = outcome.accepted = [0] * len(outcome.tokens)
+        return outcome
+    for round_, count in enumerate(counts.tolist()):
         if count < 0:
             outcome.error = "the model's logits are not finite"
             break
