@@ -45,12 +45,5 @@ def serve() -> ServeRun:
     return ServeRun(
         name="quickstart",
         source="runs/quickstart",
-        engine=EngineConfig(
-            max_sequences=16,
-            batch_sizes=(1, 4, 16),
-            widths=(256, 1024),
-            tile_tokens=64,
-            tile_counts=(1, 8),
-            page_size=32,
-        ),
+        engine=EngineConfig(widths=(256,), tile_tokens=64, page_size=32),
     )

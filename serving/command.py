@@ -11,7 +11,7 @@ import jax
 from checkpoint import CheckpointError
 from parallel.compilation import use_compilation_cache
 from serving.bench import Bench
-from serving.config import ServeRun
+from serving.config import ServeRun, settle_engine
 from serving.request import Delta, Request, SamplingParams
 from serving.resolve import resolve
 from serving.server import serve_http
@@ -24,9 +24,10 @@ FAILURES = (ValueError, CheckpointError, OSError)
 def run(settings: ServeRun) -> int:
     """Exit status. Raises ValueError for settings and files that can't work."""
     use_compilation_cache(settings.cache_dir)
+    devices = jax.devices()
     if settings.prompt is not None:
-        settings = for_one_answer(settings)
-    resolved = resolve(settings, jax.devices())
+        settings = for_one_answer(settings, devices[0].platform)
+    resolved = resolve(settings, devices)
     for choice in resolved.choices:
         say(choice)
     started = start(resolved, say)
@@ -48,13 +49,17 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def for_one_answer(settings: ServeRun) -> ServeRun:
+def for_one_answer(settings: ServeRun, platform: str) -> ServeRun:
     """The same with as few programs as one sequence needs."""
-    engine = settings.engine
+    engine = settle_engine(settings.engine, platform)
     smallest = dataclasses.replace(
-        engine, max_sequences=1, batch_sizes=engine.batch_sizes[:1], tile_counts=engine.tile_counts[-1:]
+        engine,
+        max_sequences=1,
+        batch_sizes=engine.batch_sizes[:1],
+        tile_counts=engine.tile_counts[-1:],
+        widths=engine.widths[-1:],
     )
-    return dataclasses.replace(settings, engine=dataclasses.replace(smallest, widths=engine.widths[-1:]))
+    return dataclasses.replace(settings, engine=smallest)
 
 
 def answer(started: Started, settings: ServeRun) -> int:

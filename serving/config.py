@@ -18,23 +18,26 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 class EngineConfig:
     """How requests share the device. Rows are sequences of a batch; widths and lengths are in tokens."""
 
-    max_sequences: int = 128
-    """Rows: sequences that run at once."""
+    max_sequences: int | None = None
+    """Rows: sequences that run at once; None for the largest of `batch_sizes`."""
     max_queue: int = 1024
     """Requests that may wait; the next one is refused."""
     max_context: int | None = None
     """Longest sequence, prompt and answer; None for the model's max_positions."""
-    batch_sizes: tuple[int, ...] = (1, 8, 32, 128)
-    """Rows of the compiled decode programs; a batch takes the smallest that holds it."""
-    widths: tuple[int, ...] = (512, 2048, 8192)
+    batch_sizes: tuple[int, ...] | None = None
+    """Rows of the compiled decode programs; a batch takes the smallest that holds it. None for 1, 8, 32 and 128, on a
+    CPU 2 and 8."""
+    widths: tuple[int, ...] | None = None
     """Context lengths of the compiled programs; a batch takes the smallest that holds its longest sequence. Decoding
-    has programs of the largest alone where its kernel reads live pages only."""
+    has programs of the largest alone where its kernel reads live pages only. None for 512 and 2048, and 8192 unless on
+    a CPU; the longest context always has programs."""
     cell_tokens: int = 131_072
     """Largest rows × width of a program; a batch beyond it runs as several."""
     tile_tokens: int = 128
     """Prompt tokens of a tile, the unit of prefill."""
-    tile_counts: tuple[int, ...] = (1, 4, 16)
-    """Tiles of the compiled prefill programs; the largest one is the prompt tokens of a step, in tiles."""
+    tile_counts: tuple[int, ...] | None = None
+    """Tiles of the compiled prefill programs; the largest one is the prompt tokens of a step, in tiles. None
+    for 1, 4 and 16, on a CPU 1 and 8."""
     rounds: int = 8
     """Decode rounds per call to the device when nothing waits: the host is not asked in between."""
     page_size: int = 64
@@ -139,17 +142,36 @@ class ServeRun:
         check_serve(self)
 
 
-def check_serve(run: ServeRun) -> None:
-    """Raises ValueError for settings that contradict each other, whatever the devices."""
-    engine, speculation = run.engine, run.speculation
-    if bool(run.source) == (run.model is not None):
-        raise ValueError("give either source (weights on disk) or model (random weights), not both")
+def settle_engine(engine: EngineConfig, platform: str) -> EngineConfig:
+    """The same with every None decided. Raises ValueError for settings that contradict each other.
+
+    A CPU has few programs, since compiling is what its user waits for, and none of a single row: to multiply one row
+    by a weight, XLA's CPU compiler copies the weight into another layout first. SmolLM2-135M takes 162 ms a round with
+    one row and 34 ms with two (two cores, jax 0.10.2).
+    """
+    cpu = platform == "cpu"
+    batch_sizes = engine.batch_sizes or ((2, 8) if cpu else (1, 8, 32, 128))
+    if cpu:
+        batch_sizes = tuple(sorted({max(size, 2) for size in batch_sizes}))
+    settled = dataclasses.replace(
+        engine,
+        batch_sizes=batch_sizes,
+        max_sequences=engine.max_sequences or batch_sizes[-1],
+        widths=engine.widths or ((512, 2048) if cpu else (512, 2048, 8192)),
+        tile_counts=engine.tile_counts or ((1, 8) if cpu else (1, 4, 16)),
+    )
+    check_engine(settled)
+    return settled
+
+
+def check_engine(engine: EngineConfig) -> None:
+    """Raises ValueError for settings that contradict each other; None agrees with everything."""
     for setting, values in (
         ("engine.batch_sizes", engine.batch_sizes),
         ("engine.widths", engine.widths),
         ("engine.tile_counts", engine.tile_counts),
     ):
-        if not values or min(values) < 1 or list(values) != sorted(set(values)):
+        if values is not None and (not values or min(values) < 1 or list(values) != sorted(set(values))):
             raise ValueError(f"{setting}={values} must be positive and ascending")
     for setting, value in (
         ("engine.max_sequences", engine.max_sequences),
@@ -157,25 +179,37 @@ def check_serve(run: ServeRun) -> None:
         ("engine.tile_tokens", engine.tile_tokens),
         ("engine.rounds", engine.rounds),
         ("engine.page_size", engine.page_size),
+    ):
+        if value is not None and value < 1:
+            raise ValueError(f"{setting}={value} must be at least 1")
+    if engine.max_sequences and engine.batch_sizes and engine.max_sequences > engine.batch_sizes[-1]:
+        raise ValueError(
+            f"engine.max_sequences={engine.max_sequences} is above the largest of engine.batch_sizes="
+            f"{engine.batch_sizes}; add a batch size"
+        )
+    if engine.widths and engine.cell_tokens < engine.widths[-1]:
+        raise ValueError(
+            f"engine.cell_tokens={engine.cell_tokens} must be at least the largest of engine.widths={engine.widths}"
+        )
+    if any(width % engine.page_size for width in engine.widths or ()):
+        raise ValueError(f"engine.widths={engine.widths} must be multiples of engine.page_size={engine.page_size}")
+    if not 0 < engine.memory_fraction <= 1:
+        raise ValueError(f"engine.memory_fraction={engine.memory_fraction} must be above 0 and at most 1")
+
+
+def check_serve(run: ServeRun) -> None:
+    """Raises ValueError for settings that contradict each other, whatever the devices."""
+    check_engine(run.engine)
+    speculation = run.speculation
+    if bool(run.source) == (run.model is not None):
+        raise ValueError("give either source (weights on disk) or model (random weights), not both")
+    for setting, value in (
         ("speculation.max_draft", speculation.max_draft),
         ("speculation.num_layers", speculation.num_layers),
         ("max_tokens", run.max_tokens),
     ):
         if value < 1:
             raise ValueError(f"{setting}={value} must be at least 1")
-    if engine.max_sequences > engine.batch_sizes[-1]:
-        raise ValueError(
-            f"engine.max_sequences={engine.max_sequences} is above the largest of engine.batch_sizes="
-            f"{engine.batch_sizes}; add a batch size"
-        )
-    if engine.cell_tokens < engine.widths[-1]:
-        raise ValueError(
-            f"engine.cell_tokens={engine.cell_tokens} must be at least the largest of engine.widths={engine.widths}"
-        )
-    if any(width % engine.page_size for width in engine.widths):
-        raise ValueError(f"engine.widths={engine.widths} must be multiples of engine.page_size={engine.page_size}")
-    if not 0 < engine.memory_fraction <= 1:
-        raise ValueError(f"engine.memory_fraction={engine.memory_fraction} must be above 0 and at most 1")
     if (speculation.kind == "model") != bool(speculation.draft):
         raise ValueError(
             f"speculation.draft={speculation.draft!r} names the draft model of speculation.kind=model, "

@@ -19,7 +19,7 @@ from model.transformer import Definition
 from parallel.compilation import Options, compiler_options
 from parallel.mesh import make_mesh
 from parallel.sharding import Placement
-from serving.config import EngineConfig, ServeRun
+from serving.config import ServeRun, settle_engine
 from serving.programs import Drafting, Programs
 from serving.runner import Cell, plan_cells
 
@@ -60,8 +60,7 @@ class Resolved:
 
 def resolve(run: ServeRun, devices: Sequence[jax.Device]) -> Resolved:
     """Raises ValueError, naming the setting, for whatever can't run on these devices. Computes nothing on them."""
-    if devices[0].platform == "cpu":
-        run = dataclasses.replace(run, engine=without_single_rows(run.engine))
+    run = dataclasses.replace(run, engine=settle_engine(run.engine, devices[0].platform))
     mesh = make_mesh(run.mesh, devices)
     whole = Placement(mesh, run.rules)
     if mesh.size != whole.size("act_heads"):
@@ -98,12 +97,6 @@ def resolve(run: ServeRun, devices: Sequence[jax.Device]) -> Resolved:
         options=compiler_options(run.xla_options, platform),
         choices=(where, *selection.reasons, *more),
     )
-
-
-def without_single_rows(engine: EngineConfig) -> EngineConfig:
-    """The same without programs of one row. To multiply one row by a weight, XLA's CPU compiler copies the weight into
-    another layout first: SmolLM2-135M takes 162 ms a round with one row and 34 ms with two (two cores, jax 0.10.2)."""
-    return dataclasses.replace(engine, batch_sizes=tuple(sorted({max(size, 2) for size in engine.batch_sizes})))
 
 
 def _select(

@@ -2,8 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+
+
+def attend_gathered(
+    attention: Callable[..., tuple[jax.Array, jax.Array]],
+    q_BTNH,
+    k_pages_PSKH,
+    v_pages_PSKH,
+    page_table_BM,
+    lengths_B,
+    starts_B,
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    sinks,
+) -> jax.Array:
+    """out_BTNH in q's dtype, by an implementation of `kernels.attention`; the other arguments as in
+    `kernels.paged_attention.paged_attention`."""
+    keys = gather_pages(q_BTNH, k_pages_PSKH, v_pages_PSKH, page_table_BM, lengths_B, starts_B)
+    out, _ = attention(q_BTNH, **keys, scale=scale, causal=True, window=window, soft_cap=soft_cap, sinks=sinks)
+    return out
 
 
 def gather_pages(q_BTNH, k_pages_PSKH, v_pages_PSKH, page_table_BM, lengths_B, starts_B) -> dict[str, jax.Array]:

@@ -2,28 +2,9 @@
 
 from __future__ import annotations
 
-import jax
+import functools
 
-from kernels.attention import reference as attention
-from kernels.paged_attention.gather import gather_pages
+from kernels.attention import reference
+from kernels.paged_attention.gather import attend_gathered
 
-
-def paged_attention(
-    q_BTNH,
-    k_pages_PSKH,
-    v_pages_PSKH,
-    page_table_BM,
-    lengths_B,
-    starts_B,
-    *,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-    sinks,
-) -> jax.Array:
-    """out_BTNH in q's dtype; arguments as in `kernels.paged_attention.paged_attention`."""
-    keys = gather_pages(q_BTNH, k_pages_PSKH, v_pages_PSKH, page_table_BM, lengths_B, starts_B)
-    out, _ = attention.attention(
-        q_BTNH, **keys, scale=scale, causal=True, window=window, soft_cap=soft_cap, sinks=sinks
-    )
-    return out
+paged_attention = functools.partial(attend_gathered, reference.attention)
