@@ -36,7 +36,8 @@ from serving.weights import random_weights
 Say = Callable[[str], None]
 
 SCRATCH_COPIES = 6
-"""Arrays of a cell's context or logits that a program may hold at once, as measured: see `_scratch_bytes`."""
+"""Arrays of a cell's context or logits that a program is taken to hold at once; XLA held fewer wherever it was looked
+at."""
 
 
 @dataclasses.dataclass(frozen=True)
