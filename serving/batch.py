@@ -31,6 +31,8 @@ class RowParams:
 
     ints: np.ndarray
     floats: np.ndarray
+    penalised: bool
+    """Whether the distribution depends on the tokens so far by more than the model."""
     tokens: np.ndarray
     """int32, as long as the sequence may become; the first `known` count."""
     known: int = 0
@@ -59,7 +61,8 @@ def row_params(sequence: Sequence, *, seed: int, max_context: int) -> RowParams:
     floats[PRESENCE], floats[FREQUENCY] = params.presence_penalty, params.frequency_penalty
     floats[REPETITION] = params.repetition_penalty
     floats[BIASES] = _padded([value for _, value in params.logit_bias], MAX_LOGIT_BIAS, 0)
-    return RowParams(ints, floats, np.zeros(max(max_context, len(sequence.tokens)), np.int32))
+    penalised = params.repetition_penalty != 1 or bool(params.presence_penalty or params.frequency_penalty)
+    return RowParams(ints, floats, penalised, np.zeros(max(max_context, len(sequence.tokens)), np.int32))
 
 
 def _padded(values: Sequences[float], length: int, fill: float) -> np.ndarray:
@@ -79,9 +82,12 @@ class DecodeBatch(NamedTuple):
     ints_BI: np.ndarray
     floats_BF: np.ndarray
     page_table_BM: np.ndarray
-    tokens_BW: np.ndarray
+    tokens_BW: np.ndarray | None
+    last_B: np.ndarray | None = None
+    """The last token of each row, the next input; None for that of `tokens_BW`, which may hold anything if neither a
+    penalty nor a draft reads it. A call that follows another takes this and what stands around it from that one."""
     length_B: np.ndarray | None = None
-    """Tokens so far; None for those of `ints_BI`. A call that follows another takes all of these from that one."""
+    """Tokens so far; None for those of `ints_BI`."""
     done_B: np.ndarray | None = None
     """Rows that take no more; None for none but those at their limit."""
 
@@ -112,10 +118,13 @@ class BatchBuilder:
         rows: int,
         width: int,
     ) -> DecodeBatch:
-        """`drafts`: drafts that each row may take in a round."""
-        batch = self._rows(sequences, params, rows, width)
+        """`drafts`: drafts that each row may take in a round. Tokens are left out (None) where nothing reads them."""
+        history = any(drafts) or any(constant.penalised for constant in params)
+        batch = self._rows(sequences, params, rows, width, history=history)
         batch.ints_BI[: len(sequences), DRAFTS] = drafts
-        return batch._replace(length_B=batch.ints_BI[:, LENGTH].copy(), done_B=np.zeros(rows, bool))
+        last_B = np.zeros(rows, np.int32)
+        last_B[: len(sequences)] = [sequence.tokens[-1] for sequence in sequences]
+        return batch._replace(last_B=last_B, length_B=batch.ints_BI[:, LENGTH].copy(), done_B=np.zeros(rows, bool))
 
     def page_table(self, sequences: Sequences[Sequence], rows: int, width: int) -> np.ndarray:
         """int32 [rows, pages of `width`]."""
@@ -134,22 +143,23 @@ class BatchBuilder:
         length: int,
     ) -> PrefillBatch:
         """`spans`: sequence, start and count (at most `length`) of each tile."""
-        batch = self._rows([sequence for sequence, _, _ in spans], params, rows, width)
+        batch = self._rows([sequence for sequence, _, _ in spans], params, rows, width, history=True)
         tiles, spans_C3 = np.zeros((rows, length), np.int32), np.zeros((rows, 3), np.int32)
         for row, (sequence, start, count) in enumerate(spans):
             tiles[row, :count] = params[row].tokens_of(sequence)[start : start + count]
             spans_C3[row] = start, count, start + count == len(sequence.tokens)
         return PrefillBatch(*batch[:4], tiles, spans_C3)
 
-    def _rows(self, sequences, params, rows: int, width: int) -> DecodeBatch:
+    def _rows(self, sequences, params, rows: int, width: int, *, history: bool) -> DecodeBatch:
         assert len(sequences) <= rows, f"{len(sequences)} rows in a program of {rows}"
         ints, floats = np.tile(_EMPTY_INTS, (rows, 1)), np.tile(_EMPTY_FLOATS, (rows, 1))
-        tokens = np.zeros((rows, width), np.int32)
+        tokens = np.zeros((rows, width), np.int32) if history else None
         for row, (sequence, constant) in enumerate(zip(sequences, params, strict=True)):
             ints[row], floats[row] = constant.ints, constant.floats
             ints[row, LENGTH] = len(sequence.tokens)
-            known = constant.tokens_of(sequence)[:width]
-            tokens[row, : len(known)] = known
+            if tokens is not None:
+                known = constant.tokens_of(sequence)[:width]
+                tokens[row, : len(known)] = known
         return DecodeBatch(ints, floats, self.page_table(sequences, rows, width), tokens)
 
 
@@ -159,7 +169,8 @@ def trial_batch(rows: int, width: int, page_size: int, tile_tokens: int | None) 
     ints[:, LENGTH], ints[:, LIMIT] = width // 2, width
     batch = DecodeBatch(ints, floats, np.zeros((rows, width // page_size), np.int32), np.zeros((rows, width), np.int32))
     if tile_tokens is None:
-        return batch._replace(length_B=ints[:, LENGTH].copy(), done_B=np.zeros(rows, bool))
+        zeros_B = np.zeros(rows, np.int32)
+        return batch._replace(last_B=zeros_B, length_B=ints[:, LENGTH].copy(), done_B=np.zeros(rows, bool))
     count = min(tile_tokens, width)
     spans = np.tile(np.array([0, count, 1], np.int32), (rows, 1))
     return PrefillBatch(*batch[:4], np.zeros((rows, tile_tokens), np.int32), spans)

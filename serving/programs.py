@@ -42,9 +42,11 @@ class Drafting:
 
 
 class State(NamedTuple):
-    """Rows between rounds, and between calls: tokens [B, W] so far, how many, and whether the row takes no more."""
+    """Rows between rounds, and between calls: tokens so far, the last of them, how many, and whether a row takes no
+    more. Only penalties and drafts read `tokens_BW`."""
 
     tokens_BW: jax.Array
+    last_B: jax.Array
     length_B: jax.Array
     done_B: jax.Array
 
@@ -149,7 +151,7 @@ class Programs:
         last = jnp.maximum(counts - 1, 0)[:, None, None]
         output = output._replace(hidden_BTD=jnp.take_along_axis(output.hidden_BTD, last, axis=1))
         constants = _unpack(batch.ints_CI, batch.floats_CF)
-        state = State(batch.tokens_CW, batch.ints_CI[:, columns.LENGTH], ends == 0)
+        state = State(batch.tokens_CW, jnp.zeros_like(starts), batch.ints_CI[:, columns.LENGTH], ends == 0)
         no_drafts = jnp.zeros((starts.shape[0], 0), jnp.int32)
         parts = self._check(models.target, output, no_drafts, None, jnp.zeros_like(starts), constants, state, mask_CU)
         return cache, draft_cache, Result.empty(1, starts.shape[0], 1).put(0, *parts)
@@ -164,7 +166,8 @@ class Programs:
         constants = _unpack(batch.ints_BI, batch.floats_BF)
         length = batch.ints_BI[:, columns.LENGTH] if batch.length_B is None else batch.length_B
         done = length >= constants.limit_B
-        state = State(batch.tokens_BW, length, done if batch.done_B is None else done | batch.done_B)
+        last = _at(batch.tokens_BW, length - 1) if batch.last_B is None else batch.last_B
+        state = State(batch.tokens_BW, last, length, done if batch.done_B is None else done | batch.done_B)
         result = Result.empty(self.rounds, length.shape[0], num_drafts + 1)
 
         def again(carry) -> jax.Array:
@@ -194,8 +197,7 @@ class Programs:
             drafts, log_q, counts, cache, draft_cache = self._propose(
                 models, cache, draft_cache, page_table, constants, state, num_drafts, allowed
             )
-        last = jnp.take_along_axis(state.tokens_BW, state.length_B[:, None] - 1, axis=1)
-        tokens = jnp.concatenate([last, drafts], axis=1)
+        tokens = jnp.concatenate([state.last_B[:, None], drafts], axis=1)
         paged = PagedRows(page_table, state.length_B - 1, jnp.where(state.done_B, 0, counts + 1))
         output, cache = models.target.extend(tokens, cache, paged, self.execution)
         parts = self._check(models.target, output, drafts, log_q, counts, constants, state, mask_BU)
@@ -288,7 +290,12 @@ def _advance(state: State, constants: _Constants, tokens_BT: jax.Array, emitted_
     row_B = jnp.arange(tokens_BT.shape[0])[:, None]
     length_B = state.length_B + jnp.maximum(emitted_B, 0)
     done_B = state.done_B | (emitted_B < 0) | jnp.any(stops_BT, axis=1) | (length_B >= constants.limit_B)
-    return State(state.tokens_BW.at[row_B, position_BT].set(tokens_BT, mode="drop"), length_B, done_B)
+    last_B = jnp.where(emitted_B > 0, _at(tokens_BT, jnp.maximum(emitted_B - 1, 0)), state.last_B)
+    return State(state.tokens_BW.at[row_B, position_BT].set(tokens_BT, mode="drop"), last_B, length_B, done_B)
+
+
+def _at(tokens_BT: jax.Array, index_B: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(tokens_BT, index_B[:, None], axis=1)[:, 0]
 
 
 def _experts(output: Output) -> jax.Array:
