@@ -142,12 +142,19 @@ class Play:
             self.cancels = [item for item in self.cancels if item[0] > step]
 
     def run(self) -> dict[int, Listener]:
-        while self.waiting:
+        while (listeners := self._all()) is None:
             # The engine has nothing to do before the next one comes.
-            self.act(max(self.waiting[0][1].step, self.engine.steps))
+            with self.engine.held():
+                if self.waiting:
+                    self.act(max(self.waiting[0][1].step, self.engine.steps))
             for listener in list(self.listeners.values()):
                 listener.wait()
-        return {number: listener.wait() for number, listener in self.listeners.items()}
+        return {number: listener.wait() for number, listener in listeners.items()}
+
+    def _all(self) -> dict[int, Listener] | None:
+        """Every listener; None while an entry waits. The engine's thread may be submitting the last one just now."""
+        with self.engine.held():
+            return None if self.waiting else dict(self.listeners)
 
 
 def check_script(server, naive, script: list[Entry], **settings) -> CheckedEngine:
