@@ -98,7 +98,7 @@ def start(resolved: Resolved, say: Say) -> Started:
             max_draft=run.speculation.max_draft,
         ),
         controller=controller,
-        max_draft_batch=run.speculation.max_batch,
+        max_draft_batch=_max_draft_batch(resolved),
         metrics=metrics,
         on_calls=meter.observe,
         seed=run.seed,
@@ -248,11 +248,16 @@ def _scratch_bytes(resolved: Resolved) -> int:
 
 
 def _controller(resolved: Resolved) -> DraftController | None:
-    speculation, engine = resolved.run.speculation, resolved.run.engine
+    speculation = resolved.run.speculation
     if speculation.kind == "none":
         return None
-    sizes = [size for size in engine.batch_sizes if size <= speculation.max_batch]
-    return DraftController(range(speculation.max_draft + 1), sizes or engine.batch_sizes[:1])
+    # Of every size, since the times of every batch are recorded; the engine asks about those that may draft alone.
+    return DraftController(range(speculation.max_draft + 1), resolved.run.engine.batch_sizes)
+
+
+def _max_draft_batch(resolved: Resolved) -> int:
+    """Rows of the largest program with drafts; 0 without any."""
+    return max((cell.rows for cell in resolved.cells if cell.drafts), default=0)
 
 
 def _scheduler(resolved: Resolved, num_pages: int) -> Scheduler:

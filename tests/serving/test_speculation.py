@@ -425,3 +425,16 @@ def test_metrics_are_those_of_the_controller(server, grammar):
         stats = engine._controller.stats
         assert consistent(engine) and 0 < stats.accepted < stats.drafted and stats.plain_rounds
         assert metric(engine, "acceptance_rate") == pytest.approx(stats.accepted / stats.drafted)
+
+
+def test_batches_too_large_for_drafts_are_served_too():
+    """As `start` gives it: with programs of 2 and of 4 rows, and drafts for batches of 2 alone."""
+    speculation = SpeculationConfig(kind="ngram", max_draft=2, max_batch=2)
+    server = start_tiny(shapes=dataclasses.replace(SHAPES, widths=(64,), max_context=64), speculation=speculation)
+    try:
+        params = SamplingParams(max_tokens=12, temperature=0.0)
+        listeners = [submit(server.engine, f"r{i}", (1, 2, 3, 1, 2, 3, 1 + i), params) for i in range(4)]
+        assert [listener.wait().finish for listener in listeners] == ["length"] * 4
+        assert server.engine.alive and server.engine.speculation.plain_rounds > 0
+    finally:
+        server.engine.stop()
