@@ -74,7 +74,11 @@ class Bench:
         return summary
 
     def _batches(self, config: BenchConfig) -> list[int]:
-        return [batch for batch in config.batches if batch <= self._resolved.run.engine.max_sequences]
+        most = self._resolved.run.engine.max_sequences
+        for batch in config.batches:
+            if batch > most:
+                self._say(f"decode, batch {batch}: left out, engine.max_sequences={most}")
+        return [batch for batch in config.batches if batch <= most]
 
     def _lengths(self, config: BenchConfig) -> list[int]:
         """A prompt that fills the context leaves room for one token."""
@@ -87,6 +91,11 @@ class Bench:
         after = self._started.meter.totals
         # From when the last sequence has its first token to when the first one ends, all of them decode.
         begin, end = max(t.first for t in timelines), min(t.last for t in timelines)
+        if begin >= end:
+            raise ValueError(
+                f"the {batch} sequences never decoded together for benchmark.decode_tokens={tokens}; raise it, or "
+                "engine.num_pages, so that all of them fit"
+            )
         inside = [(at, count) for t in timelines for at, count in t.deliveries if begin < at <= end]
         rate = sum(count for _, count in inside) / (end - begin)
         gaps = sorted(gap for t in timelines for gap in _gaps(t, begin, end))
@@ -97,8 +106,8 @@ class Bench:
             "tokens_per_second": round(rate, 1),
             "step_ms": round(1e3 * batch / rate, 3),
             "mbu": None if mbu is None else round(mbu, 4),
-            "itl_ms_p50": round(1e3 * _quantile(gaps, 0.5), 3),
-            "itl_ms_p99": round(1e3 * _quantile(gaps, 0.99), 3),
+            "itl_ms_p50": _quantile_ms(gaps, 0.5),
+            "itl_ms_p99": _quantile_ms(gaps, 0.99),
             "prompt": config.decode_prompt,
             "tokens": tokens,
         }
@@ -176,5 +185,6 @@ def _gaps(timeline: _Timeline, begin: float, end: float) -> list[float]:
     return gaps
 
 
-def _quantile(values: Sequence[float], q: float) -> float:
-    return values[min(int(q * len(values)), len(values) - 1)] if values else float("nan")
+def _quantile_ms(seconds: Sequence[float], q: float) -> float | None:
+    """Of sorted times; None of none."""
+    return round(1e3 * seconds[min(int(q * len(seconds)), len(seconds) - 1)], 3) if seconds else None

@@ -45,7 +45,8 @@ class EngineConfig:
     num_pages: int | None = None
     """Pages of the cache; None for what fits in `memory_fraction`."""
     memory_fraction: float = 0.9
-    """Share of the device's memory for weights, programs and cache. On a CPU the cache gets 1 GiB instead."""
+    """Share, for weights, programs and cache, of the memory that JAX takes of a device (by default three quarters of a
+    GPU's). On a CPU the cache gets 1 GiB instead."""
     prefix_cache: bool = True
     """Keep the pages of finished requests, and share them between requests that begin alike."""
     ageing_seconds: float = 10.0

@@ -109,12 +109,12 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queues a request. Raises Draining, QueueFull, or ValueError for one that can never run."""
+        self._check(request)
         answer = _Answer(
             TextStream(self.tokenizer, request.prompt, request.stop),
             None if request.grammar is None else request.grammar.matcher(),
             time.monotonic(),
         )
-        self._check(request)
         with self._changed:
             if self._draining or self._stopping:
                 raise Draining

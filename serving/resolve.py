@@ -19,7 +19,7 @@ from model.transformer import Definition
 from parallel.compilation import Options, compiler_options
 from parallel.mesh import make_mesh
 from parallel.sharding import Placement
-from serving.config import ServeRun, settle_engine
+from serving.config import EngineConfig, ServeRun, settle_engine
 from serving.programs import Drafting, Programs
 from serving.runner import Cell, plan_cells
 
@@ -95,7 +95,15 @@ def resolve(run: ServeRun, devices: Sequence[jax.Device]) -> Resolved:
         cells=cells,
         ragged=selection.ragged,
         options=compiler_options(run.xla_options, platform),
-        choices=(where, *selection.reasons, *more),
+        choices=(where, _describe(cells, run.engine), *selection.reasons, *more),
+    )
+
+
+def _describe(cells: Sequence[Cell], engine: EngineConfig) -> str:
+    decode = sorted({(cell.rows, cell.width) for cell in cells if cell.drafts is not None})
+    rows, widths = (sorted({size[axis] for size in decode}) for axis in (0, 1))
+    return (
+        f"programs: {len(cells)}, for batches of {rows} at contexts of {widths}, prefill by {engine.tile_counts} tiles"
     )
 
 
