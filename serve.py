@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
     import configs
 
     if arguments[0] == "--list":
-        print(listing())
+        print(configs.listing("serve"))
         return 0
     from serving.command import FAILURES
 
@@ -65,16 +65,6 @@ def default_run(configs, name: str):
     if Path(name).exists():
         return ServeRun(name=Path(name).resolve().stem, source=name), f"Serves {name}."
     raise ValueError(f"{name!r} is neither a config nor a path; configs: {', '.join(configs.names())}")
-
-
-def listing() -> str:
-    """One line per config that can be served: its name and what it is."""
-    import configs
-
-    modules = [(name, configs.load(name)) for name in configs.names()]
-    known = [(name, (m.__doc__ or "").strip().splitlines()[0]) for name, m in modules if hasattr(m, "serve")]
-    width = max(len(name) for name, _ in known)
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in known)
 
 
 if __name__ == "__main__":

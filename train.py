@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
     import configs
 
     if arguments[0] == "--list":
-        print(listing())
+        print(configs.listing("train"))
         return 0
     try:
         module = configs.load(arguments[0])
@@ -54,18 +54,6 @@ def train(module, arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def listing() -> str:
-    """One line per config that can be trained: its name and what it is."""
-    import configs
-
-    rows = [(name, configs.load(name)) for name in configs.names()]
-    known = [
-        (name, (module.__doc__ or "").strip().splitlines()[0]) for name, module in rows if hasattr(module, "train")
-    ]
-    width = max(len(name) for name, _ in known)
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in known)
 
 
 if __name__ == "__main__":

@@ -17,3 +17,11 @@ def load(name: str) -> ModuleType:
     if name not in names():
         raise ValueError(f"unknown config {name!r}; known: {', '.join(names())}")
     return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+
+
+def listing(use: str) -> str:
+    """A line for each config that has the function `use` ("train" or "serve"): its name and what it is."""
+    modules = [(name, load(name)) for name in names()]
+    known = [(name, (m.__doc__ or "").strip().splitlines()[0]) for name, m in modules if hasattr(m, use)]
+    width = max(len(name) for name, _ in known)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in known)

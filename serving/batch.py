@@ -76,6 +76,10 @@ _EMPTY_FLOATS = np.zeros(NUM_FLOATS, np.float32)
 _EMPTY_FLOATS[[TOP_P, REPETITION]] = 1.0
 
 
+ALL_ALLOWED = np.uint32(0xFFFFFFFF)
+"""Word of a grammar's mask that allows everything."""
+
+
 class DecodeBatch(NamedTuple):
     """Arrays of a decode call: B rows, M pages of each, W = M · page size tokens of each."""
 

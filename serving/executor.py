@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from serving.batch import BatchBuilder, DecodeBatch, RowParams, row_params
+from serving.batch import ALL_ALLOWED, BatchBuilder, DecodeBatch, RowParams, row_params
 from serving.grammar import Matcher
 from serving.programs import Result
 from serving.request import Sequence, TokenLogprob
@@ -198,7 +198,7 @@ class Executor:
     ) -> np.ndarray | None:
         if not any(sequence in matchers for sequence in sequences if sequence is not None):
             return None
-        mask = np.full((cell.rows, self._words), 0xFFFFFFFF, np.uint32)
+        mask = np.full((cell.rows, self._words), ALL_ALLOWED)
         for row, sequence in enumerate(sequences):
             if sequence is not None and sequence in matchers:
                 matchers[sequence].mask(mask[row])

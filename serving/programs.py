@@ -16,14 +16,11 @@ from model.cache import LayerPages, PagedRows
 from model.execution import Execution
 from model.transformer import Definition, Output, Transformer
 from serving import batch as columns
-from serving.batch import DecodeBatch, PrefillBatch
+from serving.batch import ALL_ALLOWED, DecodeBatch, PrefillBatch
 from serving.drafting import ngram_drafts
 from serving.request import MAX_TOP_LOGPROBS
 from serving.sampling import History, Rows, draw, log_distribution, row_is_valid
 from serving.verification import no_log_probs, verify, verify_greedy
-
-ALL_ALLOWED = 0xFFFFFFFF
-"""Word of a grammar's mask that allows everything."""
 
 Cache = list[LayerPages]
 Weights = tuple[Any, Any]
@@ -249,7 +246,7 @@ class Programs:
         """Parts of a `Result`: the tokens that the model emits after the drafts it accepts."""
         logits_BTV = self._logits(model, output.hidden_BTD)
         asked_B = constants.logprobs_B & ~state.done_B
-        plain = ~jnp.any(asked_B) & jnp.all(constants.rows.plain_greedy_B) & jnp.all(mask_BU == jnp.uint32(ALL_ALLOWED))
+        plain = ~jnp.any(asked_B) & jnp.all(constants.rows.plain_greedy_B) & jnp.all(mask_BU == ALL_ALLOWED)
 
         def greedy(logits_BTV):
             verified = verify_greedy(logits_BTV, drafts, counts)

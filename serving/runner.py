@@ -15,7 +15,7 @@ import numpy as np
 
 from parallel.compilation import Options, compile_program
 from parallel.sharding import Placement
-from serving.batch import DRAFTS, NUM_FLOATS, NUM_INTS, DecodeBatch, PrefillBatch, trial_batch
+from serving.batch import ALL_ALLOWED, DRAFTS, NUM_FLOATS, NUM_INTS, DecodeBatch, PrefillBatch, trial_batch
 from serving.config import EngineConfig
 from serving.programs import Cache, Programs, Result, Weights
 
@@ -91,8 +91,7 @@ class Runner:
         self._programs, self._engine, self._options = programs, engine, options
         self._abstract, self._weights = abstract, None
         self.cells = cells
-        self._vocab = programs.definition.config.vocab_size
-        self._words = -(-self._vocab // 32)
+        self._words = -(-programs.definition.config.vocab_size // 32)
         if placement is None:
             self._replicated = jax.sharding.SingleDeviceSharding(device)
         else:
@@ -127,9 +126,7 @@ class Runner:
                 self._compiled[cell], seconds = future.result()
                 progress(f"compiled {done} of {len(self.cells)}: {cell}, {seconds:.1f} s")
         for rows in {cell.rows for cell in self.cells}:
-            self._everything[rows] = jax.device_put(
-                np.full((rows, self._words), 0xFFFFFFFF, np.uint32), self._replicated
-            )
+            self._everything[rows] = jax.device_put(np.full((rows, self._words), ALL_ALLOWED), self._replicated)
         analyses = [compiled.memory_analysis() for compiled in self._compiled.values()]
         scratch = max((a.temp_size_in_bytes + a.generated_code_size_in_bytes for a in analyses if a), default=0)
         return Compiled(time.monotonic() - began, len(self.cells), scratch)
