@@ -39,24 +39,22 @@ _RETRY = (1.0, 120.0)
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerConfig:
-    """Raises ValueError for a value out of range, naming the field."""
+    """What `EngineConfig` says of scheduling. Raises ValueError for a value out of range, naming the field."""
 
-    max_sequences: int = 128
+    max_sequences: int
     """Rows of a batch: sequences that run at once."""
-    max_queue: int = 1024
+    max_queue: int
     """Sequences that may wait; one more is refused."""
-    chunk_tokens: int = 512
+    chunk_tokens: int
     """Prompt tokens computed per step beside decoding, padding included."""
-    tile_tokens: int = 64
+    tile_tokens: int
     """Tokens of a tile; a shorter end of a prompt is padded to it."""
-    max_context: int = 8192
+    max_context: int
     """Tokens of a sequence, prompt and generated ones together."""
-    steps: int = 8
+    steps: int
     """Rounds of decoding per device call when nothing needs the host in between; otherwise 1."""
-    ageing_seconds: float = 10.0
+    ageing_seconds: float
     """Being this old counts as much as one step of priority."""
-    deadline_seconds: float | None = None
-    """Time from submission to end of a request that names no deadline; None for no limit."""
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "max_queue", "chunk_tokens", "tile_tokens", "steps"):
@@ -71,8 +69,6 @@ class SchedulerConfig:
             )
         if not self.ageing_seconds > 0:
             raise ValueError(f"ageing_seconds={self.ageing_seconds} must be above 0; use inf for no ageing")
-        if self.deadline_seconds is not None and not self.deadline_seconds > 0:
-            raise ValueError(f"deadline_seconds={self.deadline_seconds} must be above 0, or None for no limit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,11 +140,6 @@ class Scheduler:
     def drained(self) -> bool:
         """Nothing waits, runs or is in flight."""
         return not self._sequences and not self._in_flight
-
-    @property
-    def oldest_wait(self) -> float:
-        """Seconds since the oldest of the waiting sequences was submitted; 0 if none waits."""
-        return self._clock() - min(s.submitted for s in self._waiting) if self._waiting else 0.0
 
     def submit(self, request: Request) -> Sequence:
         """Queues a request. Raises ValueError for one that can never be served, QueueFull when max_queue wait."""
@@ -277,8 +268,6 @@ class Scheduler:
 
     def _set_deadline(self, sequence: Sequence) -> None:
         deadline = sequence.request.deadline
-        if deadline is None and self.config.deadline_seconds is not None:
-            deadline = sequence.submitted + self.config.deadline_seconds
         if deadline is not None:
             self._deadlines[sequence] = deadline
             self._next_deadline = min(self._next_deadline, deadline)

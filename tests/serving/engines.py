@@ -77,6 +77,7 @@ class TinyServer:
             "tile_tokens": engine.tile_tokens,
             "max_context": resolved.max_context,
             "steps": engine.rounds,
+            "ageing_seconds": engine.ageing_seconds,
         }
         assert (num_pages or 0) <= engine.num_pages
         pool = PagePool(num_pages or engine.num_pages, engine.page_size, prefix_cache=prefix_cache)

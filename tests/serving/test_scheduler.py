@@ -243,9 +243,19 @@ class Service:
             assert len(sequence.pages) * size >= written
 
 
+CONFIG = {
+    "max_sequences": 4,
+    "max_queue": 1024,
+    "chunk_tokens": 8,
+    "tile_tokens": 4,
+    "max_context": 64,
+    "steps": 1,
+    "ageing_seconds": 10.0,
+}
+
+
 def service(num_pages=65, page_size=4, seed=0, prefix_cache=True, **fields) -> Service:
-    fields = {"max_sequences": 4, "chunk_tokens": 8, "tile_tokens": 4, "max_context": 64, "steps": 1} | fields
-    return Service(SchedulerConfig(**fields), PagePool(num_pages, page_size, prefix_cache=prefix_cache), seed)
+    return Service(SchedulerConfig(**CONFIG | fields), PagePool(num_pages, page_size, prefix_cache=prefix_cache), seed)
 
 
 def text(length: int, seed: int = 0) -> list[int]:
@@ -875,16 +885,6 @@ def test_deadlines_end_what_waits_and_what_runs():
     served.drain()
 
 
-def test_requests_without_a_deadline_get_the_configured_one():
-    served = service(deadline_seconds=3.0)
-    default = served.submit(endless(4, 30)[0], 30)
-    later = served.submit(endless(4, 30)[0], 30, deadline=served.now + 9)
-    served.now += 3
-    assert served.step().finished == ((default, "deadline"),)
-    served.now += 6
-    assert served.step().finished == ((later, "deadline"),)
-
-
 def test_the_limit_is_that_of_the_request_or_of_the_context():
     served = service(max_context=16)
     prompt = endless(10, 30)[0]
@@ -950,7 +950,7 @@ def test_the_longest_prompt_is_served():
 
 
 def test_an_id_is_taken_until_its_request_ends():
-    scheduler = Scheduler(SchedulerConfig(), PagePool(9, 4))
+    scheduler = Scheduler(SchedulerConfig(**CONFIG), PagePool(9, 4))
     request = Request("a", (1, 2), SamplingParams(1), lambda delta: None)
     sequence = scheduler.submit(request)
     with pytest.raises(ValueError, match="id='a'"):
@@ -970,20 +970,8 @@ def test_an_id_is_taken_until_its_request_ends():
         ({"steps": 0}, "steps=0"),
         ({"ageing_seconds": 0}, "ageing_seconds=0"),
         ({"ageing_seconds": float("nan")}, "ageing_seconds=nan"),
-        ({"deadline_seconds": 0}, "deadline_seconds=0"),
     ],
 )
 def test_a_config_out_of_range_is_refused(fields, match):
     with pytest.raises(ValueError, match=match):
-        SchedulerConfig(**fields)
-
-
-def test_the_oldest_wait():
-    served = service(max_sequences=1)
-    assert served.scheduler.oldest_wait == 0
-    decoding(served)
-    served.submit(text(2))
-    served.now += 2
-    served.submit(text(2), priority=9)
-    served.now += 3
-    assert served.scheduler.oldest_wait == 5
+        SchedulerConfig(**CONFIG | fields)
