@@ -28,7 +28,7 @@ class Attention(nnx.Module):
         self.pattern_entry = index % len(config.window_pattern)
         init = normal(config.init_stddev)
         qkv = config.qkv_bias
-        if create.join_qkv:
+        if create.joined:
             self.qkv = create("qkv", (D, N + 2 * K, H), ("embed", "heads", "head_dim"), init)
             self.qkv_bias = create("qkv_bias", (N + 2 * K, H), ("heads", "head_dim"), zeros) if qkv else None
         else:
@@ -38,7 +38,7 @@ class Attention(nnx.Module):
             self.query_bias = create("query_bias", (N, H), ("heads", "head_dim"), zeros) if qkv else None
             self.key_bias = create("key_bias", (K, H), ("kv_heads", "head_dim"), zeros) if qkv else None
             self.value_bias = create("value_bias", (K, H), ("kv_heads", "head_dim"), zeros) if qkv else None
-        self.joined = create.join_qkv
+        self.joined = create.joined
         self.output = create("output", (N, H, D), ("heads", "head_dim", "embed"), normal(residual_stddev(config)))
         self.output_bias = create("output_bias", (D,), ("norm",), zeros) if config.attention_output_bias else None
         self.query_norm = RMSNorm(H, config, create.scope("query_norm")) if config.qk_norm else None

@@ -61,24 +61,38 @@ class MLP(nnx.Module):
     def __init__(self, mlp_dim: int, config: ModelConfig, create: Creator):
         embed_dim, stddev = config.embed_dim, config.init_stddev
         self.activation = config.activation
-        self.up = create("up", (embed_dim, mlp_dim), ("embed", "mlp"), normal(stddev))
         gated, bias = config.gated_mlp, config.mlp_bias
-        self.gate = create("gate", (embed_dim, mlp_dim), ("embed", "mlp"), normal(stddev)) if gated else None
+        self.joined = create.joined and gated
+        if self.joined:
+            self.gate_up = create("gate_up", (embed_dim, 2, mlp_dim), ("embed", None, "mlp"), normal(stddev))
+            self.gate_up_bias = create("gate_up_bias", (2, mlp_dim), (None, "mlp"), zeros) if bias else None
+        else:
+            self.up = create("up", (embed_dim, mlp_dim), ("embed", "mlp"), normal(stddev))
+            self.gate = create("gate", (embed_dim, mlp_dim), ("embed", "mlp"), normal(stddev)) if gated else None
+            self.up_bias = create("up_bias", (mlp_dim,), ("mlp",), zeros) if bias else None
+            self.gate_bias = create("gate_bias", (mlp_dim,), ("mlp",), zeros) if bias and gated else None
         self.down = create("down", (mlp_dim, embed_dim), ("mlp", "embed"), normal(residual_stddev(config)))
-        self.up_bias = create("up_bias", (mlp_dim,), ("mlp",), zeros) if bias else None
-        self.gate_bias = create("gate_bias", (mlp_dim,), ("mlp",), zeros) if bias and gated else None
         self.down_bias = create("down_bias", (embed_dim,), ("norm",), zeros) if bias else None
 
     @jax.named_scope("mlp")
     def __call__(self, x_BTD: jax.Array, execution: Execution) -> jax.Array:
-        up_BTF = project("btd,df->btf", x_BTD, self.up, self.up_bias)
-        if self.gate is None:
+        gate_BTF, up_BTF = self._project(x_BTD)
+        if gate_BTF is None:
             hidden_BTF = activate(up_BTF, self.activation)
         else:
-            hidden_BTF = activate(project("btd,df->btf", x_BTD, self.gate, self.gate_bias), self.activation) * up_BTF
+            hidden_BTF = activate(gate_BTF, self.activation) * up_BTF
         hidden_BTF = constrain(hidden_BTF, execution.placement, "batch", "sequence", "act_mlp")
         y_BTD = project("btf,fd->btd", hidden_BTF, self.down, self.down_bias)
         return constrain(y_BTD, execution.placement, "batch", "sequence", "act_embed")
+
+    def _project(self, x_BTD: jax.Array) -> tuple[jax.Array | None, jax.Array]:
+        """Gate, None where there is none, and up."""
+        if self.joined:
+            joined_BTGF = project("btd,dgf->btgf", x_BTD, self.gate_up, self.gate_up_bias)
+            return joined_BTGF[:, :, 0], joined_BTGF[:, :, 1]
+        up_BTF = project("btd,df->btf", x_BTD, self.up, self.up_bias)
+        gate_BTF = None if self.gate is None else project("btd,df->btf", x_BTD, self.gate, self.gate_bias)
+        return gate_BTF, up_BTF
 
 
 def project(equation: str, x: jax.Array, kernel: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:

@@ -39,8 +39,8 @@ class Creator:
 
     keys: jax.Array
     dtype: str
-    join_qkv: bool = False
-    """Attention's query, key and value projections are one array."""
+    joined: bool = False
+    """Projections of one input are one array: attention's query, key and value, a gated feed-forward's gate and up."""
 
     def scope(self, name: str | int) -> Creator:
         number = name if isinstance(name, int) else zlib.crc32(name.encode()) & 0x7FFFFFFF

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -240,9 +240,9 @@ class Definition:
     config: ModelConfig
     scan: bool
     param_dtype: str = "float32"
-    join_qkv: bool = False
-    """Query, key and value projections as one array, `join_projections` of the three: one product reads them faster
-    when a few tokens are all there is. They cannot be split over devices then."""
+    joined: bool = False
+    """Query, key and value projections as one array, and gate and up as one, by `join_projections`: one product reads
+    them faster when a few tokens are all there is. They cannot be split over devices then."""
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         """(params, biases) from a PRNG key. The same for any mesh, and for scanned or unrolled layers."""
@@ -255,7 +255,7 @@ class Definition:
         return nnx.split(abstract, nnx.Param, RouterBias)
 
     def _create(self, key: jax.Array) -> Transformer:
-        return Transformer(self.config, Creator(key, self.param_dtype, self.join_qkv), scan=self.scan)
+        return Transformer(self.config, Creator(key, self.param_dtype, self.joined), scan=self.scan)
 
     @property
     def abstract(self) -> tuple[Tree, Tree]:
@@ -301,12 +301,20 @@ def _fill(abstract: nnx.State, values: Tree) -> nnx.State:
 
 
 def join_projections(params: Tree) -> Tree:
-    """`params` of unrolled layers as those of a definition with `join_qkv`. The three arrays of each layer may be freed
-    once the one is there: the tree given is emptied of them."""
+    """`params` of unrolled layers as those of a definition that is `joined`. The arrays of each layer may be freed once
+    the ones joined of them are there: the tree given is emptied of them."""
     for layer in params["prefix"].values():
-        attention = layer["attention"]
-        attention["qkv"] = jnp.concatenate([attention.pop(name) for name in ("query", "key", "value")], axis=1)
-        if "query_bias" in attention:
-            biases = [attention.pop(f"{name}_bias") for name in ("query", "key", "value")]
-            attention["qkv_bias"] = jnp.concatenate(biases, axis=0)
+        attention, mlp = layer["attention"], layer["mlp"]
+        _join(attention, "qkv", ("query", "key", "value"), lambda arrays: jnp.concatenate(arrays, axis=-2))
+        # A layer of experts may have a shared one beside them, which is dense.
+        for dense in (mlp, mlp.get("shared", {})):
+            if "gate" in dense:
+                _join(dense, "gate_up", ("gate", "up"), lambda arrays: jnp.stack(arrays, axis=-2))
     return params
+
+
+def _join(tree: Tree, name: str, parts: tuple[str, ...], join: Callable[[list[jax.Array]], jax.Array]) -> None:
+    """The kernels `parts` of a module as one, and their biases where it has them."""
+    for suffix in ("", "_bias"):
+        if parts[0] + suffix in tree:
+            tree[name + suffix] = join([tree.pop(part + suffix) for part in parts])

@@ -139,7 +139,7 @@ def _definitions(resolved: Resolved) -> list[tuple[Definition, Pretrained | None
 
 def _apart(definition: Definition) -> Definition:
     """As weights are stored."""
-    return dataclasses.replace(definition, join_qkv=False)
+    return dataclasses.replace(definition, joined=False)
 
 
 def _shardings(resolved: Resolved) -> list[tuple[Tree, Tree]]:
@@ -160,7 +160,7 @@ def _abstract(resolved: Resolved, shardings: list[tuple[Tree, Tree]]) -> tuple[W
 
     one, described = jax.sharding.SingleDeviceSharding(resolved.devices[0]), []
     for (definition, _), placed in zip(_definitions(resolved), shardings, strict=True):
-        if definition.join_qkv:
+        if definition.joined:
             placed = jax.tree.map(lambda _: one, definition.abstract)
         described.append(jax.tree.map(describe, definition.abstract, placed))
     return described[0], described[1] if len(described) > 1 else None
@@ -173,7 +173,7 @@ def _load(resolved: Resolved, shardings: list[tuple[Tree, Tree]], say: Say) -> t
             params, biases = random_weights(_apart(definition), placed, resolved.run.seed)
         else:
             params, biases = pretrained.load(_apart(definition), placed)
-        loaded.append((join_projections(params) if definition.join_qkv else params, biases))
+        loaded.append((join_projections(params) if definition.joined else params, biases))
     jax.block_until_ready(loaded)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
     source = "random" if resolved.pretrained is None else str(resolved.pretrained.path)
