@@ -24,11 +24,24 @@ NUM_PROCESSORS = 132
 MAX_PARTS = 16
 
 
+# Rows of queries of one block of threads of the kernel for many queries: two warpgroups of 64.
+QUERY_ROWS = 128
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """pages_per_block: pages of one block of keys; num_buffers: blocks in shared memory; num_parts: parts of a row."""
 
     pages_per_block: int
+    num_buffers: int
+    num_parts: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillTiles:
+    """block: positions of one block of keys; num_buffers: blocks in shared memory; num_parts: parts of a row."""
+
+    block: int
     num_buffers: int
     num_parts: int
 

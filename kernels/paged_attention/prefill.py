@@ -1,0 +1,450 @@
+"""Attention of many queries of a row over its pages on Hopper: prefill, and verification of long drafts.
+
+One block of threads serves 128 query rows of one head: two warpgroups multiply, 64 rows each, and a third copies the
+blocks of keys and values page by page into a ring of buffers. Scores [queries, keys] = q · Kᵀ, an online softmax in
+registers, and out [queries, H] += weights · V, with the weights still in registers. The two warpgroups take turns, so
+that one multiplies while the other has its softmax (FlashAttention-3, arXiv 2407.08608, section 3.1). Where the blocks
+of threads would not fill the chip a row's keys are cut into parts, and `combine` adds those up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from kernels.paged_attention.combine import combine_parts
+from kernels.paged_attention.tiles import QUERY_ROWS, PrefillTiles
+
+_LOG2_E = math.log2(math.e)
+_MATRIX = plgpu.Layout.WGMMA
+_ROWS = plgpu.Layout.WGMMA.reduce(1)
+# Below any score, and finite: the difference of two of them is 0, not NaN.
+_LOWEST = -1e30
+# Rows of one matrix product of a warpgroup.
+_WARPGROUP_ROWS = QUERY_ROWS // 2
+_COPIER = 2
+# Registers of a thread: 128 · (2 · 232 + 40) is all that a processor has but 1024.
+_REGISTERS, _COPIER_REGISTERS = 232, 40
+# Without the barriers that Pallas would put around every load and store: all of a warpgroup's threads arrive at the
+# barriers below, and a buffer that the copies fill is written by a warpgroup in `_clear_past` alone.
+_COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Statics:
+    """What is fixed when the kernel is traced. `share` heads of the queries' array read one kv head, and
+    `rows_per_token` of its rows have one position."""
+
+    num_tokens: int
+    rows_per_token: int
+    share: int
+    head_dim: int
+    page_size: int
+    table_width: int
+    scale: float
+    window: int | None
+    soft_cap: float | None
+    tiles: PrefillTiles
+
+    @property
+    def block(self) -> int:
+        return self.tiles.block
+
+    @property
+    def copied(self) -> int:
+        """Positions of one copy: a page, or a block's part of it."""
+        return min(self.page_size, self.block)
+
+
+class _Shared(NamedTuple):
+    """Shared memory of a block of threads: queries of each warpgroup (later its outputs), the ring, and the barriers.
+
+    `arrived`: a buffer holds its block. `free`: both warpgroups are done with it. `turn`: a warpgroup leaves the
+    matrix unit to the other. `cleared`: both warpgroups have cleared their share of the values.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    q_arrived: Any
+    k_arrived: Any
+    v_arrived: Any
+    k_free: Any
+    v_free: Any
+    turn: Any
+    cleared: Any
+
+
+class _Work(NamedTuple):
+    """What one block of threads computes: rows base.. of `head` of a row, over blocks [first, end) of its keys."""
+
+    part: jax.Array
+    row: jax.Array
+    head: jax.Array
+    base: jax.Array
+    length: jax.Array
+    start: jax.Array
+    first: jax.Array
+    end: jax.Array
+
+
+class _Softmax(NamedTuple):
+    """Base-2 maximum and sum of each row's weights, and their sum of values, so far."""
+
+    highest: jax.Array
+    total: jax.Array
+    out: jax.Array
+
+
+# A jit of its own, so that a model's layers are built once.
+@functools.partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "tiles", "interpret"))
+def paged_attention(
+    q_BTNH,
+    k_pages_PSKH,
+    v_pages_PSKH,
+    page_table_BM,
+    lengths_B,
+    starts_B,
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    sinks,
+    tiles: PrefillTiles,
+    interpret=None,
+) -> jax.Array:
+    """out_BTNH in q's dtype; arguments as in `kernels.paged_attention.paged_attention`, with the tiles chosen.
+
+    `interpret`: parameters of Pallas's interpreter, which tests give.
+    """
+    B, T, N, H = q_BTNH.shape
+    S, K = k_pages_PSKH.shape[1:3]
+    # The tokens of one head fill whole blocks, or the queries of a kv head lie side by side and fill fewer.
+    rows_per_token = 1 if T % QUERY_ROWS == 0 else N // K
+    share = N // K // rows_per_token
+    statics = _Statics(T, rows_per_token, share, H, S, page_table_BM.shape[1], scale, window, soft_cap, tiles)
+    q_BRGH = q_BTNH
+    if rows_per_token > 1:
+        q_BRGH = q_BTNH.reshape(B, T, K, -1, H).transpose(0, 1, 3, 2, 4).reshape(B, -1, K, H)
+    rows = q_BRGH.shape[1]
+    q_BRGH = jnp.pad(q_BRGH, ((0, 0), (0, -rows % QUERY_ROWS), (0, 0), (0, 0)))
+    pages = [pages.reshape(-1, statics.copied, K, H) for pages in (k_pages_PSKH, v_pages_PSKH)]
+    operands = [q_BRGH, *pages, page_table_BM, lengths_B, starts_B]
+    if sinks is not None:
+        operands.append(_sinks_of_rows(statics, sinks, q_BRGH.shape[1]))
+    out = _call(statics, operands, interpret)
+    if tiles.num_parts > 1:
+        out, lse_XBGR = out
+        out = combine_parts(out, lse_XBGR.transpose(0, 1, 3, 2), None).astype(q_BTNH.dtype)
+    out = out[:, :rows]
+    if rows_per_token > 1:
+        out = out.reshape(B, T, -1, K, H).transpose(0, 1, 3, 2, 4)
+    return out.reshape(B, T, N, H)
+
+
+def _sinks_of_rows(statics: _Statics, sinks_N, rows: int) -> jax.Array:
+    """float32 [G, rows], base 2: the sink of each row of the queries' array."""
+    sinks_GR = (sinks_N.astype(jnp.float32) * _LOG2_E).reshape(-1, 1, statics.rows_per_token)
+    repeated = jnp.broadcast_to(sinks_GR, (sinks_GR.shape[0], rows, statics.rows_per_token))
+    return repeated.reshape(sinks_GR.shape[0], -1)[:, :rows]
+
+
+def _call(statics: _Statics, operands, interpret):
+    """out [B, R, G, H] in q's dtype; in parts (float32 [X, B, R, G, H], base-2 lse [X, B, G, R])."""
+    (B, R, G, H), dtype, tiles = operands[0].shape, operands[0].dtype, statics.tiles
+    outs = jax.ShapeDtypeStruct((B, R, G, H), dtype)
+    if tiles.num_parts > 1:
+        outs = [
+            jax.ShapeDtypeStruct((tiles.num_parts, B, R, G, H), jnp.float32),
+            jax.ShapeDtypeStruct((tiles.num_parts, B, G, R), jnp.float32),
+        ]
+    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    ring = plgpu.SMEM((tiles.num_buffers, tiles.block, H), dtype, transforms=tiled)
+    arrived = plgpu.Barrier(num_arrivals=tiles.block // statics.copied, num_barriers=tiles.num_buffers)
+    free = plgpu.Barrier(num_arrivals=2, num_barriers=tiles.num_buffers)
+    shared = _Shared(
+        q=plgpu.SMEM((2, _WARPGROUP_ROWS, H), dtype, transforms=tiled),
+        k=ring,
+        v=ring,
+        q_arrived=plgpu.Barrier(num_barriers=2),
+        k_arrived=arrived,
+        v_arrived=arrived,
+        k_free=free,
+        v_free=free,
+        turn=plgpu.Barrier(num_arrivals=2, num_barriers=1),
+        cleared=plgpu.Barrier(num_arrivals=2, num_barriers=1),
+    )
+    run = plgpu.kernel(
+        functools.partial(_body, statics, len(operands)),
+        out_type=outs,
+        scratch_types=list(shared),
+        # The last axis runs fastest: heads that read the same keys run together.
+        grid=(B, R // QUERY_ROWS, tiles.num_parts, G),
+        grid_names=("row", "chunk", "part", "head"),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=_COMPILER,
+        interpret=interpret,
+    )
+    return run(*operands)
+
+
+def _body(statics: _Statics, num_operands: int, *refs):
+    q_ref, k_ref, v_ref, table_ref, lengths_ref, starts_ref, *sinks_ref = refs[:num_operands]
+    num_shared = len(_Shared._fields)
+    out_refs, shared = refs[num_operands:-num_shared], _Shared(*refs[-num_shared:])
+    # Tiles of one sequence come in order, so that the last rows have the longest contexts: those start first.
+    row = lengths_ref.shape[0] - 1 - lax.axis_index("row")
+    base = lax.axis_index("chunk") * QUERY_ROWS
+    part, head, warpgroup = (lax.axis_index(name) for name in ("part", "head", "warpgroup"))
+    length, start = lengths_ref[row], starts_ref[row]
+    work = _Work(part, row, head, base, length, start, *_blocks_of(statics, part, base, length, start))
+
+    @pl.when(warpgroup == _COPIER)
+    def _():
+        plgpu.set_max_registers(_COPIER_REGISTERS, action="decrease")
+        _copy_blocks(statics, work, k_ref, v_ref, table_ref, shared)
+
+    @pl.when(warpgroup < _COPIER)
+    def _():
+        plgpu.set_max_registers(_REGISTERS, action="increase")
+        mine = work._replace(base=base + warpgroup * _WARPGROUP_ROWS)
+        rows = pl.ds(mine.base, _WARPGROUP_ROWS)
+        plgpu.copy_gmem_to_smem(
+            q_ref.at[row, rows, head], shared.q.at[warpgroup], shared.q_arrived.at[warpgroup]
+        )
+        sinks = None
+        if sinks_ref:
+            sinks = plgpu.load(sinks_ref[0].at[head, rows], layout=_ROWS, optimized=False)
+        plgpu.barrier_wait(shared.q_arrived.at[warpgroup])
+        softmax = _attend(statics, mine, warpgroup, sinks, shared)
+        _store(statics, mine, softmax, out_refs, shared.q.at[warpgroup])
+
+
+def _blocks_of(statics: _Statics, part, base, length, start):
+    """First block of keys of a part, and the one past its last: an even share of what 128 rows from `base` can see."""
+    last = jnp.minimum(_token(statics, base + (QUERY_ROWS - 1)), statics.num_tokens - 1)
+    top = jnp.clip(jnp.minimum(length, start + last + 1), 0, statics.table_width * statics.page_size)
+    bottom = jnp.int32(0)
+    if statics.window is not None:
+        bottom = jnp.clip(start + _token(statics, base) - (statics.window - 1), 0, top)
+    first = _floor(bottom, statics.block)
+    end = _floor(top + (statics.block - 1), statics.block)
+    if statics.tiles.num_parts == 1:
+        return first, end
+    share = _floor(end - first + (statics.tiles.num_parts - 1), statics.tiles.num_parts)
+    first = first + part * share
+    return first, jnp.minimum(first + share, end)
+
+
+def _copy_blocks(statics: _Statics, work: _Work, k_ref, v_ref, table_ref, shared: _Shared) -> None:
+    """The copying warpgroup: every block of keys and of values to its buffer, as soon as that is free."""
+    size = statics.copied
+    parts_of_page = statics.page_size // size
+
+    def places(block):
+        """Index in the pages, cut to `size`, of each copy of a block; past the table's width of its last page."""
+        starts = [block * statics.block + i * size for i in range(statics.block // size)]
+        entries = [jnp.minimum(_floor(p, statics.page_size), statics.table_width - 1) for p in starts]
+        pages = [table_ref[work.row, entry] for entry in entries]
+        if parts_of_page == 1:
+            return pages
+        cuts = [lax.rem(_floor(p, size), jnp.int32(parts_of_page)) for p in starts]
+        return [page * parts_of_page + cut for page, cut in zip(pages, cuts, strict=True)]
+
+    def copy(block, places_of_block):
+        buffer = _buffer(statics, block - work.first)
+        kv_head = _floor(work.head, statics.share)
+        sides = ((k_ref, shared.k, shared.k_arrived, shared.k_free), (v_ref, shared.v, shared.v_arrived, shared.v_free))
+        for pages_ref, smem, arrived, free in sides:
+
+            @pl.when(block - work.first >= statics.tiles.num_buffers)
+            def _(free=free):
+                plgpu.barrier_wait(free.at[buffer])
+
+            for i, page in enumerate(places_of_block):
+                place = smem.at[buffer, pl.ds(i * size, size)]
+                plgpu.copy_gmem_to_smem(pages_ref.at[page, :, kv_head, :], place, arrived.at[buffer])
+        # Read now, needed in a while: the page table's latency stays hidden.
+        return places(block + 1)
+
+    lax.fori_loop(work.first, work.end, copy, places(work.first))
+
+
+def _attend(statics: _Statics, work: _Work, warpgroup, sinks, shared: _Shared) -> _Softmax:
+    """The softmax of a warpgroup's 64 rows over the work's blocks of keys."""
+    highest, total = jnp.full((_WARPGROUP_ROWS,), _LOWEST, jnp.float32), jnp.zeros((_WARPGROUP_ROWS,), jnp.float32)
+    highest, total = plgpu.layout_cast(highest, _ROWS), plgpu.layout_cast(total, _ROWS)
+    if sinks is not None:
+        # A key of its own that carries no value, in the first part alone.
+        counts = jnp.full_like(total, (work.part == 0).astype(jnp.float32))
+        highest, total = jnp.where(counts > 0, sinks, highest), total + counts
+    out = plgpu.layout_cast(jnp.zeros((_WARPGROUP_ROWS, statics.head_dim), jnp.float32), _MATRIX)
+    softmax = _Softmax(highest, total, out)
+    step = functools.partial(_step, statics, work, warpgroup, shared)
+    full_first, full_end = _full_blocks(statics, work)
+
+    # The second warpgroup gives the first its turn, and is half a step behind from here on.
+    pl.when(warpgroup == 1)(lambda: _pass_turn(shared))
+    if statics.window is not None:
+        softmax = lax.fori_loop(work.first, full_first, functools.partial(step, masked=True), softmax)
+    softmax = lax.fori_loop(full_first, full_end, step, softmax)
+    softmax = lax.fori_loop(full_end, work.end, functools.partial(step, masked=True, last=True), softmax)
+    pl.when(warpgroup == 0)(lambda: _pass_turn(shared))
+    return softmax
+
+
+def _full_blocks(statics: _Statics, work: _Work):
+    """Of the work's blocks, the first one whose keys all rows of the warpgroup see, and the one past the last."""
+    lowest = work.start + jnp.minimum(_token(statics, work.base), statics.num_tokens - 1)
+    end = jnp.clip(_floor(jnp.minimum(lowest + 1, work.length), statics.block), work.first, work.end)
+    if statics.window is None:
+        return work.first, end
+    top = work.start + _token(statics, work.base + (_WARPGROUP_ROWS - 1))
+    first = _floor(jnp.maximum(top - statics.window + statics.block, 0), statics.block)
+    return jnp.clip(first, work.first, end), end
+
+
+def _step(statics, work, warpgroup, shared, block, softmax: _Softmax, masked=False, last=False) -> _Softmax:
+    """`softmax` with one block of keys more. `masked`: not all rows see all of it; `last`: it may pass the length."""
+    highest, total, out = softmax
+    buffer = _buffer(statics, block - work.first)
+    plgpu.barrier_wait(shared.k_arrived.at[buffer])
+    scores = _scores(shared.q.at[warpgroup], shared.k.at[buffer], shared)
+    plgpu.barrier_arrive(shared.k_free.at[buffer])
+    scores, factor = _capped(statics, scores)
+    if masked:
+        scores = _masked(statics, work, scores, block * statics.block)
+    new_highest = jnp.maximum(highest, scores.max(axis=1) * factor)
+    shrink = jnp.exp2(highest - new_highest)
+    weights = jnp.exp2(scores * factor - _along_rows(new_highest, scores.shape))
+    out = out * _along_rows(shrink, out.shape)
+    total = total * shrink + weights.sum(axis=1)
+    weights = weights.astype(shared.v.dtype)
+    # All of the softmax is done before the turn passes.
+    out, total, new_highest, weights = lax.optimization_barrier((out, total, new_highest, weights))
+    plgpu.barrier_arrive(shared.turn)
+    plgpu.barrier_wait(shared.v_arrived.at[buffer])
+    if last:
+        _clear_past(shared, shared.v.at[buffer], warpgroup, work.length - block * statics.block)
+    plgpu.barrier_wait(shared.turn)
+    out = _weigh(out, weights, shared.v.at[buffer])
+    plgpu.barrier_arrive(shared.v_free.at[buffer])
+    return _Softmax(new_highest, total, out)
+
+
+def _scores(q_smem, k_smem, shared: _Shared) -> jax.Array:
+    """q · Kᵀ, float32; the other warpgroup's turn begins once the product is under way."""
+
+    def product(acc):
+        plgpu.wgmma(acc, q_smem, k_smem.T)
+        _pass_turn(shared)
+        return acc[...]
+
+    return pl.run_scoped(product, plgpu.ACC((q_smem.shape[0], k_smem.shape[0]), jnp.float32))
+
+
+def _weigh(out, weights, v_smem) -> jax.Array:
+    """out + weights · V, accumulated in place. Pallas's interpreter knows neither `run_state` nor a product of what
+    is in registers, and tests that use it put a plain one in this place."""
+
+    def product(acc):
+        plgpu.wgmma(acc, weights, v_smem)
+
+    return pl.run_state(product)(plgpu.ACC.init(out))
+
+
+def _pass_turn(shared: _Shared) -> None:
+    plgpu.barrier_arrive(shared.turn)
+    plgpu.barrier_wait(shared.turn)
+
+
+def _capped(statics: _Statics, scores) -> tuple[jax.Array, float]:
+    """(scores, positive factor): their product is the logits in base 2. The factor is left for a later fused step."""
+    if statics.soft_cap is not None:
+        # tanh(x) = 1 - 2 / (1 + exp(2x)), by the exponential that the hardware has.
+        grown = jnp.exp2(scores * (2 * statics.scale / statics.soft_cap * _LOG2_E))
+        return 1 - 2 / (1 + grown), statics.soft_cap * _LOG2_E
+    if statics.scale < 0:
+        scores = -scores
+    return scores, abs(statics.scale) * _LOG2_E
+
+
+def _masked(statics: _Statics, work: _Work, scores, base) -> jax.Array:
+    """Scores, -inf where a query does not see a key. The first key is at position `base`."""
+    key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=_MATRIX)
+    row = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=_MATRIX)
+    if statics.rows_per_token > 1:
+        row = lax.div(row + work.base, jnp.full_like(row, statics.rows_per_token))
+        behind = row + (work.start - base) - key
+    else:
+        behind = row + (work.base + work.start - base) - key
+    seen = (behind >= 0) & (key < work.length - base)
+    if statics.window is not None:
+        seen = seen & (behind < statics.window)
+    return jnp.where(seen, scores, -jnp.inf)
+
+
+def _clear_past(shared: _Shared, v_smem, warpgroup, count) -> None:
+    """Values of keys from `count` on become 0: their weight is 0, and 0 times what an earlier owner left may be NaN.
+
+    The warpgroups share the rows, and each waits for the other: both multiply by all of them.
+    """
+    pieces = [pl.ds(i, _WARPGROUP_ROWS) for i in range(0, v_smem.shape[0], _WARPGROUP_ROWS)]
+
+    def clear(piece):
+        values = plgpu.layout_cast(v_smem[piece], _MATRIX)
+        key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=_MATRIX)
+        v_smem[piece] = jnp.where(key < count - piece.start, values, jnp.zeros_like(values))
+
+    @pl.when(count < v_smem.shape[0])
+    def _():
+        for i, piece in enumerate(pieces):
+            pl.when(warpgroup == i % 2)(functools.partial(clear, piece))
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(shared.cleared)
+        plgpu.barrier_wait(shared.cleared)
+
+
+def _store(statics: _Statics, work: _Work, softmax: _Softmax, out_refs, out_smem) -> None:
+    """Normalised outputs by way of `out_smem`; of a part in float32, straight from registers, with the log-sum-exp."""
+    highest, total, out = softmax
+    seen = total > 0
+    out = out * _along_rows(jnp.where(seen, 1 / total, 0.0), out.shape)
+    rows = pl.ds(work.base, _WARPGROUP_ROWS)
+    if statics.tiles.num_parts > 1:
+        out_refs[0][work.part, work.row, rows, work.head] = out
+        out_refs[1][work.part, work.row, work.head, rows] = jnp.where(
+            seen, highest + jnp.log(total) * _LOG2_E, -jnp.inf
+        )
+        return
+    out_smem[...] = out.astype(out_smem.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(out_smem, out_refs[0].at[work.row, rows, work.head])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _token(statics: _Statics, row):
+    """Token of a row of the queries' array."""
+    return row if statics.rows_per_token == 1 else _floor(row, statics.rows_per_token)
+
+
+def _floor(x, divisor: int):
+    """x // divisor of what is not negative."""
+    return lax.div(x, jnp.int32(divisor)) if divisor > 1 else x
+
+
+def _buffer(statics: _Statics, step):
+    return lax.rem(step, jnp.int32(statics.tiles.num_buffers))
+
+
+def _along_rows(x_R: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    return lax.broadcast_in_dim(x_R, shape, [0])
