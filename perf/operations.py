@@ -41,7 +41,8 @@ FLOAT32_BYTES = 4
 class TrainState:
     """Bytes per parameter that a train step keeps and moves, beside the weights in compute precision.
 
-    `first_moment` and `second_moment`: of AdamW. `clip`: gradients are read once more for their global norm.
+    `first_moment` and `second_moment`: of AdamW. `clip`: gradients are read once more for their global norm. `muon`:
+    hidden matrices keep no second moment (the traffic of its Newton-Schulz products is not counted).
     """
 
     parameter: int = 4
@@ -49,15 +50,22 @@ class TrainState:
     first_moment: int = 4
     second_moment: int = 4
     clip: bool = True
+    muon: bool = False
 
-    @property
-    def kept(self) -> int:
-        return self.parameter + self.gradient + self.first_moment + self.second_moment
+    def kept(self, config: ModelConfig) -> int:
+        """Bytes of parameters, gradients and moments."""
+        kept = self.parameter + self.gradient + self.first_moment
+        return count_params(config).total * kept + self._second_moments(config)
 
-    @property
-    def update(self) -> int:
-        """Read and written by the optimizer: parameter and moments both ways, the gradient read."""
-        return 2 * (self.parameter + self.first_moment + self.second_moment) + self.gradient * (1 + self.clip)
+    def update(self, config: ModelConfig) -> int:
+        """Bytes that the optimizer moves: parameters and moments both ways, the gradients in."""
+        both = self.parameter + self.first_moment
+        read = self.gradient * (1 + self.clip)
+        return count_params(config).total * (2 * both + read) + 2 * self._second_moments(config)
+
+    def _second_moments(self, config: ModelConfig) -> int:
+        without = hidden_parameters(config) if self.muon else 0
+        return (count_params(config).total - without) * self.second_moment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +98,12 @@ class Work:
     def tokens(self) -> int:
         """Tokens that the step computes."""
         return self.batch * (1 if self.mode == "decode" else self.length)
+
+
+def hidden_parameters(config: ModelConfig) -> int:
+    """Weights of matrices inside the layers but the routers: those that Muon takes."""
+    linears = (op for layer in range(config.num_layers) for op in layer_linears(config, layer) if op.op != "router")
+    return sum(op.inputs * op.outputs * op.copies for op in linears)
 
 
 class Bytes(NamedTuple):
@@ -227,7 +241,7 @@ class _Step:
         if work.state.parameter != compute_bytes:
             moved = Bytes(state=parameters * (work.state.parameter + compute_bytes))
             yield Op("cast_weights", "-", 1, "compute", 0, 0, moved, kernels)
-        yield Op("optimizer", "-", 1, "compute", 0, 0, Bytes(state=parameters * work.state.update), kernels)
+        yield Op("optimizer", "-", 1, "compute", 0, 0, Bytes(state=work.state.update(self.config)), kernels)
 
     # Layers.
 
@@ -235,8 +249,7 @@ class _Step:
         config, work = self.config, self.work
         query, key, value, output = layer_linears(config, layers[0])[:4]
         yield self.norms(kind, layers)
-        for op in (query, key, value):
-            yield self.linear(op, kind, work.tokens)
+        yield from self.linears("qkv", (query, key, value), kind, work.tokens)
         heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         if config.rope.fraction or config.qk_norm:
             width = heads + kv_heads
@@ -344,11 +357,30 @@ class _Step:
         if not ops:
             return
         *inputs, down = ops
-        for op in inputs:
-            yield self.linear(op, kind, rows)
+        yield from self.linears(f"{prefix}gate_up", tuple(inputs), kind, rows)
         forward, backward = (3, 5) if self.config.gated_mlp else (2, 3)
         yield self.elementwise(f"{prefix}activation", kind, forward, backward, width * rows // self.work.tokens)
         yield self.linear(down, kind, rows)
+
+    def linears(self, name: str, products: tuple[Linear, ...], kind: LayerKind, rows: int) -> Iterator[Op]:
+        """Products of the same rows: one kernel in serving, where their weights are joined; in training one each."""
+        parts = [self.linear(op, kind, rows) for op in products]
+        if self.is_train or len(parts) == 1:
+            yield from parts
+            return
+        count, first = len(self.kinds[kind]), parts[0]
+        again = (len(parts) - 1) * count * rows * products[0].inputs * self.work.activation_bytes
+        moved = Bytes(
+            weights=sum(part.bytes.weights for part in parts),
+            activations=sum(part.bytes.activations for part in parts) - again,
+        )
+        yield dataclasses.replace(
+            first,
+            name=name,
+            model_flops=sum(part.model_flops for part in parts),
+            hardware_flops=sum(part.hardware_flops for part in parts),
+            bytes=moved,
+        )
 
     def linear(self, op: Linear, kind: LayerKind, rows: int) -> Op:
         """A product of [rows, inputs] with its weights; its backward pass has two, for inputs and for weights."""
