@@ -33,5 +33,5 @@ def serve() -> ServeRun:
     return ServeRun(
         name="llama3-8b",
         model=MODEL,
-        engine=EngineConfig(batch_sizes=(1, 8, 32, 128, 256), rounds=16),
+        engine=EngineConfig(batch_sizes=(1, 8, 32, 128, 256)),
     )

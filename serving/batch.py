@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Sequence as Sequences
 from typing import NamedTuple
 
 import numpy as np
 
-from serving.request import MAX_LOGIT_BIAS, MAX_STOP_IDS, Sequence
+from serving.request import MAX_LOGIT_BIAS, MAX_STOP_IDS, SamplingParams, Sequence
 from serving.sampling import seed_words
 
 # Columns of the integers of a row, before its stop tokens and its biased tokens.
@@ -22,6 +23,20 @@ BIASES = slice(6, 6 + MAX_LOGIT_BIAS)
 NUM_FLOATS = BIASES.stop
 
 
+class Drawing(enum.IntEnum):
+    """What it takes to draw the tokens of a batch, each with all that those before it do. The host chooses, since the
+    device would have to ask it about every branch and wait: a program of the first three has none."""
+
+    GREEDY = 0
+    """The argmax of the logits."""
+    SAMPLED = 1
+    """A temperature."""
+    FILTERED = 2
+    """top-k, top-p or min-p."""
+    FULL = 3
+    """Penalties, biases, a grammar's mask, log-probabilities: computed if a row wants them."""
+
+
 @dataclasses.dataclass
 class RowParams:
     """What is kept of a sequence's row from call to call: what stays the same, packed once, and its tokens so far.
@@ -33,6 +48,7 @@ class RowParams:
     floats: np.ndarray
     penalised: bool
     """Whether the distribution depends on the tokens so far by more than the model."""
+    drawing: Drawing
     tokens: np.ndarray
     """int32, as long as the sequence may become; the first `known` count."""
     known: int = 0
@@ -62,7 +78,19 @@ def row_params(sequence: Sequence, *, seed: int, max_context: int) -> RowParams:
     floats[REPETITION] = params.repetition_penalty
     floats[BIASES] = _padded([value for _, value in params.logit_bias], MAX_LOGIT_BIAS, 0)
     penalised = params.repetition_penalty != 1 or bool(params.presence_penalty or params.frequency_penalty)
-    return RowParams(ints, floats, penalised, np.zeros(max(max_context, len(sequence.tokens)), np.int32))
+    return RowParams(
+        ints, floats, penalised, _drawing(params, penalised), np.zeros(max(max_context, len(sequence.tokens)), np.int32)
+    )
+
+
+def _drawing(params: SamplingParams, penalised: bool) -> Drawing:
+    if penalised or params.logit_bias or params.logprobs is not None:
+        return Drawing.FULL
+    # As `Rows.greedy_B` has it.
+    if np.float32(params.temperature) < np.finfo(np.float32).tiny:
+        return Drawing.GREEDY
+    filtered = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+    return Drawing.FILTERED if filtered else Drawing.SAMPLED
 
 
 def _padded(values: Sequences[float], length: int, fill: float) -> np.ndarray:
@@ -80,39 +108,41 @@ ALL_ALLOWED = np.uint32(0xFFFFFFFF)
 """Word of a grammar's mask that allows everything."""
 
 
-class DecodeBatch(NamedTuple):
-    """Arrays of a decode call: B rows, M pages of each, W = M · page size tokens of each."""
+class RowBatch(NamedTuple):
+    """Arrays of B rows that stay the same from round to round: what their requests say, and M pages of each."""
 
     ints_BI: np.ndarray
     floats_BF: np.ndarray
     page_table_BM: np.ndarray
+
+
+class State(NamedTuple):
+    """Rows between rounds. A round that follows another takes this from it."""
+
     tokens_BW: np.ndarray | None
-    last_B: np.ndarray | None = None
-    """The last token of each row, the next input; None for that of `tokens_BW`, which may hold anything if neither a
-    penalty nor a draft reads it. A call that follows another takes this and what stands around it from that one."""
-    length_B: np.ndarray | None = None
-    """Tokens so far; None for those of `ints_BI`."""
-    done_B: np.ndarray | None = None
-    """Rows that take no more; None for none but those at their limit."""
+    """Tokens so far, of W at most; None where neither penalties nor drafts can read them, and anything where they
+    could and do not."""
+    last_B: np.ndarray
+    """The last token, the next input."""
+    length_B: np.ndarray
+    """Tokens so far."""
+    done_B: np.ndarray
+    """Rows that take no more."""
 
 
-class PrefillBatch(NamedTuple):
-    """Arrays of a prefill call: C rows, each with a tile of T tokens."""
+class Tiles(NamedTuple):
+    """Arrays of the T prompt tokens of each of C rows."""
 
-    ints_CI: np.ndarray
-    floats_CF: np.ndarray
-    page_table_CM: np.ndarray
-    tokens_CW: np.ndarray
-    tile_CT: np.ndarray
-    spans_C3: np.ndarray
-    """Start, count, and whether the tile ends the sequence's known tokens, so that the next one is drawn."""
+    tokens_CT: np.ndarray
+    starts_C: np.ndarray
+    counts_C: np.ndarray
 
 
 class BatchBuilder:
-    """Builds the arrays of a call."""
+    """Builds the arrays of a call. `context` is the W of a state's tokens."""
 
-    def __init__(self, page_size: int) -> None:
-        self._page_size = page_size
+    def __init__(self, page_size: int, context: int) -> None:
+        self._page_size, self._context = page_size, context
 
     def decode(
         self,
@@ -121,14 +151,13 @@ class BatchBuilder:
         drafts: Sequences[int],
         rows: int,
         width: int,
-    ) -> DecodeBatch:
+    ) -> tuple[RowBatch, State]:
         """`drafts`: drafts that each row may take in a round. Tokens are left out (None) where nothing reads them."""
         history = any(drafts) or any(constant.penalised for constant in params)
-        batch = self._rows(sequences, params, rows, width, history=history)
+        batch, state = self._rows(sequences, params, rows, width, history=history)
         batch.ints_BI[: len(sequences), DRAFTS] = drafts
-        last_B = np.zeros(rows, np.int32)
-        last_B[: len(sequences)] = [sequence.tokens[-1] for sequence in sequences]
-        return batch._replace(last_B=last_B, length_B=batch.ints_BI[:, LENGTH].copy(), done_B=np.zeros(rows, bool))
+        state.last_B[: len(sequences)] = [sequence.tokens[-1] for sequence in sequences]
+        return batch, state
 
     def page_table(self, sequences: Sequences[Sequence], rows: int, width: int) -> np.ndarray:
         """int32 [rows, pages of `width`]."""
@@ -145,36 +174,43 @@ class BatchBuilder:
         rows: int,
         width: int,
         length: int,
-    ) -> PrefillBatch:
-        """`spans`: sequence, start and count (at most `length`) of each tile."""
-        batch = self._rows([sequence for sequence, _, _ in spans], params, rows, width, history=True)
-        tiles, spans_C3 = np.zeros((rows, length), np.int32), np.zeros((rows, 3), np.int32)
+    ) -> tuple[RowBatch, State, Tiles]:
+        """`spans`: sequence, start and count (at most `length`) of each tile. A tile that ends its sequence's known
+        tokens is one whose next token is drawn; the rows of the others are done."""
+        sequences = [sequence for sequence, _, _ in spans]
+        history = any(constant.penalised for constant in params)
+        batch, state = self._rows(sequences, params, rows, width, history=history)
+        tiles = Tiles(np.zeros((rows, length), np.int32), np.zeros(rows, np.int32), np.zeros(rows, np.int32))
         for row, (sequence, start, count) in enumerate(spans):
-            tiles[row, :count] = params[row].tokens_of(sequence)[start : start + count]
-            spans_C3[row] = start, count, start + count == len(sequence.tokens)
-        return PrefillBatch(*batch[:4], tiles, spans_C3)
+            tiles.tokens_CT[row, :count] = params[row].tokens_of(sequence)[start : start + count]
+            tiles.starts_C[row], tiles.counts_C[row] = start, count
+            state.done_B[row] = start + count != len(sequence.tokens)
+        return batch, state, tiles
 
-    def _rows(self, sequences, params, rows: int, width: int, *, history: bool) -> DecodeBatch:
+    def _rows(self, sequences, params, rows: int, width: int, *, history: bool) -> tuple[RowBatch, State]:
         assert len(sequences) <= rows, f"{len(sequences)} rows in a program of {rows}"
         ints, floats = np.tile(_EMPTY_INTS, (rows, 1)), np.tile(_EMPTY_FLOATS, (rows, 1))
-        tokens = np.zeros((rows, width), np.int32) if history else None
+        tokens = np.zeros((rows, self._context), np.int32) if history else None
         for row, (sequence, constant) in enumerate(zip(sequences, params, strict=True)):
             ints[row], floats[row] = constant.ints, constant.floats
             ints[row, LENGTH] = len(sequence.tokens)
             if tokens is not None:
-                known = constant.tokens_of(sequence)[:width]
+                known = constant.tokens_of(sequence)[: self._context]
                 tokens[row, : len(known)] = known
-        return DecodeBatch(ints, floats, self.page_table(sequences, rows, width), tokens)
+        length = ints[:, LENGTH].copy()
+        state = State(tokens, np.zeros(rows, np.int32), length, length >= ints[:, LIMIT])
+        return RowBatch(ints, floats, self.page_table(sequences, rows, width)), state
 
 
-def trial_batch(rows: int, width: int, page_size: int, tile_tokens: int | None) -> DecodeBatch | PrefillBatch:
+def trial_batch(rows: int, width: int, page_size: int) -> tuple[RowBatch, State]:
     """Rows in the middle of their context whose pages are all the trash page: to try a program, and to time it."""
     ints, floats = np.tile(_EMPTY_INTS, (rows, 1)), np.tile(_EMPTY_FLOATS, (rows, 1))
     ints[:, LENGTH], ints[:, LIMIT] = width // 2, width
-    batch = DecodeBatch(ints, floats, np.zeros((rows, width // page_size), np.int32), np.zeros((rows, width), np.int32))
-    if tile_tokens is None:
-        zeros_B = np.zeros(rows, np.int32)
-        return batch._replace(last_B=zeros_B, length_B=ints[:, LENGTH].copy(), done_B=np.zeros(rows, bool))
-    count = min(tile_tokens, width)
-    spans = np.tile(np.array([0, count, 1], np.int32), (rows, 1))
-    return PrefillBatch(*batch[:4], np.zeros((rows, tile_tokens), np.int32), spans)
+    state = State(None, np.zeros(rows, np.int32), ints[:, LENGTH].copy(), np.zeros(rows, bool))
+    return RowBatch(ints, floats, np.zeros((rows, width // page_size), np.int32)), state
+
+
+def trial_tiles(rows: int, length: int, width: int) -> Tiles:
+    """The first tile of a context, for `trial_batch`."""
+    counts = np.full(rows, min(length, width), np.int32)
+    return Tiles(np.zeros((rows, length), np.int32), np.zeros(rows, np.int32), counts)

@@ -38,8 +38,9 @@ class EngineConfig:
     tile_counts: tuple[int, ...] | None = None
     """Tiles of the compiled prefill programs; the largest one is the prompt tokens of a step, in tiles. None
     for 1, 4 and 16, on a CPU 1 and 8."""
-    rounds: int = 8
-    """Decode rounds per call to the device when nothing waits: the host is not asked in between."""
+    rounds_ahead: int = 4
+    """Rounds of decoding that may be with the device before the host has seen what the first of them gave, while
+    nothing else is to be done: the device need not wait for the host, and a new request waits for so many rounds."""
     page_size: int = 64
     """Tokens of a page of the cache, the unit of allocation and of the prefix cache."""
     num_pages: int | None = None
@@ -178,7 +179,7 @@ def check_engine(engine: EngineConfig) -> None:
         ("engine.max_sequences", engine.max_sequences),
         ("engine.max_queue", engine.max_queue),
         ("engine.tile_tokens", engine.tile_tokens),
-        ("engine.rounds", engine.rounds),
+        ("engine.rounds_ahead", engine.rounds_ahead),
         ("engine.page_size", engine.page_size),
     ):
         if value is not None and value < 1:

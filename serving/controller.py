@@ -117,24 +117,15 @@ class DraftController:
         self._last_trial = self._step
         return trial
 
-    def update(
-        self,
-        batch: int,
-        length: int,
-        drafted: Sequence[int],
-        accepted: Sequence[int],
-        seconds: float,
-        *,
-        rounds: int = 1,
-    ) -> None:
-        """After a call of `rounds` steps that took `seconds`: drafts proposed and accepted, by row and step."""
+    def update(self, batch: int, length: int, drafted: Sequence[int], accepted: Sequence[int], seconds: float) -> None:
+        """After a round that took `seconds`: drafts proposed and accepted, by row."""
         assert len(drafted) == len(accepted), (drafted, accepted)
         assert all(0 <= a <= n <= length for n, a in zip(drafted, accepted, strict=True)), (length, drafted, accepted)
         self._step += 1
         self._used_at[self._size(batch), length] = self._step
-        self.record_time(batch, length, seconds / rounds)
+        self.record_time(batch, length, seconds)
         # No more is saved than any trial costs, so that trials never come in a row.
-        most = (self._lengths[-1] + 1) * seconds / rounds
+        most = (self._lengths[-1] + 1) * seconds
         self._savings = min(self._savings + self._explore_share * seconds, most)
         if length == 0:
             self._total["plain_rounds"] += len(drafted)

@@ -1,16 +1,19 @@
 """The engine: a thread that schedules, runs and answers requests, one step after another.
 
 A step is: what to do (scheduler), as calls to the device (executor), and while those run, the text of the step before
-goes out. Every array is the executor's; everything here is about sequences.
+goes out. A step that only decodes goes on as long as nothing else is to be done, round after round. Every array is the
+executor's; everything here is about sequences.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
 from serving.chat import ChatTemplate
@@ -31,6 +34,9 @@ STOPPED = "the engine stopped"
 
 IDLE_SECONDS = 0.05
 """How long an idle engine sleeps before it looks for deadlines."""
+
+_REVIEW = 16
+"""Rounds after which the length of drafts is chosen anew."""
 
 
 @dataclasses.dataclass
@@ -74,6 +80,7 @@ class Engine:
         executor: Executor,
         controller: DraftController | None,
         max_draft_batch: int,
+        rounds_ahead: int,
         metrics: Metrics,
         on_calls: Callable[[list[CallRecord]], None],
         seed: int,
@@ -82,7 +89,7 @@ class Engine:
         self.vocab_size, self.max_context = vocab_size, scheduler.config.max_context
         self.metrics, self.ready = metrics, False
         self._scheduler, self._executor, self._controller = scheduler, executor, controller
-        self._max_draft_batch, self._on_calls = max_draft_batch, on_calls
+        self._max_draft_batch, self._rounds_ahead, self._on_calls = max_draft_batch, rounds_ahead, on_calls
         self._random = random.Random(seed)
         # Guards the scheduler; never held while the device works or a callback runs.
         self._changed = threading.Condition()
@@ -196,41 +203,42 @@ class Engine:
         return plan, min(drafts, plan.lookahead - 1)
 
     def _step(self, plan: Plan, drafts: int) -> None:
-        """Runs a plan, and its rounds again as long as nothing else is to be done: each time, the next call is with the
-        device before the host has seen what the one before it gave."""
+        """Runs a plan, and rounds of it as long as nothing else is to be done: some are always with the device before
+        the host has seen what the first of them gave."""
         sequences = [*(tile.sequence for tile in plan.tiles), *plan.decode]
         # Looked up one by one: other threads add answers meanwhile.
         found = {sequence: self._answers[sequence].matcher for sequence in sequences}
         matchers = {sequence: matcher for sequence, matcher in found.items() if matcher is not None}
-        calls = None
+        begun: deque[list[Pending]] = deque()
+        left = _REVIEW if self._controller is not None else math.inf
         while True:
-            following: list[Pending] = []
             try:
-                if calls is None:
-                    calls = self._executor.begin(plan, matchers, drafts)
-                following = self._follow(plan, calls)
+                if not begun:
+                    begun.append(self._executor.begin(plan, matchers, drafts))
+                    left -= 1
                 # The device works now: a good time for everything that need not be done before.
                 self._tell()
-                outcomes, records = self._executor.end(calls)
+                while len(begun) < self._rounds_ahead and left > 0 and (calls := self._follow(plan, begun)):
+                    begun.append(calls)
+                    left -= 1
+                outcomes, records = self._executor.end(begun)
             # Whatever a request brings about must not end the others.
             except Exception:
                 logger.exception("a step failed; its sequences are run one by one")
                 self._tell()
-                following = []
+                begun.clear()
                 outcomes, records = self._isolate(plan, matchers, drafts), []
-            self._take_in(plan, outcomes, records, followed=bool(following))
-            if not following:
+            self._take_in(plan, outcomes, records, followed=bool(begun))
+            if not begun:
                 return
-            calls = following
 
-    def _follow(self, plan: Plan, calls: list[Pending]) -> list[Pending]:
-        # With drafts, the controller chooses anew at each step; one round is what a grammar or a prompt asked for.
-        if plan.tiles or plan.rounds == 1 or self._controller is not None:
+    def _follow(self, plan: Plan, begun: deque[list[Pending]]) -> list[Pending]:
+        if plan.tiles:
             return []
         with self._changed:
-            if self._stopping or not self._scheduler.prolong(plan):
+            if self._stopping or not self._scheduler.prolong(plan, len(begun)):
                 return []
-        return self._executor.follow(calls, plan)
+        return self._executor.follow(begun[-1], plan, len(begun))
 
     def _take_in(
         self, plan: Plan, outcomes: dict[Sequence, Outcome], records: list[CallRecord], *, followed: bool
@@ -264,7 +272,7 @@ class Engine:
                 continue
             alone = self._whole(plan, sequence) if self._cache_lost else _only(plan, sequence)
             try:
-                outcomes |= self._executor.end(self._executor.begin(alone, matchers, drafts))[0]
+                outcomes |= self._executor.end(deque([self._executor.begin(alone, matchers, drafts)]))[0]
             except Exception as error:
                 logger.exception("the step of request %s failed", sequence.request.id)
                 outcomes[sequence] = Outcome(error=str(error) if isinstance(error, GrammarError) else FAILED)
@@ -370,11 +378,9 @@ class Engine:
         self.metrics.observe_queue(self._scheduler.num_running, self._scheduler.num_waiting)
         for record in records:
             kind = "prefill" if record.cell.drafts is None else "verify" if record.drafts else "decode"
-            self.metrics.observe_step(kind, record.seconds / max(record.rounds, 1), record.rows)
+            self.metrics.observe_step(kind, record.seconds, record.rows)
             if self._controller is not None and kind != "prefill" and record.rounds:
-                self._controller.update(
-                    record.rows, record.drafts, record.drafted, record.accepted, record.seconds, rounds=record.rounds
-                )
+                self._controller.update(record.rows, record.drafts, record.drafted, record.accepted, record.seconds)
                 if record.drafts:
                     drafted, accepted, rounds = sum(record.drafted), sum(record.accepted), len(record.drafted)
                     self.metrics.observe_speculation(drafted, accepted, accepted + rounds, rounds)

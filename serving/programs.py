@@ -1,7 +1,9 @@
-"""What runs on the device: a prefill of tiles, and rounds of decoding with or without drafts. Traced, then compiled.
+"""What runs on the device, traced and then compiled: the model over tiles of prompts, or over the last tokens of rows
+with or without drafts; and the draw of what follows. A round of decoding is one call of each of the last two.
 
-A row's tokens so far are on the device for the length of a call: the penalties and the n-gram drafts read them, and
-each round's tokens are added to them.
+Rounds follow each other on the device: what a draw leaves of its rows is what the next round begins with, so that the
+host may start rounds before it has seen what came of those before. None of this waits for the host in between, save the
+drafts of a model and what `Drawing.FULL` decides.
 """
 
 from __future__ import annotations
@@ -16,15 +18,20 @@ from model.cache import LayerPages, PagedRows
 from model.execution import Execution
 from model.transformer import Definition, Output, Transformer
 from serving import batch as columns
-from serving.batch import ALL_ALLOWED, DecodeBatch, PrefillBatch
+from serving.batch import Drawing, RowBatch, State, Tiles
 from serving.drafting import ngram_drafts
-from serving.request import MAX_TOP_LOGPROBS
-from serving.sampling import History, Rows, draw, log_distribution, row_is_valid
+from serving.sampling import AS_NEEDED, History, Rows, Stages, draw, log_distribution, row_is_valid
 from serving.verification import no_log_probs, verify, verify_greedy
 
 Cache = list[LayerPages]
 Weights = tuple[Any, Any]
 """(params, biases) of a Definition."""
+
+_STAGES = {
+    Drawing.SAMPLED: Stages(penalties=False, bias=False, filters=False, noise=True),
+    Drawing.FILTERED: Stages(penalties=False, bias=False, filters=True, noise=True),
+    Drawing.FULL: AS_NEEDED,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,49 +45,32 @@ class Drafting:
     execution: Execution | None = None
 
 
-class State(NamedTuple):
-    """Rows between rounds, and between calls: tokens so far, the last of them, how many, and whether a row takes no
-    more. Only penalties and drafts read `tokens_BW`."""
+class Forward(NamedTuple):
+    """What the model made of a call's tokens, for B rows and T positions that a token may be drawn at."""
 
-    tokens_BW: jax.Array
-    last_B: jax.Array
-    length_B: jax.Array
-    done_B: jax.Array
+    hidden_BTD: jax.Array
+    """Normed, before the head."""
+    drafts_BK: jax.Array
+    """Tokens that the later positions stand for; K = T - 1."""
+    log_q_BKV: jax.Array | None
+    """The distributions that drafts were drawn from; None where they were not drawn."""
+    counts_B: jax.Array
+    """Drafts of each row."""
+    experts: jax.Array
+    """Experts that at least one token was sent to, summed over layers; 0 without experts."""
 
 
 class Result(NamedTuple):
-    """What a call gives the host, for R rounds of B rows that emit up to T tokens each."""
+    """What a round gives the host, for B rows that emit up to T tokens each."""
 
-    tokens_RBT: jax.Array
-    counts_RB: jax.Array
+    tokens_BT: jax.Array
+    counts_B: jax.Array
     """Tokens emitted; -1 for a row whose logits are not finite."""
-    drafted_RB: jax.Array
-    chosen_RBT: jax.Array
+    drafted_B: jax.Array
+    chosen_BT: jax.Array
     """Log-probability of each token, where a row asked for it."""
-    top_ids_RBTL: jax.Array
-    top_values_RBTL: jax.Array
-    experts_R: jax.Array
-    """Experts that at least one token was sent to, summed over layers; 0 without experts."""
-
-    @classmethod
-    def empty(cls, rounds: int, rows: int, length: int) -> Result:
-        def full(fill, dtype, *tail: int) -> jax.Array:
-            return jnp.full((rounds, rows, *tail), fill, dtype)
-
-        tops = (length, MAX_TOP_LOGPROBS)
-        return cls(
-            tokens_RBT=full(-1, jnp.int32, length),
-            counts_RB=full(0, jnp.int32),
-            drafted_RB=full(0, jnp.int32),
-            chosen_RBT=full(0, jnp.float32, length),
-            top_ids_RBTL=full(0, jnp.int32, *tops),
-            top_values_RBTL=full(0, jnp.float32, *tops),
-            experts_R=jnp.zeros((rounds,), jnp.int32),
-        )
-
-    def put(self, round_: jax.Array | int, *parts: jax.Array) -> Result:
-        """With a round's parts, in the order of the fields."""
-        return Result(*(whole.at[round_].set(part) for whole, part in zip(self, parts, strict=True)))
+    top_ids_BTL: jax.Array
+    top_values_BTL: jax.Array
 
 
 class _Constants(NamedTuple):
@@ -131,74 +121,77 @@ class Programs:
 
     definition: Definition
     execution: Execution
-    rounds: int
     drafting: Drafting | None = None
 
-    def prefill(self, weights, draft_weights, cache: Cache, draft_cache: Cache, batch: PrefillBatch, mask_CU):
-        """Computes tiles; draws the next token of each row whose tile ends its known tokens.
-
-        Returns (cache, draft_cache, Result of one round).
-        """
+    def prefill(self, weights, draft_weights, cache: Cache, draft_cache: Cache, batch: RowBatch, tiles: Tiles):
+        """Computes tiles. Returns (cache, draft_cache, Forward at the last token of each)."""
         models = self._bind(weights, draft_weights)
-        starts, counts, ends = batch.spans_C3.T
-        paged = PagedRows(batch.page_table_CM, starts, counts)
+        paged = PagedRows(batch.page_table_BM, tiles.starts_C, tiles.counts_C)
         if models.draft is not None:
-            _, draft_cache = models.draft.extend(batch.tile_CT, draft_cache, paged, self.drafting.execution)
-        output, cache = models.target.extend(batch.tile_CT, cache, paged, self.execution)
-        last = jnp.maximum(counts - 1, 0)[:, None, None]
-        output = output._replace(hidden_BTD=jnp.take_along_axis(output.hidden_BTD, last, axis=1))
-        constants = _unpack(batch.ints_CI, batch.floats_CF)
-        state = State(batch.tokens_CW, jnp.zeros_like(starts), batch.ints_CI[:, columns.LENGTH], ends == 0)
-        no_drafts = jnp.zeros((starts.shape[0], 0), jnp.int32)
-        parts = self._check(models.target, output, no_drafts, None, jnp.zeros_like(starts), constants, state, mask_CU)
-        return cache, draft_cache, Result.empty(1, starts.shape[0], 1).put(0, *parts)
+            _, draft_cache = models.draft.extend(tiles.tokens_CT, draft_cache, paged, self.drafting.execution)
+        output, cache = models.target.extend(tiles.tokens_CT, cache, paged, self.execution)
+        last = jnp.maximum(tiles.counts_C - 1, 0)[:, None, None]
+        hidden_C1D = jnp.take_along_axis(output.hidden_BTD, last, axis=1)
+        rows = hidden_C1D.shape[0]
+        none = jnp.zeros((rows, 0), jnp.int32)
+        return cache, draft_cache, Forward(hidden_C1D, none, None, jnp.zeros(rows, jnp.int32), _experts(output))
 
-    def decode(self, num_drafts: int, weights, draft_weights, cache, draft_cache, batch: DecodeBatch, mask_BU, rounds):
-        """Up to `rounds` rounds, fewer where every row is done; each feeds a row's last token and at most `num_drafts`
-        drafts, and emits one token more than it accepts.
+    def decode(self, num_drafts: int, weights, draft_weights, cache, draft_cache, batch: RowBatch, state: State):
+        """A round up to the draw: feeds each row's last token and at most `num_drafts` drafts.
 
-        Returns (cache, draft_cache, Result, the rows' State: what a call that follows this one begins with).
+        Returns (cache, draft_cache, Forward).
         """
-        models = self._bind(weights, draft_weights)
-        constants = _unpack(batch.ints_BI, batch.floats_BF)
-        length = batch.ints_BI[:, columns.LENGTH] if batch.length_B is None else batch.length_B
-        done = length >= constants.limit_B
-        last = _at(batch.tokens_BW, length - 1) if batch.last_B is None else batch.last_B
-        state = State(batch.tokens_BW, last, length, done if batch.done_B is None else done | batch.done_B)
-        result = Result.empty(self.rounds, length.shape[0], num_drafts + 1)
-
-        def again(carry) -> jax.Array:
-            return (carry[0] < rounds) & ~jnp.all(carry[3].done_B)
-
-        def run(carry):
-            index, cache, draft_cache, state, result = carry
-            cache, draft_cache, parts = self._round(
-                models, cache, draft_cache, batch.page_table_BM, constants, state, num_drafts, mask_BU
-            )
-            return index + 1, cache, draft_cache, _advance(state, constants, *parts[:2]), result.put(index, *parts)
-
-        start = (jnp.zeros((), jnp.int32), cache, draft_cache, state, result)
-        _, cache, draft_cache, state, result = jax.lax.while_loop(again, run, start)
-        return cache, draft_cache, result, state
-
-    def _bind(self, weights: Weights, draft_weights: Weights | None) -> _Models:
-        draft = None if draft_weights is None else self.drafting.definition.bind(*draft_weights)
-        return _Models(self.definition.bind(*weights), draft)
-
-    def _round(self, models, cache, draft_cache, page_table, constants, state, num_drafts, mask_BU):
+        models, constants = self._bind(weights, draft_weights), _unpack(batch.ints_BI, batch.floats_BF)
         drafts, log_q, counts = jnp.zeros((state.length_B.shape[0], 0), jnp.int32), None, jnp.zeros_like(state.length_B)
         if num_drafts:
             # A draft past the limit could never be emitted, and its page may not exist.
             room = jnp.minimum(constants.drafts_B, constants.limit_B - state.length_B - 1)
             allowed = jnp.where(state.done_B, 0, jnp.clip(room, 0, num_drafts))
             drafts, log_q, counts, cache, draft_cache = self._propose(
-                models, cache, draft_cache, page_table, constants, state, num_drafts, allowed
+                models, cache, draft_cache, batch.page_table_BM, constants, state, num_drafts, allowed
             )
         tokens = jnp.concatenate([state.last_B[:, None], drafts], axis=1)
-        paged = PagedRows(page_table, state.length_B - 1, jnp.where(state.done_B, 0, counts + 1))
+        paged = PagedRows(batch.page_table_BM, state.length_B - 1, jnp.where(state.done_B, 0, counts + 1))
         output, cache = models.target.extend(tokens, cache, paged, self.execution)
-        parts = self._check(models.target, output, drafts, log_q, counts, constants, state, mask_BU)
-        return cache, draft_cache, parts
+        return cache, draft_cache, Forward(output.hidden_BTD, drafts, log_q, counts, _experts(output))
+
+    def draw(self, drawing: Drawing, weights, batch: RowBatch, state: State, forward: Forward, mask_BU):
+        """The tokens that the model emits after the drafts it accepts: one more than those. `mask_BU` is read where
+        everything may be wanted (Drawing.FULL) and None elsewhere.
+
+        Returns (Result, the rows' State after it).
+        """
+        constants = _unpack(batch.ints_BI, batch.floats_BF)
+        logits_BTV = self.definition.bind(*weights).logits(forward.hidden_BTD, self.execution)
+        if drawing is Drawing.GREEDY:
+            verified = verify_greedy(logits_BTV, forward.drafts_BK, forward.counts_B)
+        else:
+            full = drawing is Drawing.FULL
+            tokens_BW = jnp.zeros((len(state.last_B), 1), jnp.int32) if state.tokens_BW is None else state.tokens_BW
+            verified = verify(
+                logits_BTV,
+                forward.drafts_BK,
+                forward.log_q_BKV,
+                forward.counts_B,
+                constants.rows,
+                History(tokens_BW, constants.prompt_B, state.length_B),
+                # A row under a grammar takes no drafts: its mask is that of its one position.
+                jnp.broadcast_to(mask_BU[:, None], (*logits_BTV.shape[:2], mask_BU.shape[-1])) if full else None,
+                stages=_STAGES[drawing],
+                with_log_probs=full,
+                wants_log_probs_B=constants.logprobs_B & ~state.done_B if full else None,
+            )
+        log_probs = verified.log_probs
+        if log_probs is None:
+            log_probs = no_log_probs(*verified.tokens_BT.shape)
+        emitted = jnp.where(state.done_B, 0, jnp.where(verified.valid_B, verified.count_B, -1))
+        drafted = jnp.where(state.done_B, 0, forward.counts_B)
+        result = Result(verified.tokens_BT, emitted, drafted, *log_probs)
+        return result, _advance(state, constants, verified.tokens_BT, emitted)
+
+    def _bind(self, weights: Weights, draft_weights: Weights | None) -> _Models:
+        draft = None if draft_weights is None else self.drafting.definition.bind(*draft_weights)
+        return _Models(self.definition.bind(*weights), draft)
 
     def _propose(self, models, cache, draft_cache, page_table, constants, state, num_drafts, allowed):
         """(drafts [B, K], log q [B, K, V] or None, how many of them [B], cache, draft_cache)."""
@@ -242,53 +235,21 @@ class Programs:
         counts = jnp.minimum(sound_B, allowed)
         return (drafts, log_q, counts, cache, used) if kind == "model" else (drafts, log_q, counts, used, draft_cache)
 
-    def _check(self, model, output: Output, drafts, log_q, counts, constants: _Constants, state: State, mask_BU):
-        """Parts of a `Result`: the tokens that the model emits after the drafts it accepts."""
-        logits_BTV = self._logits(model, output.hidden_BTD)
-        asked_B = constants.logprobs_B & ~state.done_B
-        plain = ~jnp.any(asked_B) & jnp.all(constants.rows.plain_greedy_B) & jnp.all(mask_BU == ALL_ALLOWED)
-
-        def greedy(logits_BTV):
-            verified = verify_greedy(logits_BTV, drafts, counts)
-            return verified._replace(log_probs=no_log_probs(*verified.tokens_BT.shape))
-
-        def general(logits_BTV):
-            history = History(state.tokens_BW, constants.prompt_B, state.length_B)
-            # A row under a grammar takes no drafts: its mask is that of its one position.
-            mask_BTU = jnp.broadcast_to(mask_BU[:, None], (*logits_BTV.shape[:2], mask_BU.shape[-1]))
-            return verify(
-                logits_BTV,
-                drafts,
-                log_q,
-                counts,
-                constants.rows,
-                history,
-                mask_BTU,
-                with_log_probs=True,
-                wants_log_probs_B=asked_B,
-            )
-
-        verified = jax.lax.cond(plain, greedy, general, logits_BTV)
-        emitted = jnp.where(state.done_B, 0, jnp.where(verified.valid_B, verified.count_B, -1))
-        drafted = jnp.where(state.done_B, 0, counts)
-        return verified.tokens_BT, emitted, drafted, *verified.log_probs, _experts(output)
-
-    def _logits(self, model: Transformer, hidden_BTD: jax.Array) -> jax.Array:
-        return model.logits(hidden_BTD, self.execution)
-
 
 def _advance(state: State, constants: _Constants, tokens_BT: jax.Array, emitted_B: jax.Array) -> State:
     """The rows with the tokens they emitted, up to a stop token (which they keep) and to their limit."""
-    T, W = tokens_BT.shape[1], state.tokens_BW.shape[1]
+    T = tokens_BT.shape[1]
     index_T = jnp.arange(T)
     counted_BT = index_T < emitted_B[:, None]
     stops_BT = counted_BT & jnp.any(tokens_BT[..., None] == constants.stops_BS[:, None], axis=-1)
-    position_BT = jnp.where(counted_BT, state.length_B[:, None] + index_T, W)
-    row_B = jnp.arange(tokens_BT.shape[0])[:, None]
     length_B = state.length_B + jnp.maximum(emitted_B, 0)
     done_B = state.done_B | (emitted_B < 0) | jnp.any(stops_BT, axis=1) | (length_B >= constants.limit_B)
     last_B = jnp.where(emitted_B > 0, _at(tokens_BT, jnp.maximum(emitted_B - 1, 0)), state.last_B)
-    return State(state.tokens_BW.at[row_B, position_BT].set(tokens_BT, mode="drop"), last_B, length_B, done_B)
+    tokens_BW = state.tokens_BW
+    if tokens_BW is not None:
+        position_BT = jnp.where(counted_BT, state.length_B[:, None] + index_T, tokens_BW.shape[1])
+        tokens_BW = tokens_BW.at[jnp.arange(len(last_B))[:, None], position_BT].set(tokens_BT, mode="drop")
+    return State(tokens_BW, last_B, length_B, done_B)
 
 
 def _at(tokens_BT: jax.Array, index_B: jax.Array) -> jax.Array:

@@ -87,7 +87,6 @@ def resolve(run: ServeRun, devices: Sequence[jax.Device]) -> Resolved:
         programs=Programs(
             Definition(model, False, dtype, mesh.size == 1),
             _execution(selection, dtype, whole),
-            run.engine.rounds,
             drafting,
         ),
         dtype=dtype,

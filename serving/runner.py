@@ -6,8 +6,8 @@ import concurrent.futures
 import dataclasses
 import os
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,23 @@ import numpy as np
 
 from parallel.compilation import Options, compile_program
 from parallel.sharding import Placement
-from serving.batch import ALL_ALLOWED, DRAFTS, NUM_FLOATS, NUM_INTS, DecodeBatch, PrefillBatch, trial_batch
+from serving.batch import (
+    ALL_ALLOWED,
+    DRAFTS,
+    NUM_FLOATS,
+    NUM_INTS,
+    Drawing,
+    RowBatch,
+    State,
+    Tiles,
+    trial_batch,
+    trial_tiles,
+)
 from serving.config import EngineConfig
-from serving.programs import Cache, Programs, Result, Weights
+from serving.programs import Cache, Forward, Programs, Result, Weights
+
+_TRIALS = 4
+"""Rounds that are timed as one, each begun before the one before it ends, as they are when serving."""
 
 
 class Cell(NamedTuple):
@@ -31,6 +45,23 @@ class Cell(NamedTuple):
         if self.drafts is None:
             return f"prefill of {self.rows} tiles, context {self.width}"
         return f"decode of {self.rows} rows, context {self.width}" + (f", {self.drafts} drafts" if self.drafts else "")
+
+
+class Draw(NamedTuple):
+    """The shape of a program that draws: rows, positions of each, and what it can do."""
+
+    rows: int
+    length: int
+    drawing: Drawing
+
+    def __str__(self) -> str:
+        positions = "" if self.length == 1 else f" at {self.length} positions"
+        return f"{self.drawing.name.lower()} draw of {self.rows} rows{positions}"
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether its rows' tokens so far are on the device."""
+        return self.length > 1 or self.drawing is Drawing.FULL
 
 
 def plan_cells(
@@ -57,6 +88,14 @@ def plan_cells(
                 small = rows <= max_draft_batch or rows == engine.batch_sizes[0]
                 cells += [Cell(rows, width, block) for block in blocks if not block or small]
     return tuple(cells)
+
+
+def plan_draws(cells: tuple[Cell, ...]) -> tuple[Draw, ...]:
+    """What draws after each cell. A prompt's only token is drawn by the largest of two programs, whatever is wanted."""
+    decode = {(cell.rows, 1 + cell.drafts) for cell in cells if cell.drafts is not None}
+    prefill = {(cell.rows, 1) for cell in cells if cell.drafts is None} - decode
+    draws = [Draw(*shape, drawing) for shape in sorted(decode) for drawing in Drawing]
+    return (*draws, *(Draw(*shape, drawing) for shape in sorted(prefill) for drawing in (Drawing.GREEDY, Drawing.FULL)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +129,9 @@ class Runner:
     ) -> None:
         self._programs, self._engine, self._options = programs, engine, options
         self._abstract, self._weights = abstract, None
-        self.cells = cells
+        self.cells, self.draws = cells, plan_draws(cells)
+        # Whole pages, so that the widest cell holds it.
+        self.context = max(cell.width for cell in cells)
         self._words = -(-programs.definition.config.vocab_size // 32)
         if placement is None:
             self._replicated = jax.sharding.SingleDeviceSharding(device)
@@ -99,10 +140,10 @@ class Runner:
         self._make_caches = compile_zeros(caches)
         self._caches = caches
         self._seconds: dict[Cell, float] = {}
-        self._compiled: dict[Cell, jax.stages.Compiled] = {}
+        self._compiled: dict[Cell | Draw, jax.stages.Compiled] = {}
         self._everything: dict[int, jax.Array] = {}
         # Stands for tokens that nothing reads: 8 MB that need not be sent for 256 rows of 8192.
-        self._no_tokens: dict[tuple[int, int], jax.Array] = {}
+        self._no_tokens: dict[int, jax.Array] = {}
 
     # Compilation
 
@@ -113,88 +154,114 @@ class Runner:
         candidates for each product on it.
         """
         began = time.monotonic()
-        workers = max(1, min(len(self.cells), os.cpu_count() or 1, 8))
+        total = len(self.cells) + len(self.draws)
+        workers = max(1, min(total, os.cpu_count() or 1, 8))
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            futures: dict[concurrent.futures.Future, Cell] = {}
-            for cell in self.cells:
-                futures[pool.submit(self._compile, self._lower(cell), wait)] = cell
+            futures: dict[concurrent.futures.Future, Cell | Draw] = {}
+            for shape, lowered in self._lower_all():
+                futures[pool.submit(self._compile, lowered, wait)] = shape
                 # What ended early failed, as a damaged file does: there is no reason to trace the others.
                 for future in [future for future in futures if future.done()]:
                     future.result()
             for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
-                cell = futures[future]
-                self._compiled[cell], seconds = future.result()
-                progress(f"compiled {done} of {len(self.cells)}: {cell}, {seconds:.1f} s")
+                shape = futures[future]
+                self._compiled[shape], seconds = future.result()
+                progress(f"compiled {done} of {total}: {shape}, {seconds:.1f} s")
         for rows in {cell.rows for cell in self.cells}:
             self._everything[rows] = jax.device_put(np.full((rows, self._words), ALL_ALLOWED), self._replicated)
         analyses = [compiled.memory_analysis() for compiled in self._compiled.values()]
         scratch = max((a.temp_size_in_bytes + a.generated_code_size_in_bytes for a in analyses if a), default=0)
-        return Compiled(time.monotonic() - began, len(self.cells), scratch)
+        return Compiled(time.monotonic() - began, total, scratch)
 
     def _compile(self, lowered: jax.stages.Lowered, wait: Callable[[], object]) -> tuple[jax.stages.Compiled, float]:
         wait()
         began = time.monotonic()
         return compile_program(lowered, self._options), time.monotonic() - began
 
+    def _lower_all(self) -> Iterator[tuple[Cell | Draw, jax.stages.Lowered]]:
+        forwards: dict[tuple[int, int], Forward] = {}
+        for cell in self.cells:
+            lowered = self._lower(cell)
+            out = jax.tree.map(lambda leaf: self._like(leaf.shape, leaf.dtype), lowered.out_info[2])
+            forwards[cell.rows, 1 + (cell.drafts or 0)] = out
+            yield cell, lowered
+        for draw in self.draws:
+            yield draw, self._lower_draw(draw, forwards[draw.rows, draw.length])
+
     def _lower(self, cell: Cell) -> jax.stages.Lowered:
-        state = (*self._abstract, *self._caches)
-        batch, mask = self._abstract_batch(cell), self._like((cell.rows, self._words), np.uint32)
-        outputs: tuple = (
-            jax.tree.map(lambda leaf: leaf.sharding, state[2]),
-            jax.tree.map(lambda leaf: leaf.sharding, state[3]),
-            self._replicated,
-        )
+        arguments = (*self._abstract, *self._caches)
+        cache, draft_cache = (jax.tree.map(lambda leaf: leaf.sharding, part) for part in self._caches)
+        outputs, batch = (cache, draft_cache, self._replicated), self._abstract_batch(cell.rows, cell.width)
         if cell.drafts is None:
-            fn = jax.jit(self._programs.prefill, donate_argnums=(2, 3), out_shardings=outputs)
-            return fn.lower(*state, batch, mask)
-        outputs = (*outputs, self._replicated)
+            shape = (cell.rows, self._engine.tile_tokens)
+            tiles = Tiles(self._like(shape, np.int32), *[self._like(shape[:1], np.int32)] * 2)
+            return jax.jit(self._programs.prefill, donate_argnums=(2, 3), out_shardings=outputs).lower(
+                *arguments, batch, tiles
+            )
         decode = jax.jit(self._programs.decode, static_argnums=(0,), donate_argnums=(3, 4), out_shardings=outputs)
-        return decode.lower(cell.drafts, *state, batch, mask, self._like((), np.int32))
+        return decode.lower(cell.drafts, *arguments, batch, self._abstract_state(cell.rows, cell.drafts > 0))
+
+    def _lower_draw(self, draw: Draw, forward: Forward) -> jax.stages.Lowered:
+        mask = self._like((draw.rows, self._words), np.uint32) if draw.drawing is Drawing.FULL else None
+        # Nothing of a page table is read, and one that is not there need not fit.
+        batch = self._abstract_batch(draw.rows, 0)
+        run = jax.jit(self._programs.draw, static_argnums=(0,), out_shardings=self._replicated)
+        state = self._abstract_state(draw.rows, draw.reads_tokens)
+        return run.lower(draw.drawing, self._abstract[0], batch, state, forward, mask)
 
     def _like(self, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._replicated)
 
-    def _abstract_batch(self, cell: Cell) -> DecodeBatch | PrefillBatch:
-        rows, pages = cell.rows, cell.width // self._engine.page_size
-        common = (
-            self._like((rows, NUM_INTS), np.int32),
-            self._like((rows, NUM_FLOATS), np.float32),
-            self._like((rows, pages), np.int32),
-            self._like((rows, cell.width), np.int32),
-        )
-        if cell.drafts is not None:
-            return DecodeBatch(*common, *[self._like((rows,), np.int32)] * 2, self._like((rows,), np.bool_))
-        tile = self._like((rows, self._engine.tile_tokens), np.int32)
-        return PrefillBatch(*common, tile, self._like((rows, 3), np.int32))
+    def _abstract_batch(self, rows: int, width: int) -> RowBatch:
+        ints, floats = self._like((rows, NUM_INTS), np.int32), self._like((rows, NUM_FLOATS), np.float32)
+        pages = width // self._engine.page_size
+        return RowBatch(ints, floats, self._like((rows, pages), np.int32) if pages else None)
+
+    def _abstract_state(self, rows: int, tokens: bool) -> State:
+        whole = self._like((rows, self.context), np.int32) if tokens else None
+        return State(whole, *[self._like((rows,), np.int32)] * 2, self._like((rows,), np.bool_))
 
     def load(self, weights: Weights, draft_weights: Weights | None) -> None:
         """Takes the weights, and makes the caches beside them."""
         self._weights = (weights, draft_weights)
         self.reset()
-        for rows, width in {(cell.rows, cell.width) for cell in self.cells if cell.drafts is not None}:
-            self._no_tokens[rows, width] = jax.device_put(np.zeros((rows, width), np.int32), self._replicated)
+        for rows in {draw.rows for draw in self.draws if draw.reads_tokens}:
+            self._no_tokens[rows] = jax.device_put(np.zeros((rows, self.context), np.int32), self._replicated)
 
     def warm_up(self, record_time: Callable[[int, int, float], None] | None) -> None:
         """Runs every program, since the first run of one is slower. `record_time` gets the time of a round of each
         decode program: rows, drafts, seconds."""
-        size = self._engine.page_size
+        forwards: dict[tuple[int, int], tuple[RowBatch, State, Forward]] = {}
         for cell in self.cells:
+            batch, state = trial_batch(cell.rows, cell.width, self._engine.page_size)
             if cell.drafts is None:
-                batch = trial_batch(cell.rows, cell.width, size, self._engine.tile_tokens)
-                jax.block_until_ready(self.prefill(cell, batch, None))
+                tiles = trial_tiles(cell.rows, self._engine.tile_tokens, cell.width)
+                jax.block_until_ready(self.prefill(cell, batch, tiles))
                 began = time.monotonic()
-                jax.block_until_ready(self.prefill(cell, batch, None))
+                forward = jax.block_until_ready(self.prefill(cell, batch, tiles))
                 self._seconds[cell] = time.monotonic() - began
-                continue
-            batch = trial_batch(cell.rows, cell.width, size, None)
+            else:
+                forward = jax.block_until_ready(self.decode(cell, batch, state))
+            forwards[cell.rows, 1 + (cell.drafts or 0)] = batch, state, forward
+        for draw in self.draws:
+            jax.block_until_ready(self.draw(draw.drawing, *forwards[draw.rows, draw.length], None))
+        for cell in self.cells:
             # One draft length is compiled, and fewer drafts take fewer passes of the draft model: each is timed.
-            for drafts in range(cell.drafts + 1) if cell.drafts else (0,):
-                batch.ints_BI[:, DRAFTS] = drafts
-                jax.block_until_ready(self.decode(cell, batch, None, 1))
-                if record_time is not None and (drafts or not cell.drafts):
-                    began = time.monotonic()
-                    jax.block_until_ready(self.decode(cell, batch, None, 1))
-                    record_time(cell.rows, drafts, time.monotonic() - began)
+            for drafts in range(1 if cell.drafts else 0, (cell.drafts or 0) + 1) if cell.drafts is not None else ():
+                seconds = self._time_rounds(cell, drafts)
+                if record_time is not None:
+                    record_time(cell.rows, drafts, seconds)
+
+    def _time_rounds(self, cell: Cell, drafts: int) -> float:
+        """Seconds of a greedy round."""
+        batch, state = trial_batch(cell.rows, cell.width, self._engine.page_size)
+        batch.ints_BI[:, DRAFTS] = drafts
+        began = time.monotonic()
+        for _ in range(_TRIALS):
+            forward = self.decode(cell, batch, state)
+            result, _ = self.draw(Drawing.GREEDY, batch, state, forward, None)
+        jax.block_until_ready(result)
+        return (time.monotonic() - began) / _TRIALS
 
     # Calls
 
@@ -236,27 +303,41 @@ class Runner:
             best.append(min(options, key=lambda option: option[0]))
         return best[count][1]
 
-    def prefill(self, cell: Cell, batch: PrefillBatch, mask: np.ndarray | None) -> Result:
-        """Starts a prefill; the result's arrays are still on their way."""
-        (result,) = self._call(cell, batch, mask)
-        return result
+    def place(self, arrays: Any) -> Any:
+        """Arrays of several calls, sent once."""
+        return jax.device_put(arrays, self._replicated)
 
-    def decode(
-        self, cell: Cell, batch: DecodeBatch, mask: np.ndarray | None, rounds: int
-    ) -> tuple[Result, DecodeBatch]:
-        """Starts up to `rounds` rounds of decoding; the result's arrays are still on their way. The batch returned
-        begins where this one ends."""
-        if batch.tokens_BW is None:
-            batch = batch._replace(tokens_BW=self._no_tokens[cell.rows, cell.width])
-        result, state = self._call(cell, batch, mask, np.int32(rounds))
-        return result, batch._replace(**state._asdict())
+    def prefill(self, cell: Cell, batch: RowBatch, tiles: Tiles) -> Forward:
+        """Starts a prefill; what it gives is still on its way, as with the other calls."""
+        return self._extend(cell, batch, tiles)
 
-    def _call(self, cell: Cell, batch, mask: np.ndarray | None, *more) -> list:
-        if mask is None:
-            mask = self._everything[cell.rows]
-        state = (*self._weights, self._cache, self._draft_cache)
-        self._cache, self._draft_cache, *results = self._compiled[cell](*state, batch, mask, *more)
-        return results
+    def decode(self, cell: Cell, batch: RowBatch, state: State) -> Forward:
+        """Starts a round."""
+        return self._extend(cell, batch, self._with_tokens(state, cell.drafts > 0))
+
+    def _extend(self, cell: Cell, *arguments) -> Forward:
+        held = (*self._weights, self._cache, self._draft_cache)
+        self._cache, self._draft_cache, forward = self._compiled[cell](*held, *arguments)
+        return forward
+
+    def draw(
+        self, drawing: Drawing, batch: RowBatch, state: State, forward: Forward, mask: np.ndarray | None
+    ) -> tuple[Result, State]:
+        """Starts the draw after a prefill or a round. `mask` is that of grammars, which Drawing.FULL alone takes. The
+        state is that of the next round."""
+        assert mask is None or drawing is Drawing.FULL
+        rows, length = forward.hidden_BTD.shape[:2]
+        draw = min(draw for draw in self.draws if draw[:2] == (rows, length) and draw.drawing >= drawing)
+        if draw.drawing is Drawing.FULL and mask is None:
+            mask = self._everything[rows]
+        state = self._with_tokens(state, draw.reads_tokens)
+        batch = batch._replace(page_table_BM=None)
+        return self._compiled[draw](self._weights[0], batch, state, forward, mask)
+
+    def _with_tokens(self, state: State, read: bool) -> State:
+        if not read:
+            return state._replace(tokens_BW=None)
+        return state._replace(tokens_BW=self._no_tokens[len(state.last_B)]) if state.tokens_BW is None else state
 
 
 def compile_zeros(caches: tuple[Cache, Cache]) -> jax.stages.Compiled:

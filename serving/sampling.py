@@ -72,13 +72,43 @@ class History(NamedTuple):
     """int32: drafts that count as generated tokens too, after those of `tokens_BW`."""
 
 
+class Stages(NamedTuple):
+    """Stages that may be left out where no row wants them: True and False say which are traced. With None the device
+    decides, at every call: on a GPU each of these costs a round trip to the host, which can start nothing meanwhile."""
+
+    penalties: bool | None = None
+    bias: bool | None = None
+    filters: bool | None = None
+    """top-k, top-p, min-p."""
+    noise: bool | None = None
+    """Of the draw, for rows that are not greedy."""
+
+
+AS_NEEDED = Stages()
+"""The device decides about all."""
+
+
+def _stage(
+    static: bool | None, wanted: jax.Array, run: Callable[[jax.Array], jax.Array], scores_BV: jax.Array
+) -> jax.Array:
+    if static is None:
+        return jax.lax.cond(wanted, run, lambda x: x, scores_BV)
+    return run(scores_BV) if static else scores_BV
+
+
 def seed_words(seed: int) -> tuple[int, int]:
     """The two 32-bit words of a 64-bit seed, as `Rows.seed_B2` holds them."""
     unsigned = seed % 2**64
     return unsigned >> 32, unsigned % 2**32
 
 
-def log_distribution(logits_BV: jax.Array, rows: Rows, history: History, mask_BU: jax.Array | None = None) -> jax.Array:
+def log_distribution(
+    logits_BV: jax.Array,
+    rows: Rows,
+    history: History,
+    mask_BU: jax.Array | None = None,
+    stages: Stages = AS_NEEDED,
+) -> jax.Array:
     """Natural-log probabilities of the next token, float32 [B, V], normalised; -inf where a token is excluded.
 
     Stages, in order: repetition penalty (prompt and output), frequency and presence penalty (output), logit bias,
@@ -94,10 +124,10 @@ def log_distribution(logits_BV: jax.Array, rows: Rows, history: History, mask_BU
     scores_BV = logits_BV.astype(jnp.float32)
     # Rows that ask for nothing must cost nothing, so the stages run only if some row wants them.
     penalised = jnp.any((rows.repetition_B != 1) | (rows.frequency_B != 0) | (rows.presence_B != 0))
-    scores_BV = jax.lax.cond(penalised, lambda x: _penalise(x, rows, history), lambda x: x, scores_BV)
+    scores_BV = _stage(stages.penalties, penalised, lambda x: _penalise(x, rows, history), scores_BV)
     if rows.bias_ids_BJ.shape[1]:
         biased = jnp.any(rows.bias_ids_BJ >= 0)
-        scores_BV = jax.lax.cond(biased, lambda x: _add_bias(x, rows), lambda x: x, scores_BV)
+        scores_BV = _stage(stages.bias, biased, lambda x: _add_bias(x, rows), scores_BV)
     if mask_BU is not None:
         # NaN and +inf pass even where masked, so that the row is found out below.
         scores_BV = jnp.where(_unpack(mask_BU, scores_BV.shape[1]) | ~(scores_BV < jnp.inf), scores_BV, -jnp.inf)
@@ -107,7 +137,7 @@ def log_distribution(logits_BV: jax.Array, rows: Rows, history: History, mask_BU
     # The peak is taken off first: a tiny temperature then gives -inf for the others, never inf - inf.
     scores_BV = (scores_BV - peak_B1) / temperature_B[:, None]
     filtered = jnp.any(~rows.greedy_B & (_cuts_k(rows, scores_BV.shape[1]) | (rows.top_p_B < 1) | (rows.min_p_B > 0)))
-    scores_BV = jax.lax.cond(filtered, lambda x: _filter(x, rows), lambda x: x, scores_BV)
+    scores_BV = _stage(stages.filters, filtered, lambda x: _filter(x, rows, stages.filters), scores_BV)
     log_total_B1 = jnp.log(jnp.sum(jnp.exp(scores_BV), axis=1, keepdims=True))
     # max() carries NaN and +inf here, and is -inf where nothing is left.
     return jnp.where(jnp.isfinite(peak_B1), scores_BV - log_total_B1, jnp.nan)
@@ -128,7 +158,9 @@ def draw(log_probs_BV: jax.Array, rows: Rows, position_B: jax.Array) -> jax.Arra
     return draw_from_stream(log_probs_BV, rows, position_B, jnp.full_like(position_B, DRAW))
 
 
-def draw_from_stream(scores_BV: jax.Array, rows: Rows, position_B: jax.Array, stream_B: jax.Array) -> jax.Array:
+def draw_from_stream(
+    scores_BV: jax.Array, rows: Rows, position_B: jax.Array, stream_B: jax.Array, stages: Stages = AS_NEEDED
+) -> jax.Array:
     """`draw` with the noise of stream `stream_B`, from log-probabilities that need not be normalised."""
 
     def noisy(scores_BV: jax.Array) -> jax.Array:
@@ -136,7 +168,7 @@ def draw_from_stream(scores_BV: jax.Array, rows: Rows, position_B: jax.Array, st
         return jnp.where(rows.greedy_B[:, None], scores_BV, scores_BV + noise_BV)
 
     # The argmax inside the branches would read less, but two of them on one array are one more kernel to compile.
-    scores_BV = jax.lax.cond(jnp.all(rows.greedy_B), lambda x: x, noisy, scores_BV)
+    scores_BV = _stage(stages.noise, ~jnp.all(rows.greedy_B), noisy, scores_BV)
     return jnp.argmax(scores_BV, axis=1).astype(jnp.int32)
 
 
@@ -208,7 +240,7 @@ def _cuts_k(rows: Rows, vocab: int) -> jax.Array:
     return (rows.top_k_B > 0) & (rows.top_k_B < vocab)
 
 
-def _filter(scores_BV: jax.Array, rows: Rows) -> jax.Array:
+def _filter(scores_BV: jax.Array, rows: Rows, static: bool | None) -> jax.Array:
     """top-k, top-p and min-p of scores whose maximum is 0; each keeps what is at or above a threshold.
 
     The thresholds are found exactly, by bisection, without sorting the vocabulary.
@@ -220,8 +252,8 @@ def _filter(scores_BV: jax.Array, rows: Rows) -> jax.Array:
     # log(0) = -inf keeps all.
     floor_B = jnp.where(sampled_B, jnp.log(rows.min_p_B), -jnp.inf)
 
-    scores_BV = jax.lax.cond(jnp.any(k_B < vocab), lambda x: _top_k(x, k_B), lambda x: x, scores_BV)
-    scores_BV = jax.lax.cond(jnp.any(p_B < 1), lambda x: _top_p(x, p_B), lambda x: x, scores_BV)
+    scores_BV = _stage(static, jnp.any(k_B < vocab), lambda x: _top_k(x, k_B), scores_BV)
+    scores_BV = _stage(static, jnp.any(p_B < 1), lambda x: _top_p(x, p_B), scores_BV)
     return jnp.where(scores_BV >= floor_B[:, None], scores_BV, -jnp.inf)
 
 

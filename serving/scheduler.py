@@ -51,13 +51,11 @@ class SchedulerConfig:
     """Tokens of a tile; a shorter end of a prompt is padded to it."""
     max_context: int
     """Tokens of a sequence, prompt and generated ones together."""
-    steps: int
-    """Rounds of decoding per device call when nothing needs the host in between; otherwise 1."""
     ageing_seconds: float
     """Being this old counts as much as one step of priority."""
 
     def __post_init__(self) -> None:
-        for name in ("max_sequences", "max_queue", "chunk_tokens", "tile_tokens", "steps"):
+        for name in ("max_sequences", "max_queue", "chunk_tokens", "tile_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.max_context < 2:
@@ -90,8 +88,6 @@ class Plan:
     """At most chunk_tokens / tile_tokens. Tiles of one sequence follow each other, in order."""
     decode: tuple[Sequence, ...] = ()
     """Sequences whose last token is the input, in no particular order."""
-    rounds: int = 1
-    """Times that each of `decode` goes on: 1 or `steps`."""
     lookahead: int = 1
     """Tokens that each of `decode` may write in a round: what was asked for, or 1 where pages are short."""
     preempted: tuple[Sequence, ...] = ()
@@ -122,6 +118,8 @@ class Scheduler:
         self._in_flight: set[Sequence] = set()
         # What the next plan may have to end.
         self._cancelled: list[Sequence] = []
+        # The first that waited when the last plan was made: there was no room for it.
+        self._refused: Sequence | None = None
         self._at_limit: list[Sequence] = []
         self._deadlines: dict[Sequence, float] = {}
         self._next_deadline = math.inf
@@ -171,8 +169,8 @@ class Scheduler:
         """The next device call.
 
         `lookahead` is the number of tokens that a decoding sequence may write in a round: 1, plus the draft length.
-        Each of `decode` has pages for its next rounds * lookahead tokens, with both numbers as the plan grants them, as
-        far as its limit; positions beyond belong on the trash page.
+        Each of `decode` has pages for its next `lookahead` tokens, as the plan grants it, as far as its limit;
+        positions beyond belong on the trash page.
         """
         assert lookahead >= 1
         now = self._clock()
@@ -183,21 +181,29 @@ class Scheduler:
         # Who was just turned out, or another in its place, would be the next to be turned out.
         if not preempted:
             tiles += self._admit(now, self.config.chunk_tokens // self.config.tile_tokens - len(tiles))
-        rounds = self._rounds(decode, lookahead) if decode else 1
+        self._refused = self._waiting[0] if self._waiting else None
         self._in_flight.update(decode)
         self._in_flight.update(tile.sequence for tile in tiles)
-        return Plan(tuple(tiles), decode, rounds, lookahead, tuple(preempted), tuple(finished))
+        return Plan(tuple(tiles), decode, lookahead, tuple(preempted), tuple(finished))
 
-    def prolong(self, plan: Plan) -> bool:
-        """Whether as many rounds of a plan that decodes alone may follow it before it lands: nothing else wants the
-        device, some sequence can use them, and all have the pages, which they are given here."""
-        if self._waiting or self._prefilling or self._cancelled or self._clock() >= self._next_deadline:
-            return False
-        tokens = plan.rounds * plan.lookahead
+    def prolong(self, plan: Plan, ahead: int) -> bool:
+        """Whether one more round of a plan that decodes alone may follow the `ahead` rounds of it that have not landed:
+        nothing else is to be done, some sequence can use it, and all have the pages, which they are given here.
+
+        A queue whose first had no row or no pages is nothing to be done: planning anew would find the same, and leave
+        the device idle meanwhile.
+        """
         running = [sequence for sequence in plan.decode if sequence.state is State.RUNNING]
-        if all(sequence.limit - len(sequence.tokens) <= tokens for sequence in running):
+        if self._prefilling or self._cancelled or self._clock() >= self._next_deadline:
             return False
-        return self._extend(running, 2 * tokens)
+        if self._waiting and (self._waiting[0] is not self._refused or len(running) < len(plan.decode)):
+            return False
+        # With half of the rows gone, a smaller program may do.
+        if 2 * len(running) <= len(plan.decode) or any(s.request.grammar is not None for s in running):
+            return False
+        if all(sequence.limit - len(sequence.tokens) <= ahead for sequence in running):
+            return False
+        return self._extend(running, (ahead + 1) * plan.lookahead)
 
     def commit(self, plan: Plan, outputs: Mapping[Sequence, list[int]], *, followed: bool = False) -> None:
         """Takes in what a call computed: new tokens of `decode`, and the first one where a tile was the last.
@@ -411,21 +417,6 @@ class Scheduler:
         sequence.pages = known + rest
         sequence.computed = len(known) * pool.page_size
         return True
-
-    # Rounds
-
-    def _rounds(self, decode: tuple[Sequence, ...], lookahead: int) -> int:
-        """`steps` if the host is not needed in between, pages are there, and some sequence can use them all.
-
-        A queue that waits for a row or for pages is no reason against: fewer rounds would admit its first a few rounds
-        earlier and make every round dearer, and under load it is the throughput that the queue waits for.
-        """
-        steps = self.config.steps
-        if steps == 1 or self._prefilling or any(s.request.grammar is not None for s in decode):
-            return 1
-        if all(s.limit - len(s.tokens) < steps for s in decode):
-            return 1
-        return steps if self._extend(decode, steps * lookahead) else 1
 
     # What a call leaves
 

@@ -99,6 +99,7 @@ def start(resolved: Resolved, say: Say) -> Started:
         ),
         controller=controller,
         max_draft_batch=_max_draft_batch(resolved),
+        rounds_ahead=engine.rounds_ahead,
         metrics=metrics,
         on_calls=meter.observe,
         seed=run.seed,
@@ -269,7 +270,6 @@ def _scheduler(resolved: Resolved, num_pages: int) -> Scheduler:
         chunk_tokens=engine.tile_counts[-1] * engine.tile_tokens,
         tile_tokens=engine.tile_tokens,
         max_context=resolved.max_context,
-        steps=engine.rounds,
         ageing_seconds=engine.ageing_seconds,
     )
     return Scheduler(config, pool)

@@ -61,17 +61,12 @@ class UtilizationMeter:
 
     def _bytes(self, record: CallRecord) -> int:
         traffic = self._traffic
-        if self._model.moe is None:
-            moved = record.rounds * traffic.weights()
-        else:
-            # Experts touched are known as a sum over the rounds, and the bytes are linear in them.
-            each, rest = divmod(record.experts, max(record.rounds, 1))
-            moved = (record.rounds - rest) * traffic.weights(each) + (rest * traffic.weights(each + 1) if rest else 0)
-        for round_ in range(record.rounds):
-            # A row's last token is the round's input: it is not in the cache yet.
-            rows = zip(record.lengths, record.row_rounds, strict=True)
-            moved += traffic.cache([length - 1 + round_ for length, rounds in rows if rounds > round_])
-        return moved
+        if not record.rounds:
+            return 0
+        weights = traffic.weights() if self._model.moe is None else traffic.weights(record.experts)
+        # A row's last token is the round's input: it is not in the cache yet.
+        lengths = zip(record.lengths, record.live, strict=True)
+        return weights + traffic.cache([length - 1 for length, live in lengths if live])
 
     def _flops(self, record: CallRecord) -> int:
         return prefill_flops(self._model, record.spans, record.draws)

@@ -48,7 +48,6 @@ SHAPES = EngineConfig(
     tile_counts=(1, 4),
     page_size=8,
     num_pages=33,
-    rounds=4,
 )
 
 
@@ -65,7 +64,13 @@ class TinyServer:
 
     @contextmanager
     def engine_over(
-        self, *, grammars: Any = None, num_pages: int | None = None, prefix_cache: bool = True, **changes: Any
+        self,
+        *,
+        grammars: Any = None,
+        num_pages: int | None = None,
+        prefix_cache: bool = True,
+        rounds_ahead: int | None = None,
+        **changes: Any,
     ) -> Iterator[CheckedEngine]:
         """Another engine over the same programs and the same cache, with whatever earlier ones left in it. `changes`
         are fields of SchedulerConfig. One at a time; the pages are checked after each of its steps."""
@@ -76,7 +81,6 @@ class TinyServer:
             "chunk_tokens": engine.tile_counts[-1] * engine.tile_tokens,
             "tile_tokens": engine.tile_tokens,
             "max_context": resolved.max_context,
-            "steps": engine.rounds,
             "ageing_seconds": engine.ageing_seconds,
         }
         assert (num_pages or 0) <= engine.num_pages
@@ -97,6 +101,7 @@ class TinyServer:
             ),
             controller=None,
             max_draft_batch=resolved.run.speculation.max_batch,
+            rounds_ahead=rounds_ahead or engine.rounds_ahead,
             metrics=Metrics(),
             on_calls=lambda records: None,
             seed=0,

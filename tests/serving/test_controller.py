@@ -168,20 +168,11 @@ def test_the_smallest_compiled_batch_is_asked():
     assert [controller.choose(batch) for batch in (2, 3, 4, 5, 16)] == [1, 1, 1, 0, 0]
 
 
-def test_a_call_of_several_steps_is_timed_by_step():
-    controller = DraftController((0, 1), (1,), explore_share=0.0)
-    controller.update(1, 0, [0], [0], 1.0)
-    controller.update(1, 1, [1] * 4, [1] * 4, 4.8, rounds=4)
-    assert controller.choose(1) == 1
-    controller.update(1, 1, [1] * 4, [1] * 4, 4 * 4.8, rounds=4)
-    controller.update(1, 1, [1] * 4, [1] * 4, 4 * 4.8, rounds=4)
-    assert controller.choose(1) == 0
-
-
 def test_stats():
     controller = DraftController(LENGTHS, SIZES)
     assert controller.stats.tokens_per_round == controller.stats.expected_tokens_per_round == 0
-    controller.update(4, 0, [0] * 8, [0] * 8, 0.02, rounds=2)
+    for _ in range(2):
+        controller.update(4, 0, [0] * 4, [0] * 4, 0.01)
     # Three rows of two drafts and one that found none: 2, 1, 0 accepted of 2 + 2 + 1 looked at.
     controller.update(4, 2, [2, 2, 2, 0], [2, 1, 0, 0], 0.02)
     stats = controller.stats

@@ -191,21 +191,21 @@ entries = st.builds(
     script=st.lists(entries, min_size=1, max_size=14),
     max_sequences=st.integers(1, 4),
     tiles=st.integers(1, 4),
-    steps=st.integers(1, 4),
+    rounds_ahead=st.integers(1, 4),
     # The longest request has eight pages.
     num_pages=st.integers(9, 33),
     prefix_cache=st.booleans(),
 )
 @example([Entry(i) for i in range(len(REQUESTS))], 4, 4, 4, 33, True)
 @example([Entry(i) for i in range(len(REQUESTS))], 4, 1, 3, 12, False)
-def test_equals_naive_decoding(server, naive, script, max_sequences, tiles, steps, num_pages, prefix_cache):
+def test_equals_naive_decoding(server, naive, script, max_sequences, tiles, rounds_ahead, num_pages, prefix_cache):
     check_script(
         server,
         naive,
         script,
         max_sequences=max_sequences,
         chunk_tokens=8 * tiles,
-        steps=steps,
+        rounds_ahead=rounds_ahead,
         num_pages=num_pages,
         prefix_cache=prefix_cache,
     )

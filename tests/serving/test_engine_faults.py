@@ -10,6 +10,7 @@ import pytest
 
 from serving import batch as columns
 from serving import executor
+from serving.batch import RowBatch
 from serving.engine import FAILED, STOPPED
 from serving.errors import Draining
 from serving.request import Request, SamplingParams
@@ -152,11 +153,12 @@ class Faults:
         return True
 
     def wrapped(self, call):
-        def run(cell, batch, *more):
-            if not self.due(bool((batch[0][:, columns.SEED_LOW] == MARK).any())):
-                return call(cell, batch, *more)
+        def run(*arguments):
+            batch = next(argument for argument in arguments if isinstance(argument, RowBatch))
+            if not self.due(bool((np.asarray(batch.ints_BI)[:, columns.SEED_LOW] == MARK).any())):
+                return call(*arguments)
             if self.where == "cache":
-                call(cell, batch, *more)
+                call(*arguments)
                 for array in jax.tree.leaves((self.runner._cache, self.runner._draft_cache)):
                     array.delete()
             raise RuntimeError("injected")
@@ -174,7 +176,14 @@ MARKED = SamplingParams(max_tokens=11, seed=MARK, logit_bias=NEVER)
 
 @pytest.mark.parametrize(
     ("where", "kind"),
-    [("call", "prefill"), ("call", "decode"), ("result", "any"), ("cache", "prefill"), ("cache", "decode")],
+    [
+        ("call", "prefill"),
+        ("call", "decode"),
+        ("call", "draw"),
+        ("result", "any"),
+        ("cache", "prefill"),
+        ("cache", "decode"),
+    ],
 )
 @pytest.mark.parametrize("times", [1000, 1], ids=["always", "once"])
 def test_a_call_that_raises(server, naive, monkeypatch, where, kind, times):
@@ -250,7 +259,7 @@ def test_a_listener_that_raises_ends_its_request(server, naive):
         calls.append(delta)
         raise RuntimeError("injected")
 
-    with server.engine_over(steps=1) as engine, server.compiling_nothing():
+    with server.engine_over(rounds_ahead=1) as engine, server.compiling_nothing():
         with engine.held():
             others = submit_others(engine)
             engine.submit(Request("failing", PROMPTS[0], SamplingParams(max_tokens=40, seed=3), broken))
@@ -283,7 +292,7 @@ def test_deadline_while_running(server, naive, steps, tokens):
     params = SamplingParams(max_tokens=20, temperature=0.0, logit_bias=NEVER)
     want = naive(PROMPTS[5], params)
     deadline = time.monotonic() + 500
-    with server.engine_over(chunk_tokens=8, steps=1) as engine, server.compiling_nothing():
+    with server.engine_over(chunk_tokens=8, rounds_ahead=1) as engine, server.compiling_nothing():
         clock = lambda: time.monotonic() + 1000  # noqa: E731
         at_step(engine, steps, lambda: setattr(engine.scheduler, "_clock", clock))
         late = submit(engine, "late", PROMPTS[5], params, deadline=deadline)
@@ -299,7 +308,7 @@ def test_cancel(server, naive, state):
     params = SamplingParams(max_tokens=20, temperature=0.0, logit_bias=NEVER)
     prompt, rows = PROMPTS[5], 1 if state == "queued" else 4
     want = naive(prompt, params)
-    with server.engine_over(max_sequences=rows, chunk_tokens=8, steps=1) as engine, server.compiling_nothing():
+    with server.engine_over(max_sequences=rows, chunk_tokens=8, rounds_ahead=1) as engine, server.compiling_nothing():
         at_step(engine, {"mid-prefill": 3, "decoding": 10}.get(state, 1), lambda: engine.cancel("gone"))
         with engine.held():
             first = submit(engine, "first", *OTHERS[3]) if state == "queued" else None

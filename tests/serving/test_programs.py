@@ -1,4 +1,4 @@
-"""The programs that decode: when rounds end and what they emit; and that a text drawn through them, with drafts of any
+"""The programs that decode: what rounds emit, one after another; and that a text drawn through them, with drafts of any
 kind, has the distribution that the model's forward pass in float64 gives."""
 
 import dataclasses
@@ -14,7 +14,7 @@ from model.cache import PagedRows
 from model.transformer import Definition
 from serving import batch as columns
 from serving import programs as programs_module
-from serving.batch import DecodeBatch, PrefillBatch, row_params
+from serving.batch import Drawing, RowBatch, State, Tiles, row_params
 from serving.programs import Drafting, Programs
 from serving.request import MAX_TOP_LOGPROBS, Request, SamplingParams, Sequence
 from tests.model import oracle
@@ -35,7 +35,7 @@ def weights_of(config, seed: int):
     return random_params(Definition(config, False, "float32"), seed)
 
 
-def make(kind: str | None, config=TARGET, rounds: int = 3) -> Programs:
+def make(kind: str | None, config=TARGET) -> Programs:
     drafting = None
     match kind:
         case "ngram":
@@ -44,7 +44,7 @@ def make(kind: str | None, config=TARGET, rounds: int = 3) -> Programs:
             drafting = Drafting("layers", DRAFTS, num_layers=1)
         case "model":
             drafting = Drafting("model", DRAFTS, None, Definition(DRAFT, False, "float32"), execution(DRAFT))
-    return Programs(Definition(config, False, "float32"), execution(config), rounds, drafting)
+    return Programs(Definition(config, False, "float32"), execution(config), drafting)
 
 
 def sequence_of(prompt=PROMPT, **params) -> Sequence:
@@ -59,7 +59,8 @@ class Bench(NamedTuple):
     draft_weights: tuple | None
     cache: list
     draft_cache: list
-    batch: DecodeBatch
+    batch: RowBatch
+    state: State
 
 
 def prepare(kind: str | None, sequences: list[Sequence], config=TARGET, drafts: int = DRAFTS) -> Bench:
@@ -72,13 +73,14 @@ def prepare(kind: str | None, sequences: list[Sequence], config=TARGET, drafts: 
     ints[:, columns.SEED_LOW] = np.arange(rows)
     tokens = np.zeros((rows, WIDTH), np.int32)
     tokens[:, : len(prompt)] = prompt
-    batch = DecodeBatch(ints, floats, np.arange(1, rows + 1, dtype=np.int32)[:, None], tokens)
+    batch = RowBatch(ints, floats, np.arange(1, rows + 1, dtype=np.int32)[:, None])
+    length = ints[:, columns.LENGTH].copy()
+    state = State(tokens, np.full(rows, prompt[-1], np.int32), length, np.zeros(rows, bool))
     weights = to_device(weights_of(config, 0))
     draft_weights = to_device(weights_of(DRAFT, 1)) if kind == "model" else None
     cache = computed(config, weights, prompt, rows)
-    return Bench(
-        weights, draft_weights, cache, computed(DRAFT, draft_weights, prompt, rows) if draft_weights else [], batch
-    )
+    draft_cache = computed(DRAFT, draft_weights, prompt, rows) if draft_weights else []
+    return Bench(weights, draft_weights, cache, draft_cache, batch, state)
 
 
 def computed(config, weights, prompt, rows: int) -> list:
@@ -96,15 +98,45 @@ def computed(config, weights, prompt, rows: int) -> list:
     return jax.tree.map(lambda pages: jnp.repeat(pages[1:], rows + 1, axis=0), cache)
 
 
-@functools.cache
-def compiled(kind: str | None, config=TARGET, drafts: int = DRAFTS):
-    return jax.jit(functools.partial(make(kind, config).decode, drafts))
+class Rounds(NamedTuple):
+    """Results of R rounds that follow each other."""
+
+    tokens_RBT: np.ndarray
+    counts_RB: np.ndarray
+    drafted_RB: np.ndarray
+    chosen_RBT: np.ndarray
+    top_ids_RBTL: np.ndarray
+    top_values_RBTL: np.ndarray
+    experts_R: np.ndarray
 
 
-def decode(kind: str | None, bench: Bench, rounds: int = 3, drafts: int = DRAFTS, config=TARGET, run=None):
-    mask = np.full((len(bench.batch.ints_BI), 1), EVERYTHING)
-    run = compiled(kind, config, drafts) if run is None else run
-    return run(*bench[:4], bench.batch, mask, np.int32(rounds))[2]
+def build(kind: str | None, config=TARGET, drafts: int = DRAFTS, drawing: Drawing = Drawing.FULL):
+    """A round: (cache, draft_cache, Result, State, experts)."""
+    programs = make(kind, config)
+
+    @jax.jit
+    def run(weights, draft_weights, cache, draft_cache, batch, state, mask):
+        held = (weights, draft_weights, cache, draft_cache)
+        cache, draft_cache, forward = programs.decode(drafts, *held, batch, state)
+        result, state = programs.draw(drawing, weights, batch, state, forward, mask)
+        return cache, draft_cache, result, state, forward.experts
+
+    return run
+
+
+compiled = functools.cache(build)
+
+
+def decode(
+    kind: str | None, bench: Bench, rounds: int = 3, drafts: int = DRAFTS, config=TARGET, run=None, drawing=Drawing.FULL
+) -> Rounds:
+    mask = np.full((len(bench.batch.ints_BI), 1), EVERYTHING) if drawing is Drawing.FULL else None
+    run = compiled(kind, config, drafts, drawing) if run is None else run
+    (weights, draft_weights, *caches, batch, state), results = bench, []
+    for _ in range(rounds):
+        *caches, result, state, experts = run(weights, draft_weights, *caches, batch, state, mask)
+        results.append((*result, experts))
+    return Rounds(*(np.stack([np.asarray(x) for x in part]) for part in zip(*results, strict=True)))
 
 
 def texts(result, length: int = 3) -> np.ndarray:
@@ -231,7 +263,7 @@ def test_the_comparison_detects_a_draft_that_misreports_its_distribution(monkeyp
 
     monkeypatch.setattr(programs_module, "log_distribution", reported)
     monkeypatch.setattr(programs_module, "draw", drawn_from)
-    drawn, _ = draw_texts("model", run=jax.jit(functools.partial(make("model").decode, DRAFTS)), calls=10)
+    drawn, _ = draw_texts("model", run=build("model"), calls=10)
     found = misfits(drawn)
     assert "temperature" in found and "plain" not in found
 
@@ -286,13 +318,42 @@ def emitted(kind: str | None, rows: list[Sequence], rounds: int = 3):
     return result, counts[:, :kinds]
 
 
-def test_rounds_end_when_every_row_is_at_its_limit():
-    result, counts = emitted(None, repeated(greedy(2), greedy(1)))
-    assert counts.tolist() == [[1, 1], [1, 0], [0, 0]]
-    # A round that did not run, and a row that took no part, leave nothing.
-    assert np.all(np.asarray(result.tokens_RBT)[2] == -1)
-    assert emitted(None, repeated(greedy(3)), rounds=1)[1].tolist() == [[1], [0], [0]]
+def test_a_row_takes_no_part_once_it_is_at_its_limit():
+    assert emitted(None, repeated(greedy(2), greedy(1)))[1].tolist() == [[1, 1], [1, 0], [0, 0]]
     assert emitted(None, repeated(greedy(3)))[1].tolist() == [[1], [1], [1]]
+
+
+@pytest.mark.parametrize("kind", [None, "ngram"])
+def test_what_a_batch_needs_is_enough_for_it(kind):
+    """Each way to draw gives what the one that can do everything gives, where it is enough."""
+    settings = {
+        Drawing.GREEDY: [{"temperature": 0.0}],
+        Drawing.SAMPLED: [{"temperature": 0.0}, {}, {"temperature": 0.6}],
+        Drawing.FILTERED: [
+            {"temperature": 0.0},
+            {},
+            *(SETTINGS[n] for n in ("hot, top-k", "hot, top-p", "cold, min-p")),
+        ],
+    }
+    drafts, params = DRAFTS if kind else 0, {}
+    for drawing, kinds in settings.items():
+        rows = repeated(*(sequence_of(**setting, **more) for setting in kinds for more in ({}, {"seed": 1})))
+        params = {row_params(row, seed=0, max_context=WIDTH).drawing for row in rows}
+        assert max(params) is drawing
+        bench = prepare(kind, rows, drafts=drafts)
+        if not drafts:
+            bare = bench._replace(state=bench.state._replace(tokens_BW=None))
+        own = decode(kind, bench if drafts else bare, drafts=drafts, drawing=drawing)
+        full = decode(kind, bench, drafts=drafts)
+        np.testing.assert_array_equal(own.counts_RB, full.counts_RB)
+        np.testing.assert_array_equal(texts(own), texts(full))
+
+
+@pytest.mark.parametrize(
+    "setting", [SETTINGS["penalties"], {"logit_bias": ((5, 1.0),)}, {"temperature": 0.0, "logprobs": 0}]
+)
+def test_what_only_the_whole_draw_can_do(setting):
+    assert row_params(sequence_of(**setting), seed=0, max_context=WIDTH).drawing is Drawing.FULL
 
 
 def test_a_stop_token_is_emitted_and_nothing_after_it():
@@ -405,16 +466,19 @@ def test_a_prefill_draws_where_a_tile_ends_the_known_tokens():
     tile, config = 3, TARGET
     sequences = [sequence_of(max_tokens=3, temperature=0.0, logprobs=1)] * 2 + [sequence_of(max_tokens=3, seed=1)]
     bench = prepare(None, sequences)
-    spans = np.array([[0, 3, 0], [3, 1, 1], [0, 3, 1]], np.int32)
-    tiles = np.array([PROMPT[:3], [PROMPT[3], 0, 0], PROMPT[:3]], np.int32)
+    tokens = np.array([PROMPT[:3], [PROMPT[3], 0, 0], PROMPT[:3]], np.int32)
+    tiles = Tiles(tokens, np.array([0, 3, 0], np.int32), np.array([3, 1, 3], np.int32))
     bench.batch.page_table_BM[:, 0] = [1, 1, 2]
     bench.batch.ints_BI[2, columns.LENGTH] = tile
     empty = jax.tree.map(jnp.zeros_like, bench.cache)
     mask = np.full((3, 1), EVERYTHING)
-    _, _, result = jax.jit(make(None, config).prefill)(
-        bench.weights, None, empty, [], PrefillBatch(*bench.batch[:4], tiles, spans), mask
-    )
-    assert np.asarray(result.counts_RB).tolist() == [[0, 1, 1]]
+    programs = make(None, config)
+    state = bench.state._replace(length_B=bench.batch.ints_BI[:, columns.LENGTH], done_B=np.array([True, False, False]))
+    *_, forward = jax.jit(programs.prefill)(bench.weights, None, empty, [], bench.batch, tiles)
+    draw = jax.jit(programs.draw, static_argnums=0)
+    result, after = draw(Drawing.FULL, bench.weights, bench.batch, state, forward, mask)
+    assert np.asarray(result.counts_B).tolist() == [0, 1, 1]
+    assert np.asarray(after.length_B).tolist() == [4, 5, 4]
     law = distribution(logits_after(0), Params(temperature=0.0))[0]
-    assert np.asarray(result.tokens_RBT)[0, 1, 0] == np.argmax(law)
-    assert np.asarray(result.chosen_RBT)[0, 1, 0] == pytest.approx(np.log(law.max()), abs=1e-4)
+    assert np.asarray(result.tokens_BT)[1, 0] == np.argmax(law)
+    assert np.asarray(result.chosen_BT)[1, 0] == pytest.approx(np.log(law.max()), abs=1e-4)

@@ -80,8 +80,9 @@ class Device:
         self.write(pages, position, value)
         return value
 
-    def run(self, plan: Plan) -> dict[Sequence, list[int]]:
-        """One call. As in a kernel, the pages are those at the time of the plan, so tokens and pages are copied."""
+    def run(self, plan: Plan, rounds: int) -> dict[Sequence, list[int]]:
+        """One call, and the rounds that follow it. As in a kernel, the pages are those at the time of the plan, so
+        tokens and pages are copied."""
         outputs = {}
         for tile in plan.tiles:
             tokens, pages = list(tile.sequence.tokens), list(tile.sequence.pages)
@@ -90,7 +91,7 @@ class Device:
             if tile.last:
                 outputs[tile.sequence] = [next_token(value)]
         for sequence in plan.decode:
-            outputs[sequence] = self.decode(sequence, plan.rounds, plan.lookahead)
+            outputs[sequence] = self.decode(sequence, rounds, plan.lookahead)
         return outputs
 
     def decode(self, sequence: Sequence, rounds: int, lookahead: int) -> list[int]:
@@ -113,15 +114,19 @@ class Device:
 class Service:
     """A scheduler, its device, and an engine that stops at the end token; checks everything after every step."""
 
-    def __init__(self, config: SchedulerConfig, pool: PagePool, seed: int = 0) -> None:
+    def __init__(self, config: SchedulerConfig, pool: PagePool, seed: int = 0, ahead: int = 1) -> None:
         self.now = 1000.0
         self.pool = pool
+        self.ahead = ahead
+        """Rounds that may be with the device before any has landed."""
         self.scheduler = Scheduler(config, pool, clock=lambda: self.now)
         self.device = Device(pool, seed)
         self.sequences: dict[str, Sequence] = {}
         self.ends: Counter[str] = Counter()
         self.flights: list[tuple[Plan, dict[Sequence, list[int]]]] = []
         self.plans: list[Plan] = []
+        self.rounds: list[int] = []
+        """Of each plan."""
         self.most_flights = 0
 
     def submit(self, prompt, max_tokens=8, **fields) -> Sequence:
@@ -138,14 +143,25 @@ class Service:
         self.check_plan(plan, lookahead)
         assert not plan.preempted or all(tile.sequence in running for tile in plan.tiles), "admitted to be turned out"
         self.plans.append(plan)
+        self.rounds.append(self.prolong(plan))
         for sequence, reason in plan.finished:
             assert sequence.finish_reason == reason
             self.ends[sequence.request.id] += 1
         if not plan.empty:
-            self.flights.append((plan, self.device.run(plan)))
+            self.flights.append((plan, self.device.run(plan, self.rounds[-1])))
             self.most_flights = max(self.most_flights, len(self.flights))
         self.check()
         return plan
+
+    def prolong(self, plan: Plan) -> int:
+        """Rounds that the plan becomes."""
+        rounds = 1
+        while plan.decode and not plan.tiles and rounds < self.ahead and self.scheduler.prolong(plan, rounds):
+            rounds += 1
+        for sequence in plan.decode:
+            written = min(sequence.computed + rounds * plan.lookahead, sequence.limit - 1)
+            assert len(sequence.pages) * self.pool.page_size >= written
+        return rounds
 
     def land(self, index: int = 0) -> None:
         plan, outputs = self.flights.pop(index)
@@ -220,11 +236,10 @@ class Service:
         assert self.scheduler.num_waiting == states[State.WAITING]
 
     def check_plan(self, plan: Plan, lookahead: int) -> None:
-        config, size = self.scheduler.config, self.pool.page_size
+        config = self.scheduler.config
         named = [*plan.decode, *dict.fromkeys(tile.sequence for tile in plan.tiles)]
         assert len(named) == len(set(named)) <= config.max_sequences
-        assert plan.rounds in (1, config.steps) and plan.lookahead in (1, lookahead)
-        assert plan.rounds == 1 or not plan.tiles
+        assert plan.lookahead in (1, lookahead)
         assert len(plan.tiles) * config.tile_tokens <= config.chunk_tokens
         position = {}
         for tile in plan.tiles:
@@ -238,9 +253,6 @@ class Service:
         running = [s for s in self.sequences.values() if s.state is State.RUNNING and s not in flying]
         assert not running or min(running, key=lambda s: s.rank) in named, "the first does not go on"
         assert all(s in plan.decode for s in running if not s.prefilling and s not in position)
-        for sequence in plan.decode:
-            written = min(sequence.computed + plan.rounds * plan.lookahead, sequence.limit - 1)
-            assert len(sequence.pages) * size >= written
 
 
 CONFIG = {
@@ -249,13 +261,13 @@ CONFIG = {
     "chunk_tokens": 8,
     "tile_tokens": 4,
     "max_context": 64,
-    "steps": 1,
     "ageing_seconds": 10.0,
 }
 
 
-def service(num_pages=65, page_size=4, seed=0, prefix_cache=True, **fields) -> Service:
-    return Service(SchedulerConfig(**CONFIG | fields), PagePool(num_pages, page_size, prefix_cache=prefix_cache), seed)
+def service(num_pages=65, page_size=4, seed=0, prefix_cache=True, ahead=1, **fields) -> Service:
+    pool = PagePool(num_pages, page_size, prefix_cache=prefix_cache)
+    return Service(SchedulerConfig(**CONFIG | fields), pool, seed, ahead)
 
 
 def text(length: int, seed: int = 0) -> list[int]:
@@ -279,7 +291,7 @@ CONFIGS = st.fixed_dictionaries(
         "max_queue": st.integers(1, 8),
         "tile_tokens": st.integers(1, 6),
         "tiles": st.integers(1, 4),
-        "steps": st.sampled_from([1, 3, 4]),
+        "ahead": st.sampled_from([1, 3, 4]),
         "prefix_cache": st.booleans(),
         "seed": st.integers(0, 2**32),
     }
@@ -427,15 +439,15 @@ def test_random_traffic_meets_every_case():
             chunk_tokens=9,
             tile_tokens=3,
             max_context=40,
-            steps=3,
+            ahead=3,
             seed=seed,
         )
         random_traffic(traffic, random.Random(seed), 80)
         traffic.drain()
         met["overlapping"] += traffic.most_flights > 1
+        met["rounds"] += max(traffic.rounds) > 1
         for plan in traffic.plans:
             met["mixed"] += bool(plan.tiles and plan.decode)
-            met["rounds"] += plan.rounds > 1
             met["drafts"] += plan.lookahead > 1
             met["preempted"] += len(plan.preempted)
         for sequence in traffic.sequences.values():
@@ -531,56 +543,123 @@ def decoding(served: Service, count: int = 1, length: int = 3, max_tokens: int =
     return sequences
 
 
-def test_many_rounds_when_nothing_waits():
-    served = service(steps=4)
+def rounds_of(served: Service) -> int:
+    """Of the next plan, which has no tiles and turns no one out."""
+    plan = served.step()
+    assert plan.decode and (plan.tiles, plan.preempted) == ((), ())
+    return served.rounds[-1]
+
+
+def test_rounds_follow_when_nothing_waits():
+    served = service(ahead=4)
     (sequence,) = decoding(served)
     length = len(sequence.tokens)
-    assert served.step().rounds == 4
+    assert rounds_of(served) == 4
     assert len(sequence.tokens) == length + 4
 
 
-def test_one_round_beside_a_prompt():
-    served = service(steps=4)
+def test_no_round_follows_while_a_prompt_is_computed():
+    served = service(ahead=4)
     decoding(served)
     served.submit(text(20, 7))
-    assert [served.step().rounds for _ in range(3)] == [1, 1, 1]
+    for _ in range(3):
+        assert served.launch().tiles
+        assert not served.scheduler.prolong(served.plans[-1], 1)
+        served.land()
 
 
-def test_one_round_where_the_host_masks_each_token():
-    served = service(steps=4)
+def test_no_round_follows_where_the_host_masks_each_token():
+    served = service(ahead=4)
     decoding(served)
     decoding(served, grammar=object())
-    assert served.step().rounds == 1
+    assert rounds_of(served) == 1
 
 
-def test_many_rounds_when_what_waits_has_no_row():
-    served = service(steps=4, max_sequences=2)
+def test_no_round_follows_what_is_cancelled_or_overdue():
+    served = service(ahead=4)
+    decoding(served, 2)
+    served.submit(text(4), 40, deadline=served.now + 5)
+    served.step()
+    plan = served.launch()
+    served.now += 10
+    assert not served.scheduler.prolong(plan, 1)
+    served.now -= 10
+    assert served.scheduler.prolong(plan, 1)
+    served.scheduler.cancel("request 0")
+    assert not served.scheduler.prolong(plan, 1)
+    served.drain()
+
+
+def test_rounds_follow_when_what_waits_has_no_row():
+    served = service(ahead=4, max_sequences=2)
     decoding(served, 2)
     served.submit(text(4))
-    plan = served.step()
-    assert (plan.rounds, plan.tiles, served.scheduler.num_waiting) == (4, (), 1)
+    assert (rounds_of(served), served.scheduler.num_waiting) == (4, 1)
 
 
-def test_many_rounds_when_what_waits_has_no_pages():
-    served = service(steps=4, num_pages=16)
+def test_rounds_follow_when_what_waits_has_no_pages():
+    served = service(ahead=4, num_pages=16)
     decoding(served)
     served.submit(text(58, 7), 1)
-    plan = served.step()
-    assert (plan.rounds, plan.tiles, served.scheduler.num_waiting) == (4, (), 1)
+    assert (rounds_of(served), served.scheduler.num_waiting) == (4, 1)
 
 
-def test_one_round_when_no_sequence_can_use_more():
-    served = service(steps=4)
+def test_no_round_follows_when_another_came_that_may_have_room():
+    served = service(max_sequences=2)
+    decoding(served)
+    plan = served.launch()
+    assert served.scheduler.prolong(plan, 1)
+    served.submit(text(4))
+    assert not served.scheduler.prolong(plan, 2)
+    served.drain()
+
+
+def test_no_round_follows_when_one_left_and_another_waits_for_its_row():
+    served = service(max_sequences=3)
+    sequences = decoding(served, 3)
+    served.submit(text(4))
+    plan = served.launch()
+    assert served.scheduler.prolong(plan, 1)
+    served.finish(sequences[0], "cancelled")
+    assert not served.scheduler.prolong(plan, 2)
+    served.drain()
+
+
+def test_no_round_follows_when_half_of_the_rows_are_gone():
+    served = service(max_sequences=4)
+    sequences = decoding(served, 4)
+    plan = served.launch()
+    served.finish(sequences[0], "cancelled")
+    assert served.scheduler.prolong(plan, 1)
+    served.finish(sequences[1], "cancelled")
+    assert not served.scheduler.prolong(plan, 2)
+    served.drain()
+
+
+def test_no_round_follows_when_no_sequence_can_use_it():
+    served = service(ahead=4)
     decoding(served, max_tokens=4)
-    assert served.step().rounds == 1
+    assert rounds_of(served) == 3
 
 
-def test_one_round_rather_than_a_preemption():
+def test_no_round_follows_at_the_price_of_a_preemption():
     # Two pages are left: enough for the next token of both, not for the next eight.
-    served = service(steps=8, num_pages=5, prefix_cache=False)
+    served = service(ahead=8, num_pages=5, prefix_cache=False)
     decoding(served, 2, length=3)
-    plan = served.step()
-    assert (plan.rounds, plan.preempted) == (1, ())
+    assert 1 <= rounds_of(served) < 8
+
+
+def test_pages_stay_with_those_of_a_plan_until_its_last_round_lands():
+    served = service()
+    first, second = decoding(served, 2)
+    plan = served.scheduler.schedule()
+    assert served.scheduler.prolong(plan, 1)
+    served.scheduler.commit(plan, {first: [END], second: [3]}, followed=True)
+    served.finish(first, "stop")
+    assert first.pages and served.pool.num_live == len({*first.pages, *second.pages})
+    served.scheduler.commit(plan, {second: [3]})
+    assert not first.pages and second.pages
+    served.scheduler.cancel(second.request.id)
 
 
 def test_pages_for_what_a_round_may_write():
@@ -967,7 +1046,6 @@ def test_an_id_is_taken_until_its_request_ends():
         ({"tile_tokens": 0}, "tile_tokens=0"),
         ({"chunk_tokens": 100, "tile_tokens": 64}, "multiple of tile_tokens=64"),
         ({"max_context": 1}, "max_context=1"),
-        ({"steps": 0}, "steps=0"),
         ({"ageing_seconds": 0}, "ageing_seconds=0"),
         ({"ageing_seconds": float("nan")}, "ageing_seconds=nan"),
     ],

@@ -30,7 +30,6 @@ ENGINE = EngineConfig(
     tile_tokens=32,
     tile_counts=(4,),
     page_size=32,
-    rounds=4,
 )
 
 

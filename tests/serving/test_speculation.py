@@ -52,9 +52,9 @@ class Scripted(DraftController):
     def choose(self, batch: int) -> int:
         return next(self._script)
 
-    def update(self, batch, length, drafted, accepted, seconds, *, rounds=1) -> None:
+    def update(self, batch, length, drafted, accepted, seconds) -> None:
         self.steps.append((batch, length))
-        super().update(batch, length, drafted, accepted, seconds, rounds=rounds)
+        super().update(batch, length, drafted, accepted, seconds)
 
 
 class Priced(DraftController):

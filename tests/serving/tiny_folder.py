@@ -27,7 +27,6 @@ SHAPES = EngineConfig(
     tile_tokens=16,
     tile_counts=(4,),
     page_size=16,
-    rounds=4,
 )
 
 # As ServeRun.xla_options and the command line take it.
