@@ -277,6 +277,13 @@ def _copy_blocks(statics: _Statics, work: _Work, k_ref, v_ref, table_ref, shared
         return places(block + 1)
 
     lax.fori_loop(work.first, work.end, copy, places(work.first))
+    # Every completion of a barrier is waited for, so that each buffer is free at the end (the interpreter asks it).
+    for buffer in range(statics.tiles.num_buffers):
+
+        @pl.when(work.first + buffer < work.end)
+        def _(buffer=buffer):
+            plgpu.barrier_wait(shared.k_free.at[buffer])
+            plgpu.barrier_wait(shared.v_free.at[buffer])
 
 
 def _attend(statics: _Statics, work: _Work, warpgroup, sinks, shared: _Shared) -> _Softmax:
