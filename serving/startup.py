@@ -111,7 +111,7 @@ def start(resolved: Resolved, say: Say) -> Started:
 
 def _tokenizer(resolved: Resolved) -> Tokenizer:
     if resolved.pretrained is None:
-        return byte_tokenizer()
+        return byte_tokenizer(resolved.model.vocab_size)
     tokenizer = load_tokenizer(resolved.pretrained.path)
     if len(tokenizer.end_ids) > MAX_STOP_IDS:
         raise ValueError(

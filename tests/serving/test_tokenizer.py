@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from serving.byte_tokenizer import byte_tokenizer
 from serving.gguf_vocabulary import NORMAL, read_metadata
 from serving.tokenizer import Tokenizer, load_tokenizer
 from tests.serving.vocabularies import (
@@ -350,3 +351,11 @@ def test_metaspace(scheme):
     assert tokenizer.strips_first_space == (scheme != "never")
     for text in ("a b", "a", "a  b ", ""):
         assert tokenizer.decode(tokenizer.encode(text)) == text == backend.decode(backend.encode(text).ids)
+
+
+def test_each_token_of_a_model_without_files_has_text():
+    tokenizer = byte_tokenizer(70_000)
+    shown = [tokenizer.shown_bytes(token) for token in range(70_000)]
+    assert all(shown) and len(set(shown)) == tokenizer.vocab_size == 70_000
+    text = "any text: é, 漢, \n\x00"
+    assert max(tokenizer.encode(text)) < 256 and tokenizer.decode(tokenizer.encode(text)) == text
