@@ -81,6 +81,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     for part in report.parts:
         if isinstance(part, Table):
             console.print()
+            console.print(Text(part.title, style="bold"))
             console.print(_rich_table(part))
         elif isinstance(part, Notes):
             console.print()
@@ -90,9 +91,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 
 def _rich_table(table: Table) -> RichTable:
-    rich = RichTable(
-        title=Text(table.title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
-    )
+    # One space between columns: a table of ops has thirteen.
+    rich = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for index, name in enumerate(table.columns):
         rich.add_column(Text(name), justify="left" if index < table.left else "right")
     for index, row in enumerate(table.rows):
@@ -166,9 +166,16 @@ def duration(seconds: float | None, digits: int = 3) -> str:
     return f"{_digits(seconds / 1e-6, digits)} µs"
 
 
+def number(value: float | None) -> str:
+    """1,432 or 5.24: whole from 100 on, three significant digits below; "n/a" for None."""
+    if value is None:
+        return "n/a"
+    return f"{value:,.0f}" if abs(value) >= 99.95 else _digits(value, 3)
+
+
 def _digits(value: float, digits: int) -> str:
-    if value == 0:
-        return "0"
+    """Without an exponent: large values in full, small ones to as many places as digits."""
     text = f"{value:.{digits}g}"
-    # Large values in full, not as 1e+03.
-    return f"{float(text):.0f}" if "e+" in text else text
+    if "e+" in text:
+        return f"{float(text):.0f}"
+    return f"{value:.{digits}f}" if "e-" in text else text

@@ -201,7 +201,7 @@ class StepFloor:
 
 def step_floor(config: ModelConfig, work: Work, on: Machine) -> StepFloor:
     ops = operations(config, work)
-    total = totals(ops)
+    total = totals(operations(config, dataclasses.replace(work, remat="none")))
     required = total["weights_bytes"] + total["cache_bytes"]
     # Gradients between products might stay on the chip; the update of every parameter can't.
     required += sum(op.bytes.state for op in ops if op.name == "optimizer")
