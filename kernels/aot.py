@@ -118,13 +118,18 @@ def _compile(case: PagedAttentionCase, mesh: jax.sharding.Mesh) -> None:
     shapes = [(case.batch, case.width // case.page_size), (case.batch,), (case.batch,)]
     integers = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole) for shape in shapes]
 
-    def attend(*operands):
-        # Both options on: the most that the kernel keeps in registers.
-        statics = {"scale": 0.1, "window": 100, "soft_cap": 30.0, "sinks": None}
+    # A row's own key and value, where it has one token: the kernel writes them too.
+    new = [jax.ShapeDtypeStruct((case.batch, 1, *pages[2:]), jnp.dtype(case.dtype), sharding=whole)] * 2
+    new = new if case.num_tokens == 1 else []
+
+    def attend(q, k_pages, v_pages, page_table, lengths, starts, *new):
+        # Every option on: the most that the kernel keeps in registers.
+        statics = {"scale": 0.1, "window": 100, "soft_cap": 30.0, "sinks": None, "new": new or None}
+        operands = (q, k_pages, v_pages, page_table, lengths, starts)
         return gpu.paged_attention(*operands, **statics, tiles=tiles.choose_tiles(case))
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = jax.jit(attend).trace(*floats, *integers).lower(lowering_platforms=("cuda",))
+        lowered = jax.jit(attend).trace(*floats, *integers, *new).lower(lowering_platforms=("cuda",))
     lowered.compile()
 
 

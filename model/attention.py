@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels.attention import attention
-from kernels.paged_attention import paged_attention, write_pages
+from kernels.paged_attention import extend_pages
 from model.cache import LayerPages, PagedRows
 from model.config import ModelConfig
 from model.execution import Execution
@@ -87,21 +87,21 @@ class Attention(nnx.Module):
         sinks = None if self.sinks is None else self.sinks[...].astype(jnp.float32)
 
         def local(q, k, v, k_pages, v_pages, page_table, starts, counts, sinks):
-            k_pages, v_pages = write_pages(k_pages, v_pages, k, v, page_table, starts, counts)
-            out = paged_attention(
+            return extend_pages(
                 q,
+                k,
+                v,
                 k_pages,
                 v_pages,
                 page_table,
-                starts + counts,
-                starts_B=starts,
+                starts,
+                counts,
                 window=self.window,
                 soft_cap=self.config.attention_soft_cap,
                 sinks=sinks,
                 scale=self.config.scale,
                 impl=execution.paged_attention,
             )
-            return out, k_pages, v_pages
 
         heads, paged = ("batch", "sequence", "act_heads", None), (None, None, "act_heads", None)
         inputs = (heads, heads, heads, paged, paged, ("batch", None), ("batch",), ("batch",), ("act_heads",))

@@ -126,6 +126,47 @@ def paged_attention(
                 return gpu.paged_attention(*operands, **statics, tiles=tiles.choose_tiles(case))
 
 
+def extend_pages(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    k_pages_PSKH: jax.Array,
+    v_pages_PSKH: jax.Array,
+    page_table_BM: jax.Array,
+    starts_B: jax.Array,
+    counts_B: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    impl: Impl = "auto",
+    target: Target | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`write_pages` and then `paged_attention` of the rows so extended: (out_BTNH, k_pages, v_pages).
+
+    One launch does both where a row has one token and the kernel for few queries runs: row b has starts[b] + counts[b]
+    keys then, with counts[b] 0 or 1. Arguments, the default of `impl` and errors are those of the two.
+    """
+    case = case_of(q_BTNH, k_pages_PSKH, page_table_BM)
+    if impl not in ("reference", "xla"):
+        target = default_target() if target is None else target
+        impl, _ = choose(impl, target, case)
+    statics = {"scale": scale, "window": window, "soft_cap": soft_cap, "sinks": sinks}
+    lengths_B = starts_B + counts_B
+    if impl == "pallas" and case.num_tokens == 1:
+        _check(q_BTNH, k_pages_PSKH, v_pages_PSKH, page_table_BM, lengths_B)
+        from kernels.paged_attention import gpu
+
+        new = (k_BTKH.astype(k_pages_PSKH.dtype), v_BTKH.astype(v_pages_PSKH.dtype))
+        operands = (q_BTNH, k_pages_PSKH, v_pages_PSKH, page_table_BM, lengths_B, starts_B)
+        with jax.named_scope("paged_attention"):
+            return gpu.paged_attention(*operands, **statics, tiles=tiles.choose_tiles(case), new=new)
+    pages = write_pages(k_pages_PSKH, v_pages_PSKH, k_BTKH, v_BTKH, page_table_BM, starts_B, counts_B)
+    statics |= {"starts_B": starts_B, "impl": impl, "target": target}
+    return paged_attention(q_BTNH, *pages, page_table_BM, lengths_B, **statics), *pages
+
+
 def case_of(q_BTNH: jax.Array, k_pages_PSKH: jax.Array, page_table_BM: jax.Array) -> PagedAttentionCase:
     """The case of a call with these arrays (or their shapes and dtypes)."""
     B, T, N, H = q_BTNH.shape

@@ -4,6 +4,8 @@ One block of threads (a warpgroup of 128) serves one kv head of one part of one 
 with an online softmax, while the copies of the next blocks are under way. The queries that share the kv head are few,
 so they are the columns of both products and the keys their rows: scores [keys, queries] = K · qᵀ, and out [H, queries]
 = Vᵀ · weights. A row's keys are cut into parts where the rows alone would not fill the chip; `combine` adds those up.
+A token's own key and value can come beside the pages: they are put where they belong in shared memory and, from the
+block of threads that has read that page, in the page, which saves two launches of a microsecond each.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ class _Statics:
     head_dim: int
     page_size: int
     table_width: int
+    writes: bool
     scale: float
     window: int | None
     soft_cap: float | None
@@ -71,70 +74,84 @@ def paged_attention(
     soft_cap: float | None,
     sinks,
     tiles: Tiles,
+    new: tuple[jax.Array, jax.Array] | None = None,
     interpret=None,
-) -> jax.Array:
+):
     """out_BTNH in q's dtype; arguments as in `kernels.paged_attention.paged_attention`, with the tiles chosen.
 
-    `interpret`: parameters of Pallas's interpreter, which tests give.
+    `new`: keys and values [B, 1, K, H] of one token of each row, in the pages' dtype, that the pages do not hold yet:
+    they go to position starts[b] where that is below lengths[b] and in the table, and the result is (out, k_pages,
+    v_pages), in place where the pages given are not used again. `interpret`: parameters of Pallas's interpreter.
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_pages_PSKH.shape[1:3]
+    assert new is None or T == 1, f"{T} tokens of a row: one can be written"
     group = N // K
     columns = -(-T * group // 8) * 8
-    statics = _Statics(T, group, columns, H, S, page_table_BM.shape[1], scale, window, soft_cap, tiles)
-    # The queries of one kv head side by side, in whole tiles of eight: a plain reshape and a pad where T is 1.
-    q_BKRH = q_BTNH.reshape(B, T, K, group, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * group, H)
-    q_BKRH = jnp.pad(q_BKRH, ((0, 0), (0, 0), (0, columns - T * group), (0, 0)))
-    operands = (q_BKRH, k_pages_PSKH, v_pages_PSKH, page_table_BM, lengths_B, starts_B)
+    statics = _Statics(T, group, columns, H, S, page_table_BM.shape[1], new is not None, scale, window, soft_cap, tiles)
+    # The queries of one kv head side by side: a plain reshape where T is 1.
+    heads_BJH = q_BTNH.reshape(B, T, K, group, H).transpose(0, 2, 1, 3, 4).reshape(B, K * T * group, H)
     in_parts = tiles.num_parts > 1 or sinks is not None
-    out, lse = _call(statics, operands, in_parts, interpret)
+    pages, integers = (k_pages_PSKH, v_pages_PSKH), (page_table_BM, lengths_B, starts_B)
+    run = _kernel(statics, (B, K, H), q_BTNH.dtype, in_parts, interpret)
+    if new is None:
+        out, *lse = run(heads_BJH, *pages, *integers)
+    else:
+        # One operand, which XLA writes in one launch where the three were one product; three would take three.
+        heads_BJH = jnp.concatenate([heads_BJH, *(one.reshape(B, K, H) for one in new)], axis=1)
+        refs = [jax.new_ref(one) for one in pages]
+        out, *lse = run(heads_BJH, *refs, *integers)
+        pages = [jax.freeze(ref) for ref in refs]
     if in_parts:
         sinks_R = None if sinks is None else jnp.tile(sinks.reshape(K, group), (1, T))
-        out = combine_parts(out, lse[..., : statics.rows], sinks_R).astype(q_BTNH.dtype)
-    return out.reshape(B, K, T, group, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
+        out = combine_parts(out, lse[0][..., : statics.rows], sinks_R).astype(q_BTNH.dtype)
+    out = out.reshape(B, K, T, group, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
+    return out if new is None else (out, *pages)
 
 
-def _call(statics: _Statics, operands, in_parts: bool, interpret):
-    """(out [B, K, R, H] in q's dtype, None), or in parts (float32 [X, B, K, R, H], base-2 lse [X, B, K, columns])."""
-    B, K, columns, H = operands[0].shape
-    X, dtype = statics.tiles.num_parts, operands[0].dtype
+def _kernel(statics: _Statics, shape: tuple[int, int, int], dtype, in_parts: bool, interpret):
+    """A call gives [out [B, K, R, H] in q's dtype], or in parts [float32 [X, B, K, R, H], base-2 lse [X, B, K, C]]."""
+    (B, K, H), X = shape, statics.tiles.num_parts
+    rows, columns = statics.rows, statics.columns
+    outs = [jax.ShapeDtypeStruct((B, K, rows, H), dtype)]
     if in_parts:
-        out_dtype = jnp.dtype(jnp.float32)
-        outs = [
-            jax.ShapeDtypeStruct((X, B, K, statics.rows, H), out_dtype),
-            jax.ShapeDtypeStruct((X, B, K, columns), jnp.float32),
-        ]
-    else:
-        out_dtype, outs = dtype, [jax.ShapeDtypeStruct((B, K, statics.rows, H), dtype)]
+        outs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((X, B, K, rows, H), (X, B, K, columns))]
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    buffers = statics.tiles.num_buffers
-    run = plgpu.kernel(
-        functools.partial(_body, statics, in_parts),
-        out_type=outs,
-        scratch_types=[
-            plgpu.SMEM((columns, H), dtype, transforms=tiled),
-            plgpu.SMEM((buffers, statics.block, H), dtype, transforms=tiled),
-            plgpu.SMEM((buffers, statics.block, H), dtype, transforms=tiled),
-            plgpu.SMEM((columns, statics.block), dtype, transforms=tiled),
-            plgpu.SMEM((columns, H), out_dtype),
-            plgpu.Barrier(num_barriers=1),
-            plgpu.Barrier(num_arrivals=statics.tiles.pages_per_block, num_barriers=buffers),
-            plgpu.Barrier(num_arrivals=statics.tiles.pages_per_block, num_barriers=buffers),
-        ],
-        # The last axis runs fastest: the heads of a row, whose keys lie side by side in a page, are read together.
-        grid=(X, B, K),
-        grid_names=("part", "row", "head"),
-        compiler_params=_COMPILER,
-        interpret=interpret,
+    buffers, arrivals = statics.tiles.num_buffers, statics.tiles.pages_per_block
+    scratch = dict(
+        staged=plgpu.SMEM((columns, H), dtype),
+        q_smem=plgpu.SMEM((columns, H), dtype, transforms=tiled),
+        k_smem=plgpu.SMEM((buffers, statics.block, H), dtype, transforms=tiled),
+        v_smem=plgpu.SMEM((buffers, statics.block, H), dtype, transforms=tiled),
+        p_smem=plgpu.SMEM((columns, statics.block), dtype, transforms=tiled),
+        out_smem=plgpu.SMEM((columns, H), outs[0].dtype),
+        new_smem=plgpu.SMEM((2, H), dtype),
+        q_barrier=plgpu.Barrier(num_arrivals=3 if statics.writes else 1),
+        k_barriers=plgpu.Barrier(num_arrivals=arrivals, num_barriers=buffers),
+        v_barriers=plgpu.Barrier(num_arrivals=arrivals, num_barriers=buffers),
     )
-    out, *rest = run(*operands)
-    return out, rest[0] if rest else None
+
+    def body(*refs):
+        pl.run_scoped(functools.partial(_body, statics, in_parts, *refs), **scratch)
+
+    # The last axis runs fastest: the heads of a row, whose keys lie side by side in a page, are read together.
+    mesh = plgpu.Mesh(grid=(X, B, K), grid_names=("part", "row", "head"))
+    return pl.kernel(body, outs, mesh=mesh, compiler_params=_COMPILER, interpret=interpret, name="paged_attention")
 
 
-def _body(statics: _Statics, in_parts: bool, q_ref, k_ref, v_ref, table_ref, lengths_ref, starts_ref, *refs):
-    out_refs, (q_smem, k_smem, v_smem, p_smem, out_smem, q_barrier, k_barriers, v_barriers) = refs[:-8], refs[-8:]
+def _body(
+    statics: _Statics, in_parts: bool, heads_ref, k_ref, v_ref, table_ref, lengths_ref, starts_ref, *out_refs, **smem
+):
+    q_smem, k_smem, v_smem, p_smem = (smem[name] for name in ("q_smem", "k_smem", "v_smem", "p_smem"))
+    k_barriers, v_barriers = smem["k_barriers"], smem["v_barriers"]
     part, row, head = (lax.axis_index(name) for name in ("part", "row", "head"))
-    plgpu.copy_gmem_to_smem(q_ref.at[row, head], q_smem, q_barrier)
+    live, num_heads = pl.ds(0, statics.rows), k_ref.shape[2]
+    queries = heads_ref.at[row, pl.ds(head * statics.rows, statics.rows)]
+    plgpu.copy_gmem_to_smem(queries, smem["staged"].at[live], smem["q_barrier"])
+    if statics.writes:
+        for i in range(2):
+            own = heads_ref.at[row, num_heads * (statics.rows + i) + head]
+            plgpu.copy_gmem_to_smem(own, smem["new_smem"].at[i], smem["q_barrier"])
     length, start = lengths_ref[row], starts_ref[row]
     first, end = _blocks_of(statics, part, length, start)
 
@@ -151,11 +168,25 @@ def _body(statics: _Statics, in_parts: bool, q_ref, k_ref, v_ref, table_ref, len
             for pages_ref, smem, barriers in ((k_ref, k_smem, k_barriers), (v_ref, v_smem, v_barriers)):
                 plgpu.copy_gmem_to_smem(pages_ref.at[page, :, head, :], smem.at[buffer, positions], barriers.at[buffer])
 
+    # Position of the row's new key and value; below 0 where it has none.
+    new = jnp.where((start < length) & (start < statics.table_width * statics.page_size), start, -1)
+
+    def settle(block, buffer_smem, which):
+        base = block * statics.block
+        if statics.writes:
+            _put_and_clear_past(buffer_smem, length - base, new - base, smem["new_smem"].at[which])
+        elif which == 1:
+            _clear_past(buffer_smem, length - base)
+
     ahead = statics.tiles.num_buffers - 1
     early = [pages_of(first + i) for i in range(ahead)]
     for i, pages in enumerate(early):
         pl.when(first + i < end)(functools.partial(fetch, first + i, pages))
-    plgpu.barrier_wait(q_barrier)
+    plgpu.barrier_wait(smem["q_barrier"])
+    # Columns past the queries hold what lay there: none of them reaches another, and none is written.
+    staged = plgpu.load(smem["staged"].T, layout=plgpu.Layout.WGMMA_TRANSPOSED, optimized=False)
+    q_smem.T[...] = staged
+    plgpu.commit_smem()
 
     def step(block, carry):
         highest, total, out = carry
@@ -163,6 +194,7 @@ def _body(statics: _Statics, in_parts: bool, q_ref, k_ref, v_ref, table_ref, len
         # Read now, needed after the softmax: the page table's latency stays hidden.
         pages = pages_of(block + ahead)
         plgpu.barrier_wait(k_barriers.at[buffer])
+        settle(block, k_smem.at[buffer], 0)
         scores = _product((statics.block, statics.columns), k_smem.at[buffer], q_smem.T)
         scores = _masked(statics, scores, block * statics.block, length, start)
         new_highest = jnp.maximum(highest, scores.max(axis=0))
@@ -175,7 +207,7 @@ def _body(statics: _Statics, in_parts: bool, q_ref, k_ref, v_ref, table_ref, len
         # All four warps passed the barrier just above, so none still reads the buffer of the block before.
         pl.when(block + ahead < end)(functools.partial(fetch, block + ahead, pages))
         plgpu.barrier_wait(v_barriers.at[buffer])
-        _clear_past(v_smem.at[buffer], length - block * statics.block)
+        settle(block, v_smem.at[buffer], 1)
         update = _product((statics.head_dim, statics.columns), v_smem.at[buffer].T, p_smem.T)
         return new_highest, total, out * _along_columns(shrink, out.shape) + update
 
@@ -186,12 +218,24 @@ def _body(statics: _Statics, in_parts: bool, q_ref, k_ref, v_ref, table_ref, len
     total = total.sum(axis=0)
     seen = total > 0
     out = out * _along_columns(jnp.where(seen, 1 / total, 0.0), out.shape)
+    out_smem = smem["out_smem"]
     out_smem.T[...] = plgpu.layout_cast(out.astype(out_smem.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
     plgpu.commit_smem()
     place = (part, row, head) if in_parts else (row, head)
-    plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, statics.rows)], out_refs[0].at[place])
+    plgpu.copy_smem_to_gmem(out_smem.at[live], out_refs[0].at[place])
     if in_parts:
         out_refs[1][part, row, head] = jnp.where(seen, highest + jnp.log(total) * _LOG2_E, -jnp.inf)
+    if statics.writes:
+        block = lax.div(new, jnp.int32(statics.block))
+
+        # Every copy of this page has arrived in this block of threads, and no other reads this head of it.
+        @pl.when((new >= 0) & (first <= block) & (block < end))
+        def _():
+            page = table_ref[row, lax.div(new, jnp.int32(statics.page_size))]
+            place = (page, lax.rem(new, jnp.int32(statics.page_size)), head)
+            for i, pages_ref in enumerate((k_ref, v_ref)):
+                plgpu.copy_smem_to_gmem(smem["new_smem"].at[i], pages_ref.at[place])
+
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -257,4 +301,17 @@ def _clear_past(v_smem, count) -> None:
         values = plgpu.layout_cast(v_smem[...], _MATRIX)
         key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=_MATRIX)
         v_smem[...] = jnp.where(key < count, values, jnp.zeros_like(values))
+        plgpu.commit_smem()
+
+
+def _put_and_clear_past(smem, count, new, new_smem) -> None:
+    """Key or value number `new` of a block that ends with it becomes `new_smem`; those from `count` on become 0."""
+
+    @pl.when(count <= smem.shape[0])
+    def _():
+        values = plgpu.layout_cast(smem[...], _MATRIX)
+        key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=_MATRIX)
+        values = jnp.where(key < count, values, jnp.zeros_like(values))
+        put = plgpu.load(new_smem, layout=_COLUMNS, optimized=False)
+        smem[...] = jnp.where(key == new, _along_columns(put, values.shape), values)
         plgpu.commit_smem()

@@ -65,8 +65,9 @@ def _columns(case: PagedAttentionCase) -> int:
 
 
 def shared_bytes(case: PagedAttentionCase, num_buffers: int) -> int:
-    """Shared memory of one block of threads: queries, weights, outputs (float32 at most), and the buffers."""
-    head = _columns(case) * (2 * case.head_dim + 2 * _block(case) + 4 * case.head_dim)
+    """Shared memory of one block of threads: queries as they come and as they are multiplied, weights, outputs (float32
+    at most), a new key and value, and the buffers."""
+    head = _columns(case) * (2 * 2 * case.head_dim + 2 * _block(case) + 4 * case.head_dim) + 2 * 2 * case.head_dim
     # Mosaic takes 2 KiB for reductions and a few bytes for barriers.
     return head + 2048 + 64 + num_buffers * 2 * 2 * _block(case) * case.head_dim
 
@@ -74,9 +75,10 @@ def shared_bytes(case: PagedAttentionCase, num_buffers: int) -> int:
 def _num_parts(programs: int, width: int) -> int:
     """Parts of a row, where `programs` blocks of threads (row and kv head) would be too few.
 
-    The sum over parts costs two launches and grows with them. Measured on an H100 (8 kv heads of 128): one row of 512
-    takes 9.1 us in 1 part, 7.0 in 2, 6.6 in 4, 9.2 in 8; one row of 8192 takes 18.7 in 8, 19.9 in 16, 21.2 in 32; eight
-    rows of 1024 take 17.8 in 1, 17.9 in 2, 19.4 in 4. So half a chip is filled with short parts, the rest with long.
+    The sum over parts costs a launch and grows with them. Measured on an H100, when it cost two (8 kv heads of 128):
+    one row of 512 takes 9.1 us in 1 part, 7.0 in 2, 6.6 in 4, 9.2 in 8; one row of 8192 takes 18.7 in 8, 19.9 in 16,
+    21.2 in 32; eight rows of 1024 take 17.8 in 1, 17.9 in 2, 19.4 in 4. So half a chip is filled with short parts, the
+    rest with long.
     """
     short = min(NUM_PROCESSORS // 2 // programs, width // 128, 8)
     long = min(2 * NUM_PROCESSORS // programs, width // 1024, MAX_PARTS)

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import math
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kernels.paged_attention
 from kernels import aot
-from kernels.paged_attention import PagedAttentionCase, choose, paged_attention, supports, tiles, write_pages
+from kernels.paged_attention import (
+    PagedAttentionCase,
+    choose,
+    extend_pages,
+    paged_attention,
+    supports,
+    tiles,
+    write_pages,
+)
 from kernels.paged_attention.combine import combine_parts
 from kernels.paged_attention.tiles import Tiles, choose_tiles
 from kernels.target import Target
@@ -116,8 +127,8 @@ def test_kernels_compile_for_an_h100_without_spills():
     assert 2 * reports[0].shared_bytes <= tiles.SHARED_BYTES and 2 * 128 * reports[0].registers <= 65536
 
 
-def interpreted(q, k_pages, v_pages, page_table, lengths, starts, dtype, tiles=None, **features):
-    """The Hopper kernel on the CPU, with its races looked for."""
+def interpreted(q, k_pages, v_pages, page_table, lengths, starts, dtype, tiles=None, new=None, **features):
+    """The Hopper kernel on the CPU, with its races looked for: out, and the pages where it writes `new` to them."""
     if jax.__version_info__ < (0, 11):
         pytest.skip(f"JAX {jax.__version__} can't interpret casts of layouts; 0.11 can")
     import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -129,15 +140,17 @@ def interpreted(q, k_pages, v_pages, page_table, lengths, starts, dtype, tiles=N
 
     arrays = [jnp.asarray(x, dtype) for x in (q, k_pages, v_pages)]
     integers = [jnp.asarray(x, jnp.int32) for x in (page_table, lengths, starts)]
-    out = gpu.paged_attention(
+    results = gpu.paged_attention(
         *arrays,
         *integers,
         **{"scale": SCALE, "window": None, "soft_cap": None, "sinks": None, **features},
         tiles=choose_tiles(case_of(arrays[0], arrays[1], integers[0])) if tiles is None else tiles,
+        new=None if new is None else tuple(jnp.asarray(x, dtype) for x in new),
         interpret=plgpu.InterpretGPUParams(detect_races=True),
     )
+    out = results if new is None else results[0]
     assert not np.isnan(out).any() and not gpu_callbacks.get_races().races_found
-    return out
+    return results
 
 
 # One case for each way through the kernel; an interpreted one takes seconds.
@@ -166,6 +179,67 @@ def test_kernel_equals_explicit_queries(name):
     assert actual.dtype == dtype
     # Weights and outputs are rounded to the dtype, once each.
     np.testing.assert_allclose(np.asarray(actual).astype(np.float64), expected, atol=3 * float(jnp.finfo(dtype).eps))
+
+
+WRITE_CASES = {
+    # The last token of a page, the first, one past the table, and two rows that take no part.
+    "ragged": dict(lengths=[64, 65, 129, 70, 0], counts=[1, 1, 1, 0, 0], M=2, N=6, K=2),
+    "parts, small pages, window": dict(lengths=[150, 17], counts=[1, 1], M=10, S=16, window=100, tiles=Tiles(4, 3, 2)),
+}
+
+
+@pytest.mark.parametrize("name", WRITE_CASES)
+def test_kernel_writes_the_new_token_and_attends_to_it(name):
+    case = {"S": 64, "N": 3, "K": 1, "H": 64, **WRITE_CASES[name]}
+    lengths, counts = np.array(case.pop("lengths")), np.array(case.pop("counts"))
+    shape = {key: case.pop(key) for key in ("N", "K", "H", "S", "M")}
+    held = np.minimum(lengths - counts, shape["S"] * shape["M"])
+    q, k_pages, v_pages, page_table = cache(held, len(lengths), **shape, T=1)
+    new = np.random.default_rng(1).normal(size=(2, len(lengths), 1, shape["K"], shape["H"]))
+    q, k_pages, v_pages, new = (jnp.asarray(x, jnp.bfloat16) for x in (q, k_pages, v_pages, new))
+    expected_pages = write_pages(k_pages, v_pages, *new, page_table, lengths - counts, counts)
+    wide = [np.asarray(x, np.float64) for x in (q, *expected_pages)]
+    features = {key: value for key, value in case.items() if key != "tiles"}
+    seen = np.minimum(lengths, shape["S"] * shape["M"])
+    expected = explicit(*wide, page_table, seen, lengths - counts, scale=SCALE, **features)
+    out, *pages = interpreted(q, k_pages, v_pages, page_table, lengths, lengths - counts, "bfloat16", new=new, **case)
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=3 * float(jnp.finfo("bfloat16").eps))
+    for actual, want in zip(pages, expected_pages, strict=True):
+        np.testing.assert_array_equal(np.asarray(actual, np.float32), np.asarray(want, np.float32))
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_extend_pages_writes_and_then_attends(T):
+    starts, counts = np.array([5, 11, 0]), np.array([1, T, 0])
+    q, k_pages, v_pages, page_table = cache(starts, 3, N=4, K=2, H=8, S=4, M=4, T=T)
+    new = np.random.default_rng(1).normal(size=(2, 3, T, 2, 8))
+    with jax.enable_x64(True):
+        q, k_pages, v_pages, *new = (jnp.asarray(x) for x in (q, k_pages, v_pages, *new))
+        out, *pages = extend_pages(q, *new, k_pages, v_pages, page_table, starts, counts, scale=SCALE, impl="xla")
+        expected_pages = write_pages(k_pages, v_pages, *new, page_table, starts, counts)
+        expected = paged_attention(
+            q, *expected_pages, page_table, starts + counts, starts_B=starts, scale=SCALE, impl="reference"
+        )
+    np.testing.assert_allclose(out, expected, atol=1e-12)
+    jax.tree.map(np.testing.assert_array_equal, tuple(pages), expected_pages)
+
+
+def test_one_token_of_each_row_is_written_by_the_kernel_that_attends(newer_jax, monkeypatch):
+    calls = []
+
+    def attend(q, k_pages, v_pages, *rest, new=None, **_):
+        calls.append(new)
+        return q if new is None else (q, k_pages, v_pages)
+
+    gpu = types.SimpleNamespace(paged_attention=attend)
+    monkeypatch.setitem(sys.modules, "kernels.paged_attention.gpu", gpu)
+    monkeypatch.setattr(kernels.paged_attention, "gpu", gpu, raising=False)
+    pages = jnp.zeros((5, 64, 2, 64), jnp.bfloat16)
+    integers = jnp.zeros((2, 2), jnp.int32), jnp.array([3, 4]), jnp.array([1, 1])
+    for T in (1, 2):
+        q, new = jnp.zeros((2, T, 4, 64), jnp.bfloat16), jnp.zeros((2, T, 2, 64), jnp.bfloat16)
+        extend_pages(q, new, new, pages, pages, *integers, scale=1.0, impl="auto", target=H100)
+    assert [given is None for given in calls] == [False, True]
 
 
 def test_parts_add_up_to_the_whole():
@@ -208,7 +282,7 @@ def test_tiles_fit_the_chip(newer_jax, head_dim, page_size):
         block = chosen.pages_per_block * page_size
         columns = -(-num_tokens * heads[0] // heads[1] // 8) * 8
         buffers = 2 * 2 * chosen.num_buffers * block * head_dim
-        assert buffers + columns * (2 * head_dim + 4 * head_dim + 2 * block) + 2088 <= 232448
+        assert buffers + columns * (8 * head_dim + 2 * block) + 4 * head_dim + 2088 <= 232448
         assert block % 64 == 0 and chosen.num_buffers >= 2
         assert chosen.num_parts == 1 or (
             batch * heads[1] * chosen.num_parts <= 264 and case.width // chosen.num_parts >= 128
