@@ -102,6 +102,7 @@ class _Softmax(NamedTuple):
     highest: jax.Array
     total: jax.Array
     out: jax.Array
+    weights: jax.Array
 
 
 # A jit of its own, so that a model's layers are built once.
@@ -179,7 +180,7 @@ def _call(statics: _Statics, operands, interpret):
         v_arrived=arrived,
         k_free=free,
         v_free=free,
-        turn=plgpu.Barrier(num_arrivals=2, num_barriers=1),
+        turn=plgpu.Barrier(num_barriers=2),
         cleared=plgpu.Barrier(num_arrivals=2, num_barriers=1),
     )
     run = plgpu.kernel(
@@ -295,65 +296,105 @@ def _attend(statics: _Statics, work: _Work, warpgroup, sinks, shared: _Shared) -
         counts = jnp.full_like(total, (work.part == 0).astype(jnp.float32))
         highest, total = jnp.where(counts > 0, sinks, highest), total + counts
     out = plgpu.layout_cast(jnp.zeros((_WARPGROUP_ROWS, statics.head_dim), jnp.float32), _MATRIX)
-    softmax = _Softmax(highest, total, out)
+    weights = plgpu.layout_cast(jnp.zeros((_WARPGROUP_ROWS, statics.block), shared.q.dtype), _MATRIX)
+    softmax = _Softmax(highest, total, out, weights)
     step = functools.partial(_step, statics, work, warpgroup, shared)
-    full_first, full_end = _full_blocks(statics, work)
+    second = jnp.minimum(work.first + 1, work.end)
+    full_first, full_end = _full_blocks(statics, work, second)
 
-    # The second warpgroup gives the first its turn, and is half a step behind from here on.
-    pl.when(warpgroup == 1)(lambda: _pass_turn(shared))
+    # The first turn is the first warpgroup's.
+    pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(shared.turn.at[0]))
+    softmax = lax.fori_loop(work.first, second, functools.partial(_first, statics, work, warpgroup, shared), softmax)
     if statics.window is not None:
-        softmax = lax.fori_loop(work.first, full_first, functools.partial(step, masked=True), softmax)
+        softmax = lax.fori_loop(second, full_first, functools.partial(step, masked=True), softmax)
     softmax = lax.fori_loop(full_first, full_end, step, softmax)
-    softmax = lax.fori_loop(full_end, work.end, functools.partial(step, masked=True, last=True), softmax)
-    pl.when(warpgroup == 0)(lambda: _pass_turn(shared))
+    softmax = lax.fori_loop(full_end, work.end, functools.partial(step, masked=True), softmax)
+    last = functools.partial(_last, statics, work, warpgroup, shared)
+    softmax = lax.fori_loop(jnp.maximum(work.end - 1, work.first), work.end, last, softmax)
+    pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(shared.turn.at[0]))
     return softmax
 
 
-def _full_blocks(statics: _Statics, work: _Work):
+def _full_blocks(statics: _Statics, work: _Work, second):
     """Of the work's blocks, the first one whose keys all rows of the warpgroup see, and the one past the last."""
     lowest = work.start + jnp.minimum(_token(statics, work.base), statics.num_tokens - 1)
-    end = jnp.clip(_floor(jnp.minimum(lowest + 1, work.length), statics.block), work.first, work.end)
+    end = jnp.clip(_floor(jnp.minimum(lowest + 1, work.length), statics.block), second, work.end)
     if statics.window is None:
-        return work.first, end
+        return second, end
     top = work.start + _token(statics, work.base + (_WARPGROUP_ROWS - 1))
     first = _floor(jnp.maximum(top - statics.window + statics.block, 0), statics.block)
-    return jnp.clip(first, work.first, end), end
+    return jnp.clip(first, second, end), end
 
 
-def _step(statics, work, warpgroup, shared, block, softmax: _Softmax, masked=False, last=False) -> _Softmax:
-    """`softmax` with one block of keys more. `masked`: not all rows see all of it; `last`: it may pass the length."""
-    highest, total, out = softmax
+def _first(statics, work, warpgroup, shared, block, softmax: _Softmax) -> _Softmax:
+    """The softmax of the first block of keys, its weights not yet multiplied."""
     buffer = _buffer(statics, block - work.first)
     plgpu.barrier_wait(shared.k_arrived.at[buffer])
-    scores = _scores(shared.q.at[warpgroup], shared.k.at[buffer], shared)
+    scores = _scores(shared.q.at[warpgroup], shared.k.at[buffer])
     plgpu.barrier_arrive(shared.k_free.at[buffer])
+    highest, total, _, weights = _soften(statics, work, scores, block, True, softmax.highest, softmax.total)
+    return _Softmax(highest, total, softmax.out, weights.astype(softmax.weights.dtype))
+
+
+def _step(statics, work, warpgroup, shared, block, softmax: _Softmax, masked=False) -> _Softmax:
+    """`softmax` with one block of keys more, the weights of the block before multiplied meanwhile."""
+    buffer, before = _buffer(statics, block - work.first), _buffer(statics, block - work.first - 1)
+    plgpu.barrier_wait(shared.k_arrived.at[buffer])
+    plgpu.barrier_wait(shared.v_arrived.at[before])
+
+    plgpu.barrier_wait(shared.turn.at[warpgroup])
+    out, scores = _products(
+        softmax.out,
+        softmax.weights,
+        shared.v.at[before],
+        shared.q.at[warpgroup],
+        shared.k.at[buffer],
+        lambda: plgpu.barrier_arrive(shared.turn.at[1 - warpgroup]),
+    )
+    plgpu.barrier_arrive(shared.k_free.at[buffer])
+    plgpu.barrier_arrive(shared.v_free.at[before])
+    highest, total, shrink, weights = _soften(statics, work, scores, block, masked, softmax.highest, softmax.total)
+    return _Softmax(highest, total, out * _along_rows(shrink, out.shape), weights.astype(softmax.weights.dtype))
+
+
+def _products(out, weights, v_smem, q_smem, k_smem, issued):
+    """(out + weights · V, q · Kᵀ), one after the other without a wait between them; `issued` is called meanwhile."""
+
+    def products(refs):
+        out_acc, scores_acc = refs
+        plgpu.wgmma(out_acc, weights, v_smem)
+        plgpu.wgmma(scores_acc, q_smem, k_smem.T)
+        issued()
+
+    zeros = plgpu.layout_cast(jnp.zeros((q_smem.shape[0], k_smem.shape[0]), jnp.float32), _MATRIX)
+    return pl.run_state(products)((plgpu.ACC.init(out), plgpu.ACC.init(zeros)))
+
+
+def _last(statics, work, warpgroup, shared, block, softmax: _Softmax) -> _Softmax:
+    buffer = _buffer(statics, block - work.first)
+    plgpu.barrier_wait(shared.v_arrived.at[buffer])
+    _clear_past(shared, shared.v.at[buffer], warpgroup, work.length - block * statics.block)
+    out = _weigh(softmax.out, softmax.weights, shared.v.at[buffer])
+    plgpu.barrier_arrive(shared.v_free.at[buffer])
+    return softmax._replace(out=out)
+
+
+def _soften(statics, work, scores, block, masked, highest, total):
+    """(highest, total, shrink, weights) with one block's scores more."""
     scores, factor = _capped(statics, scores)
     if masked:
         scores = _masked(statics, work, scores, block * statics.block)
     new_highest = jnp.maximum(highest, scores.max(axis=1) * factor)
     shrink = jnp.exp2(highest - new_highest)
     weights = jnp.exp2(scores * factor - _along_rows(new_highest, scores.shape))
-    out = out * _along_rows(shrink, out.shape)
-    total = total * shrink + weights.sum(axis=1)
-    weights = weights.astype(shared.v.dtype)
-    # All of the softmax is done before the turn passes.
-    out, total, new_highest, weights = lax.optimization_barrier((out, total, new_highest, weights))
-    plgpu.barrier_arrive(shared.turn)
-    plgpu.barrier_wait(shared.v_arrived.at[buffer])
-    if last:
-        _clear_past(shared, shared.v.at[buffer], warpgroup, work.length - block * statics.block)
-    plgpu.barrier_wait(shared.turn)
-    out = _weigh(out, weights, shared.v.at[buffer])
-    plgpu.barrier_arrive(shared.v_free.at[buffer])
-    return _Softmax(new_highest, total, out)
+    return new_highest, total * shrink + weights.sum(axis=1), shrink, weights
 
 
-def _scores(q_smem, k_smem, shared: _Shared) -> jax.Array:
-    """q · Kᵀ, float32; the other warpgroup's turn begins once the product is under way."""
+def _scores(q_smem, k_smem) -> jax.Array:
+    """q · Kᵀ, float32."""
 
     def product(acc):
         plgpu.wgmma(acc, q_smem, k_smem.T)
-        _pass_turn(shared)
         return acc[...]
 
     return pl.run_scoped(product, plgpu.ACC((q_smem.shape[0], k_smem.shape[0]), jnp.float32))
@@ -367,11 +408,6 @@ def _weigh(out, weights, v_smem) -> jax.Array:
         plgpu.wgmma(acc, weights, v_smem)
 
     return pl.run_state(product)(plgpu.ACC.init(out))
-
-
-def _pass_turn(shared: _Shared) -> None:
-    plgpu.barrier_arrive(shared.turn)
-    plgpu.barrier_wait(shared.turn)
 
 
 def _capped(statics: _Statics, scores) -> tuple[jax.Array, float]:
@@ -423,7 +459,7 @@ def _clear_past(shared: _Shared, v_smem, warpgroup, count) -> None:
 
 def _store(statics: _Statics, work: _Work, softmax: _Softmax, out_refs, out_smem) -> None:
     """Normalised outputs by way of `out_smem`; of a part in float32, straight from registers, with the log-sum-exp."""
-    highest, total, out = softmax
+    highest, total, out, _ = softmax
     seen = total > 0
     out = out * _along_rows(jnp.where(seen, 1 / total, 0.0), out.shape)
     rows = pl.ds(work.base, _WARPGROUP_ROWS)
