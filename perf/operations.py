@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from model.config import ModelConfig
@@ -182,14 +182,22 @@ def step_ledger(config: ModelConfig, work: Work) -> Ledger:
     )
 
 
+@functools.lru_cache(maxsize=32)
+def _ledger_of_a_row(config: ModelConfig, work: Work) -> tuple[Mapping[str, int], dict[tuple[int | None, str], Row]]:
+    """(times that each op is recomputed, the ledger's rows by layer and op) of a step of one row."""
+    assert work.batch == 1
+    book = step_ledger(config, work)
+    return book.recomputed, {(row.layer, row.op): row for row in book.rows}
+
+
 class _Step:
     """Makes the ops of one step."""
 
     def __init__(self, config: ModelConfig, work: Work) -> None:
         self.config, self.work = config, work
         self.is_train = work.mode == "train"
-        self.book = step_ledger(config, work)
-        self.rows: dict[tuple[int | None, str], Row] = {(row.layer, row.op): row for row in self.book.rows}
+        # The ledger of one row, times the batch: the search for the ridge tries batches of millions.
+        self.recomputed, self.rows_of_one = _ledger_of_a_row(config, dataclasses.replace(work, batch=1))
         self.kinds = layer_kinds(config)
         windowed = len({kind.window for kind in self.kinds}) > 1
         mixed = len({kind.is_moe for kind in self.kinds}) > 1
@@ -205,6 +213,11 @@ class _Step:
         if self.is_train:
             yield from self.update()
 
+    def row(self, layer: int | None, op: str) -> Row:
+        row = self.rows_of_one[layer, op]
+        batch = self.work.batch
+        return dataclasses.replace(row, forward=row.forward * batch, executed=row.executed * batch)
+
     # Outside of the layers.
 
     def embedding(self) -> Op:
@@ -218,7 +231,7 @@ class _Step:
 
     def head(self) -> Iterator[Op]:
         config, work = self.config, self.work
-        row = self.rows[None, "lm_head"]
+        row = self.row(None, "lm_head")
         positions = work.tokens if self.is_train else work.batch
         flops = (row.model_flops, row.hardware_flops)
         if not self.is_train:
@@ -289,7 +302,7 @@ class _Step:
         keys = 0 if work.mode == "decode" else kv_heads
         if work.attention == "fused":
             passes = 2 * heads + 2 * keys
-            backward, again = (4 * heads + 4 * kv_heads, self.book.recomputed.get("pv", 0)) if self.is_train else (0, 0)
+            backward, again = (4 * heads + 4 * kv_heads, self.recomputed.get("pv", 0)) if self.is_train else (0, 0)
             moved = Bytes(cache=read, activations=per_token * (passes * (1 + again) + backward))
             total = [sum(pair) for pair in zip(*flops.values(), strict=True)]
             yield Op("attention", label, count, "compute", *total, moved, count * (2 if self.is_train else 1))
@@ -302,7 +315,7 @@ class _Step:
         work, count, label = self.work, len(self.kinds[kind]), self.labels[kind]
         scores = count * work.batch * self.config.num_heads * work.activation_bytes
         scores *= self.span(kind.window) if work.mode == "decode" else work.length**2
-        train, again = self.is_train, self.book.recomputed.get("pv", 0) if self.is_train else 0
+        train, again = self.is_train, self.recomputed.get("pv", 0) if self.is_train else 0
         for name, inputs, passes, backward in (
             ("qk", heads + keys, 1, 2),
             ("softmax", 0, 2, 3),
@@ -323,7 +336,7 @@ class _Step:
 
     def attention_flops(self, name: str, layer: int, count: int, window: int | None) -> tuple[int, int]:
         if self.work.mode != "decode":
-            row = self.rows[layer, name]
+            row = self.row(layer, name)
             return count * row.model_flops, count * row.hardware_flops
         flops = count * self.work.batch * pair_flops(self.config) * self.span(window)
         return flops, flops
@@ -385,7 +398,7 @@ class _Step:
     def linear(self, op: Linear, kind: LayerKind, rows: int) -> Op:
         """A product of [rows, inputs] with its weights; its backward pass has two, for inputs and for weights."""
         work, layers = self.work, self.kinds[kind]
-        count, row = len(layers), self.rows[layers[0], op.op]
+        count, row = len(layers), self.row(layers[0], op.op)
         runs, train = 1 + row.recompute, self.is_train
         output_bytes = FLOAT32_BYTES if op.dtype == "float32" else work.activation_bytes
         forward = rows * (op.inputs * work.activation_bytes + op.outputs * output_bytes)

@@ -41,32 +41,66 @@ class Point(NamedTuple):
     rate: float
 
 
-def roofline_svg(roofs: Sequence[Roof], points: Iterable[Point], chosen: str) -> str:
+class Series(NamedTuple):
+    """Points of one kind: what they are, and how they are marked."""
+
+    label: str
+    marker: str
+    color: str
+    points: tuple[Point, ...]
+
+
+def together(points: Iterable[Point]) -> list[Point]:
+    """Points in order of intensity, those whose marks would cover each other as one with all their names."""
+    merged: list[Point] = []
+    for point in sorted(points, key=lambda point: point.intensity):
+        last = merged[-1] if merged else None
+        if last and point.intensity < 1.2 * last.intensity and 0.6 < point.rate / last.rate < 1.6:
+            merged[-1] = last._replace(name=f"{last.name}, {point.name}")
+        else:
+            merged.append(point)
+    return merged
+
+
+def roofline_svg(roofs: Sequence[Roof], series: Sequence[Series], chosen: str) -> str:
     """Log-log: the most FLOP/s that a chip gives at each intensity, the smaller of peak and intensity × bandwidth.
     Points lie below the roof of the chip `chosen` by their launch overhead."""
-    shown = [point for point in points if point.intensity > 0]
 
     def draw(axes: Any) -> None:
+        shown = [point for one in series for point in one.points]
         reach = [point.intensity for point in shown] + [roof.peak / roof.bandwidth for roof in roofs]
         left, right = min(reach) / 3, max(reach) * 5
-        for roof in roofs:
-            ridge = roof.peak / roof.bandwidth
-            is_chosen = roof.name == chosen
-            axes.plot(
-                [left, ridge, right],
-                [left * roof.bandwidth, roof.peak, roof.peak],
-                label=f"{roof.name} (ridge {ridge:.0f})",
-                linewidth=2.6 if is_chosen else 0.9,
-                color="black" if is_chosen else None,
-                zorder=3 if is_chosen else 2,
-            )
-        for number, point in enumerate(shown):
-            axes.plot(point.intensity, point.rate, "o", color="crimson", markersize=4, zorder=4)
-            # Neighbours alternate sides, so that equal intensities stay readable.
-            offset = (4, 5) if number % 2 else (4, -10)
-            axes.annotate(point.name, (point.intensity, point.rate), offset, textcoords="offset points", fontsize=7)
+        for number, roof in enumerate(roofs):
+            _draw_roof(axes, roof, left, right, None if roof.name == chosen else number)
+        for one in series:
+            _draw_series(axes, one)
         axes.set(xscale="log", yscale="log", xlim=(left, right), xlabel="FLOPs per byte", ylabel="FLOP/s of one device")
         axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
-        axes.legend(fontsize=7, loc="lower right", ncols=2)
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
     return draw_svg("roofline", draw)
+
+
+def _draw_roof(axes: Any, roof: Roof, left: float, right: float, number: int | None) -> None:
+    """`number` None: the chip that was asked for."""
+    import matplotlib
+
+    ridge = roof.peak / roof.bandwidth
+    axes.plot(
+        [left, ridge, right],
+        [left * roof.bandwidth, roof.peak, roof.peak],
+        label=f"{roof.name} (ridge {ridge:.0f})",
+        linewidth=2.6 if number is None else 0.9,
+        color="black" if number is None else matplotlib.colormaps["tab20"](number % 20),
+        zorder=3 if number is None else 2,
+    )
+
+
+def _draw_series(axes: Any, series: Series) -> None:
+    xs, ys = [point.intensity for point in series.points], [point.rate for point in series.points]
+    axes.plot(xs, ys, series.marker, color=series.color, markersize=4, linestyle="none", label=series.label, zorder=4)
+    for number, point in enumerate(together(series.points)):
+        # Neighbours alternate sides, so that near ones stay readable.
+        offset = (4, 6) if number % 2 else (4, -11)
+        where = (point.intensity, point.rate)
+        axes.annotate(point.name, where, offset, textcoords="offset points", fontsize=7, color=series.color, zorder=5)

@@ -12,7 +12,7 @@ from perf.chips import CHIPS
 from perf.flops import count_params
 from perf.formats import CACHE, WEIGHTS, Format, stored_weight_bytes
 from perf.operations import Work, expected_experts, operations
-from perf.plot import Point, Roof, roofline_svg
+from perf.plot import Point, Roof, Series, roofline_svg
 from perf.report import Notes, Plot, Report, Table, duration, number, quantity
 from perf.roofline import (
     Floor,
@@ -26,6 +26,7 @@ from perf.roofline import (
 )
 
 BATCHES = (1, 8, 32, 128, 256, 512)
+_NOT_DENSE = "I(B) = 2PB / (P·b + B·d·b) is of a dense model; how many experts are read depends on the batch"
 SERVED = ("bf16", "fp8", "int8", "int4")
 
 
@@ -52,9 +53,7 @@ def roofline_report(question: Question) -> Report:
         "ops": [_op(floor, question.on) for floor in step.floors],
         "memory": _memory(question),
         "attention": _attention(question),
-        "decode": _decode(question),
-        "capacity": _capacity(question),
-        "experts": _experts(question),
+        **({} if question.work.mode == "train" else _serving(question)),
         "chips": _chips(question),
     }
     parts = [
@@ -70,7 +69,7 @@ def roofline_report(question: Question) -> Report:
     return Report(_title(question), record, parts)
 
 
-# The record.
+# The record. A section that has no meaning in a mode is not in it.
 
 
 def _given(question: Question) -> dict[str, Any]:
@@ -86,7 +85,7 @@ def _given(question: Question) -> dict[str, Any]:
         "scales_counted": question.scales,
         "scale_group": question.group,
         "attention_form": work.attention,
-        "remat": work.remat if work.mode == "train" else None,
+        **({"remat": work.remat} if work.mode == "train" else {}),
         "parameters": parameters.total,
         "active_parameters": parameters.active,
         "chip": on.chip.name,
@@ -153,6 +152,7 @@ def _op(floor: Floor, on: Machine) -> dict[str, Any]:
         "compute_seconds": floor.compute_seconds,
         "data_seconds": floor.data_seconds,
         "overhead_seconds": floor.overhead_seconds if on.launch_seconds is not None else None,
+        **({} if on.launch_seconds is not None else {"overhead_reason": on.launch_source}),
         "seconds": floor.seconds,
         "longest_term": floor.longest,
     }
@@ -170,13 +170,17 @@ def _memory(question: Question) -> dict[str, Any]:
         "usable_bytes_per_device": None if on.usable_memory is None else on.usable_memory / on.num_devices,
     }
     if on.usable_memory is None:
-        record["usable_reason"] = f"no source gives what a program can have of {on.chip.name}'s memory"
+        record["usable_reason"] = _no_usable(on)
     if question.work.mode == "train" and fits:
         fits = None
         record["fits_reason"] = (
             "state and kept activations fit; scratch and what else the compiler keeps are known only when compiled"
         )
     return {**record, "fits": fits, "free_bytes_per_device": (limit - need.total) / on.num_devices}
+
+
+def _no_usable(on: Machine) -> str:
+    return f"no source gives what a program can have of {on.chip.name}'s memory"
 
 
 def _attention(question: Question) -> dict[str, Any]:
@@ -199,10 +203,13 @@ def _attention(question: Question) -> dict[str, Any]:
     }
 
 
-def _decode(question: Question) -> dict[str, Any] | None:
+def _serving(question: Question) -> dict[str, Any]:
+    sections = {"decode": _decode(question), "capacity": _capacity(question)}
+    return sections if question.config.moe is None else sections | {"experts": _experts(question)}
+
+
+def _decode(question: Question) -> dict[str, Any]:
     """Batches of decode at this context: where it crosses the ridge, and its bound at a few."""
-    if question.work.mode == "train":
-        return None
     config, on = question.config, question.on
     work = dataclasses.replace(question.work, mode="decode")
     products, products_limit = step_crossing(config, work, on, products_only=True)
@@ -229,8 +236,7 @@ def _formula(question: Question) -> dict[str, Any]:
     """The dense textbook form: every parameter read once a step, and no cache."""
     config, work, on = question.config, question.work, question.on
     if config.moe is not None:
-        reason = "I(B) = 2PB / (P·b + B·d·b) is of a dense model; the experts that a batch reads depend on it"
-        return {"formula_crossing_batch": None, "formula_crossing_reason": reason}
+        return {"formula_crossing_batch": None, "formula_crossing_reason": _NOT_DENSE}
     parameters = count_params(config).total
     stored = stored_weight_bytes(config, work.weights)
     per_weight = stored / parameters
@@ -251,15 +257,19 @@ def _decode_at(question: Question, work: Work) -> dict[str, Any]:
     step = step_floor(config, work, on)
     need = memory_need(config, work)
     limit = on.published_memory if on.usable_memory is None else on.usable_memory
-    formula = None
-    if config.moe is None:
+    if config.moe is not None:
+        formula: dict[str, Any] = {"formula_intensity": None, "formula_reason": _NOT_DENSE}
+    else:
         parameters = count_params(config).total
         per_weight = stored_weight_bytes(config, work.weights) / parameters
-        formula = formula_intensity(parameters, work.batch, config.embed_dim, per_weight, work.activation_bytes)
+        intensity = formula_intensity(parameters, work.batch, config.embed_dim, per_weight, work.activation_bytes)
+        formula = {"formula_intensity": intensity}
+    flops = sum(floor.op.hardware_flops for floor in step.floors)
     return {
         "batch": work.batch,
-        "formula_intensity": formula,
-        "intensity": sum(f.op.hardware_flops for f in step.floors) / sum(f.op.num_bytes for f in step.floors),
+        **formula,
+        "intensity": flops / sum(floor.op.num_bytes for floor in step.floors),
+        "flops_per_device": flops / on.num_devices,
         "required_bytes_per_device": step.required_bytes / on.num_devices,
         "bound_side": step.side,
         "bound_seconds": step.bound_seconds,
@@ -271,10 +281,8 @@ def _decode_at(question: Question, work: Work) -> dict[str, Any]:
     }
 
 
-def _capacity(question: Question) -> dict[str, Any] | None:
+def _capacity(question: Question) -> dict[str, Any]:
     """Requests of `length` tokens that fit, for each precision of weights and cache."""
-    if question.work.mode == "train":
-        return None
     config, on, length = question.config, question.on, max(question.work.length, 1)
     work = question.work
     caches = [_as_asked(item, question) for item in CACHE.values() if item.name in (*SERVED, work.cache.name)]
@@ -284,11 +292,14 @@ def _capacity(question: Question) -> dict[str, Any] | None:
     rows = []
     for item in weights:
         stored = stored_weight_bytes(config, item)
-        largest = {
-            memory: None if size is None else {name: largest_batch(size, stored, one) for name, one in requests.items()}
-            for memory, size in memories.items()
-        }
-        rows.append({"weight_format": item.name, "weight_bytes": stored, "largest_batch": largest})
+        row = {"weight_format": item.name, "weight_bytes": stored}
+        for memory, size in memories.items():
+            if size is None:
+                row |= {f"largest_batch_{memory}": None, f"{memory}_reason": _no_usable(on)}
+            else:
+                counts = {name: largest_batch(size, stored, one) for name, one in requests.items()}
+                row[f"largest_batch_{memory}"] = counts
+        rows.append(row)
     return {"tokens_per_request": length, "request_bytes": requests, "weights": rows}
 
 
@@ -298,11 +309,10 @@ def _as_asked(item: Format, question: Question) -> Format:
     return dataclasses.replace(item, group=question.group) if item.group is not None else item
 
 
-def _experts(question: Question) -> dict[str, Any] | None:
+def _experts(question: Question) -> dict[str, Any]:
     """Expected experts that a batch reaches in each layer, and the bytes of weights that a decode step reads."""
     config, work = question.config, question.work
-    if config.moe is None or work.mode == "train":
-        return None
+    assert config.moe is not None
     batches = sorted({*BATCHES, work.batch})
     rows = []
     for batch in batches:
@@ -452,9 +462,9 @@ def _time(seconds: float | None, scale: float) -> str:
 
 
 def _decode_tables(record: dict[str, Any]) -> list[Table]:
-    decode = record["decode"]
-    if decode is None:
+    if "decode" not in record:
         return []
+    decode = record["decode"]
     rows = tuple(
         (
             str(row["batch"]),
@@ -487,14 +497,15 @@ def _batch(value: float | None) -> str:
 
 
 def _capacity_tables(record: dict[str, Any]) -> list[Table]:
-    capacity = record["capacity"]
-    if capacity is None:
+    if "capacity" not in record:
         return []
+    capacity = record["capacity"]
     per_request = capacity["request_bytes"]
     rows = []
     for row in capacity["weights"]:
-        for memory, largest in row["largest_batch"].items():
-            if largest is None or (memory == "usable" and largest == row["largest_batch"]["published"]):
+        for memory in ("published", "usable"):
+            largest = row[f"largest_batch_{memory}"]
+            if largest is None:
                 continue
             counts = tuple(f"{largest[name]:,}" for name in per_request)
             rows.append((row["weight_format"], memory, quantity(row["weight_bytes"], "B"), *counts))
@@ -512,9 +523,9 @@ def _capacity_tables(record: dict[str, Any]) -> list[Table]:
 
 
 def _expert_tables(record: dict[str, Any]) -> list[Table]:
-    experts = record["experts"]
-    if experts is None:
+    if "experts" not in record:
         return []
+    experts = record["experts"]
     rows = tuple(
         (
             str(row["batch"]),
@@ -574,7 +585,7 @@ def _notes(question: Question, record: dict[str, Any]) -> list[str]:
             "norms and biases stay at 16 bits, the router at 32"
         )
         lines.append("capacity: weights and cache alone, without the program's scratch")
-    if record["decode"] is not None:
+    if "decode" in record:
         decode = record["decode"]
         if "formula_seconds" in decode:
             stored = quantity(decode["formula_weight_bytes_per_device"], "B")
@@ -608,12 +619,20 @@ def _plot(record: dict[str, Any]) -> str:
         for row in record["chips"]
         if row["bound_seconds"] is not None
     ]
-    points = [
+    ops = tuple(
         Point(
             op["op"] if op["layers"] in ("-", "all") else f"{op['op']} ({op['layers']})",
             op["intensity"],
             op["hardware_flops_per_device"] / op["seconds"],
         )
         for op in record["ops"]
-    ]
-    return roofline_svg(roofs, points, record["chip"])
+        if op["intensity"]
+    )
+    series = [Series("ops at their floor", "o", "crimson", ops)]
+    if record["mode"] == "decode":
+        rows = record["decode"]["batches"]
+        steps = tuple(
+            Point(f"B={row['batch']}", row["intensity"], row["flops_per_device"] / row["ops_seconds"]) for row in rows
+        )
+        series.append(Series("whole step by batch", "s", "navy", steps))
+    return roofline_svg(roofs, series, record["chip"])
