@@ -60,11 +60,11 @@ def choose(impl: Impl, target: Target, case: PagedAttentionCase | None = None) -
         return "xla", f"the only fast implementation for {target.platform}"
     if case is None:
         if target.compute_capability == (9, 0):
-            return "auto", "at each call: pallas for few queries of a row (decode, verification), xla for more"
+            return "auto", "at each call: pallas where it takes the shapes and the dtype, else xla"
         return "xla", f"the only fast implementation for {target}"
     reason = supports("pallas", case, target)
     if reason is None:
-        return "pallas", "reads live pages only, each once"
+        return "pallas", "reads pages where they lie, and live ones only"
     return "xla", f"pallas can't: {reason}"
 
 
@@ -119,11 +119,15 @@ def paged_attention(
                 return reference.paged_attention(*operands, **statics)
             case "xla":
                 return xla.paged_attention(*operands, **statics)
-            case _:
-                # Here and not above: Mosaic GPU's modules change with JAX's version, and most runs need none of them.
+            # Imported here and not above: Mosaic GPU's modules change with JAX's version, and most runs need none.
+            case _ if tiles.few_queries(case):
                 from kernels.paged_attention import gpu
 
                 return gpu.paged_attention(*operands, **statics, tiles=tiles.choose_tiles(case))
+            case _:
+                from kernels.paged_attention import prefill
+
+                return prefill.paged_attention(*operands, **statics, tiles=tiles.choose_prefill_tiles(case))
 
 
 def extend_pages(
@@ -154,7 +158,7 @@ def extend_pages(
         impl, _ = choose(impl, target, case)
     statics = {"scale": scale, "window": window, "soft_cap": soft_cap, "sinks": sinks}
     lengths_B = starts_B + counts_B
-    if impl == "pallas" and case.num_tokens == 1:
+    if impl == "pallas" and case.num_tokens == 1 and tiles.few_queries(case):
         _check(q_BTNH, k_pages_PSKH, v_pages_PSKH, page_table_BM, lengths_B)
         from kernels.paged_attention import gpu
 

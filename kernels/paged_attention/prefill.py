@@ -59,6 +59,11 @@ class _Statics:
         return self.tiles.block
 
     @property
+    def masks_all(self) -> bool:
+        """With wide heads and a window, keeping apart the blocks that need no mask would spill six registers."""
+        return self.window is not None and self.head_dim > 128
+
+    @property
     def copied(self) -> int:
         """Positions of one copy: a page, or a block's part of it."""
         return min(self.page_size, self.block)
@@ -307,8 +312,9 @@ def _attend(statics: _Statics, work: _Work, warpgroup, sinks, shared: _Shared) -
     softmax = lax.fori_loop(work.first, second, functools.partial(_first, statics, work, warpgroup, shared), softmax)
     if statics.window is not None:
         softmax = lax.fori_loop(second, full_first, functools.partial(step, masked=True), softmax)
-    softmax = lax.fori_loop(full_first, full_end, step, softmax)
-    softmax = lax.fori_loop(full_end, work.end, functools.partial(step, masked=True), softmax)
+    if not statics.masks_all:
+        softmax = lax.fori_loop(full_first, full_end, step, softmax)
+        softmax = lax.fori_loop(full_end, work.end, functools.partial(step, masked=True), softmax)
     last = functools.partial(_last, statics, work, warpgroup, shared)
     softmax = lax.fori_loop(jnp.maximum(work.end - 1, work.first), work.end, last, softmax)
     pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(shared.turn.at[0]))
@@ -316,7 +322,10 @@ def _attend(statics: _Statics, work: _Work, warpgroup, sinks, shared: _Shared) -
 
 
 def _full_blocks(statics: _Statics, work: _Work, second):
-    """Of the work's blocks, the first one whose keys all rows of the warpgroup see, and the one past the last."""
+    """Of the work's blocks from its `second` on, the first one whose keys all rows of the warpgroup see, and the one
+    past the last."""
+    if statics.masks_all:
+        return work.end, work.end
     lowest = work.start + jnp.minimum(_token(statics, work.base), statics.num_tokens - 1)
     end = jnp.clip(_floor(jnp.minimum(lowest + 1, work.length), statics.block), second, work.end)
     if statics.window is None:
@@ -423,16 +432,14 @@ def _capped(statics: _Statics, scores) -> tuple[jax.Array, float]:
 
 def _masked(statics: _Statics, work: _Work, scores, base) -> jax.Array:
     """Scores, -inf where a query does not see a key. The first key is at position `base`."""
-    key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=_MATRIX)
-    row = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=_MATRIX)
+    row = plgpu.broadcasted_iota(jnp.int32, (scores.shape[0],), 0, layout=_ROWS) + work.base
     if statics.rows_per_token > 1:
-        row = lax.div(row + work.base, jnp.full_like(row, statics.rows_per_token))
-        behind = row + (work.start - base) - key
-    else:
-        behind = row + (work.base + work.start - base) - key
-    seen = (behind >= 0) & (key < work.length - base)
+        row = lax.div(row, jnp.full_like(row, statics.rows_per_token))
+    own = row + (work.start - base)
+    key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=_MATRIX)
+    seen = key <= _along_rows(jnp.minimum(own, work.length - base - 1), scores.shape)
     if statics.window is not None:
-        seen = seen & (behind < statics.window)
+        seen = seen & (key > _along_rows(own - statics.window, scores.shape))
     return jnp.where(seen, scores, -jnp.inf)
 
 
@@ -441,12 +448,14 @@ def _clear_past(shared: _Shared, v_smem, warpgroup, count) -> None:
 
     The warpgroups share the rows, and each waits for the other: both multiply by all of them.
     """
-    pieces = [pl.ds(i, _WARPGROUP_ROWS) for i in range(0, v_smem.shape[0], _WARPGROUP_ROWS)]
+    # Of 64 columns, so that few registers are taken beside the outputs.
+    rows, columns = (range(0, size, 64) for size in v_smem.shape)
+    pieces = [(pl.ds(row, 64), pl.ds(column, 64)) for row in rows for column in columns]
 
     def clear(piece):
         values = plgpu.layout_cast(v_smem[piece], _MATRIX)
         key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=_MATRIX)
-        v_smem[piece] = jnp.where(key < count - piece.start, values, jnp.zeros_like(values))
+        v_smem[piece] = jnp.where(key < count - piece[0].start, values, jnp.zeros_like(values))
 
     @pl.when(count < v_smem.shape[0])
     def _():

@@ -85,6 +85,42 @@ def _num_parts(programs: int, width: int) -> int:
     return max(1, short, long)
 
 
+def few_queries(case: PagedAttentionCase) -> bool:
+    """Whether the queries of a row that share a kv head fit the registers of the kernel for few (`gpu`); `prefill` has
+    the rest."""
+    large = case.head_dim > 128 or _block(case) > KEY_ROWS
+    return (
+        _columns(case) <= (MAX_QUERIES_OF_LARGE if large else MAX_QUERIES) and shared_bytes(case, 2) <= SHARED_BYTES
+    )
+
+
+def choose_prefill_tiles(case: PagedAttentionCase) -> PrefillTiles:
+    """Static in the shapes, so that equal calls add in equal order."""
+    # Scores have a column for each key of a block: what head widths leave of the registers, and of shared memory.
+    block = 64 if case.head_dim > 128 else 128
+    num_buffers = max(n for n in (2, 3, 4) if n == 2 or prefill_shared_bytes(case, block, n) <= SHARED_BYTES)
+    heads, rows = query_rows(case)
+    return PrefillTiles(block, num_buffers, _num_prefill_parts(case.batch * heads * -(-rows // QUERY_ROWS), case.width))
+
+
+def query_rows(case: PagedAttentionCase) -> tuple[int, int]:
+    """(heads, rows of each) of the queries' array in `prefill`: the tokens of one head where they fill whole blocks of
+    rows, else all queries of a kv head, which fill fewer blocks."""
+    if case.num_tokens % QUERY_ROWS == 0:
+        return case.num_heads, case.num_tokens
+    return case.num_kv_heads, case.num_tokens * case.num_heads // case.num_kv_heads
+
+
+def prefill_shared_bytes(case: PagedAttentionCase, block: int, num_buffers: int) -> int:
+    """Shared memory of one block of threads: queries, the buffers, and as in `shared_bytes`."""
+    return 2 * case.head_dim * (QUERY_ROWS + 2 * num_buffers * block) + 2048 + 256
+
+
+def _num_prefill_parts(programs: int, width: int) -> int:
+    """Parts of a row, where `programs` blocks of threads would leave processors without one."""
+    return max(1, min(NUM_PROCESSORS // programs, width // 1024, MAX_PARTS))
+
+
 def unsupported(case: PagedAttentionCase, target: Target) -> str | None:
     """Why the kernel can't compute this; None where it can."""
     if target.platform != "gpu" or target.compute_capability != (9, 0):
@@ -97,14 +133,4 @@ def unsupported(case: PagedAttentionCase, target: Target) -> str | None:
         return f"the kernel takes a head width of 64, 128 or 256, not {case.head_dim}"
     if case.page_size not in (16, 32, 64, 128):
         return f"the kernel takes pages of 16, 32, 64 or 128 positions, not {case.page_size}"
-    large = case.head_dim > 128 or _block(case) > KEY_ROWS
-    most = MAX_QUERIES_OF_LARGE if large else MAX_QUERIES
-    if _columns(case) > most:
-        group = case.num_heads // case.num_kv_heads
-        return (
-            f"with a head width of {case.head_dim} and pages of {case.page_size} the kernel takes up to {most} queries "
-            f"of a row for each kv head, not {case.num_tokens * group} ({case.num_tokens} tokens of {group} heads)"
-        )
-    if shared_bytes(case, 2) > SHARED_BYTES:
-        return f"pages of {case.page_size} with a head width of {case.head_dim} are too large for its shared memory"
     return None
