@@ -24,8 +24,7 @@ NUM_FLOATS = BIASES.stop
 
 
 class Drawing(enum.IntEnum):
-    """What it takes to draw the tokens of a batch, each with all that those before it do. The host chooses, since the
-    device would have to ask it about every branch and wait: a program of the first three has none."""
+    """What it takes to draw the tokens of a batch. Each does all that those before it do, for rows that want it."""
 
     GREEDY = 0
     """The argmax of the logits."""
@@ -34,7 +33,7 @@ class Drawing(enum.IntEnum):
     FILTERED = 2
     """top-k, top-p or min-p."""
     FULL = 3
-    """Penalties, biases, a grammar's mask, log-probabilities: computed if a row wants them."""
+    """Penalties, biases, a grammar's mask, log-probabilities."""
 
 
 @dataclasses.dataclass

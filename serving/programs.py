@@ -2,8 +2,8 @@
 with or without drafts; and the draw of what follows. A round of decoding is one call of each of the last two.
 
 Rounds follow each other on the device: what a draw leaves of its rows is what the next round begins with, so that the
-host may start rounds before it has seen what came of those before. None of this waits for the host in between, save the
-drafts of a model and what `Drawing.FULL` decides.
+host may start rounds before it has seen what came of those before. On a GPU, only the drafts of a model wait for the
+host in between.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Weights = tuple[Any, Any]
 _STAGES = {
     Drawing.SAMPLED: Stages(penalties=False, bias=False, filters=False, noise=True),
     Drawing.FILTERED: Stages(penalties=False, bias=False, filters=True, noise=True),
-    Drawing.FULL: AS_NEEDED,
+    Drawing.FULL: Stages(penalties=True, bias=True, filters=True, noise=True),
 }
 
 
@@ -122,6 +122,9 @@ class Programs:
     definition: Definition
     execution: Execution
     drafting: Drafting | None = None
+    branches: bool = True
+    """The device branches by itself, so that a draw decides at each call what its rows want. A GPU asks the host at
+    each branch and idles meanwhile: there, a draw does all that its `Drawing` says."""
 
     def prefill(self, weights, draft_weights, cache: Cache, draft_cache: Cache, batch: RowBatch, tiles: Tiles):
         """Computes tiles. Returns (cache, draft_cache, Forward at the last token of each)."""
@@ -163,24 +166,27 @@ class Programs:
         """
         constants = _unpack(batch.ints_BI, batch.floats_BF)
         logits_BTV = self.definition.bind(*weights).logits(forward.hidden_BTD, self.execution)
+        drafts = (forward.drafts_BK, forward.log_q_BKV, forward.counts_B)
         if drawing is Drawing.GREEDY:
             verified = verify_greedy(logits_BTV, forward.drafts_BK, forward.counts_B)
-        else:
-            full = drawing is Drawing.FULL
-            tokens_BW = jnp.zeros((len(state.last_B), 1), jnp.int32) if state.tokens_BW is None else state.tokens_BW
+        elif drawing is Drawing.FULL:
+            history = History(state.tokens_BW, constants.prompt_B, state.length_B)
+            # A row under a grammar takes no drafts: its mask is that of its one position.
+            mask_BTU = jnp.broadcast_to(mask_BU[:, None], (*logits_BTV.shape[:2], mask_BU.shape[-1]))
             verified = verify(
                 logits_BTV,
-                forward.drafts_BK,
-                forward.log_q_BKV,
-                forward.counts_B,
+                *drafts,
                 constants.rows,
-                History(tokens_BW, constants.prompt_B, state.length_B),
-                # A row under a grammar takes no drafts: its mask is that of its one position.
-                jnp.broadcast_to(mask_BU[:, None], (*logits_BTV.shape[:2], mask_BU.shape[-1])) if full else None,
-                stages=_STAGES[drawing],
-                with_log_probs=full,
-                wants_log_probs_B=constants.logprobs_B & ~state.done_B if full else None,
+                history,
+                mask_BTU,
+                stages=AS_NEEDED if self.branches else _STAGES[drawing],
+                with_log_probs=True,
+                wants_log_probs_B=constants.logprobs_B & ~state.done_B if self.branches else None,
             )
+        else:
+            # Without penalties, no one looks at the tokens before.
+            nothing = History(jnp.zeros((len(state.last_B), 0), jnp.int32), constants.prompt_B, state.length_B)
+            verified = verify(logits_BTV, *drafts, constants.rows, nothing, stages=_STAGES[drawing])
         log_probs = verified.log_probs
         if log_probs is None:
             log_probs = no_log_probs(*verified.tokens_BT.shape)

@@ -88,6 +88,7 @@ def resolve(run: ServeRun, devices: Sequence[jax.Device]) -> Resolved:
             Definition(model, False, dtype, mesh.size == 1),
             _execution(selection, dtype, whole),
             drafting,
+            branches=platform != "gpu",
         ),
         dtype=dtype,
         max_context=max_context,

@@ -90,12 +90,17 @@ def plan_cells(
     return tuple(cells)
 
 
-def plan_draws(cells: tuple[Cell, ...]) -> tuple[Draw, ...]:
-    """What draws after each cell. A prompt's only token is drawn by the largest of two programs, whatever is wanted."""
+def plan_draws(cells: tuple[Cell, ...], *, branches: bool) -> tuple[Draw, ...]:
+    """What draws after each cell: two programs where the device branches by itself, since the second then does only
+    what is wanted, and for rows that a prompt alone may have, of which one token is drawn."""
     decode = {(cell.rows, 1 + cell.drafts) for cell in cells if cell.drafts is not None}
-    prefill = {(cell.rows, 1) for cell in cells if cell.drafts is None} - decode
-    draws = [Draw(*shape, drawing) for shape in sorted(decode) for drawing in Drawing]
-    return (*draws, *(Draw(*shape, drawing) for shape in sorted(prefill) for drawing in (Drawing.GREEDY, Drawing.FULL)))
+    prefill = {(cell.rows, 1) for cell in cells if cell.drafts is None}
+    few = (Drawing.GREEDY, Drawing.FULL)
+    return tuple(
+        Draw(*shape, drawing)
+        for shape in sorted(decode | prefill)
+        for drawing in (few if branches or shape not in decode else Drawing)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +134,7 @@ class Runner:
     ) -> None:
         self._programs, self._engine, self._options = programs, engine, options
         self._abstract, self._weights = abstract, None
-        self.cells, self.draws = cells, plan_draws(cells)
+        self.cells, self.draws = cells, plan_draws(cells, branches=programs.branches)
         # Whole pages, so that the widest cell holds it.
         self.context = max(cell.width for cell in cells)
         self._words = -(-programs.definition.config.vocab_size // 32)

@@ -243,7 +243,7 @@ def _cuts_k(rows: Rows, vocab: int) -> jax.Array:
 def _filter(scores_BV: jax.Array, rows: Rows, static: bool | None) -> jax.Array:
     """top-k, top-p and min-p of scores whose maximum is 0; each keeps what is at or above a threshold.
 
-    The thresholds are found exactly, by bisection, without sorting the vocabulary.
+    The thresholds are found exactly, two bits at a time, without sorting the vocabulary.
     """
     vocab = scores_BV.shape[1]
     sampled_B = ~rows.greedy_B
@@ -258,8 +258,9 @@ def _filter(scores_BV: jax.Array, rows: Rows, static: bool | None) -> jax.Array:
 
 
 def _top_k(scores_BV: jax.Array, k_B: jax.Array) -> jax.Array:
-    def enough(threshold_B: jax.Array) -> jax.Array:
-        return jnp.sum(scores_BV >= _from_ordered(threshold_B)[:, None], axis=1) >= k_B
+    def enough(thresholds: list[jax.Array]) -> list[jax.Array]:
+        kept = [(scores_BV >= _from_ordered(threshold_B)[:, None]).astype(jnp.int32) for threshold_B in thresholds]
+        return [count_B >= k_B for count_B in _sums(kept)]
 
     low_B = jnp.full(k_B.shape, _to_ordered(jnp.float32(-jnp.inf)))
     threshold_B = _from_ordered(_largest(enough, low_B, jnp.ones_like(low_B)))
@@ -267,14 +268,14 @@ def _top_k(scores_BV: jax.Array, k_B: jax.Array) -> jax.Array:
 
 
 def _top_p(scores_BV: jax.Array, p_B: jax.Array) -> jax.Array:
-    """Thresholds on the probabilities relative to the largest: one array to read in each round."""
+    """Thresholds on the probabilities relative to the largest: one array to read in each pass."""
     share_BV = jnp.exp(scores_BV)
     target_B = p_B * jnp.sum(share_BV, axis=1)
 
-    def enough(threshold_B: jax.Array) -> jax.Array:
-        kept_BV = jnp.where(share_BV >= _from_ordered(threshold_B)[:, None], share_BV, 0.0)
+    def enough(thresholds: list[jax.Array]) -> list[jax.Array]:
+        kept = [jnp.where(share_BV >= _from_ordered(threshold_B)[:, None], share_BV, 0.0) for threshold_B in thresholds]
         # Rounded sums of fewer non-negative terms in the same order are never larger: the predicate is monotone.
-        return jnp.sum(kept_BV, axis=1) >= target_B
+        return [sum_B >= target_B for sum_B in _sums(kept)]
 
     high = _to_ordered(jnp.float32(1.0)) + 1
     threshold_B = _from_ordered(_largest(enough, jnp.zeros_like(p_B, jnp.int32), jnp.full(p_B.shape, high)))
@@ -283,18 +284,31 @@ def _top_p(scores_BV: jax.Array, p_B: jax.Array) -> jax.Array:
     return jnp.where(keep_BV, scores_BV, -jnp.inf)
 
 
-def _largest(predicate: Callable[[jax.Array], jax.Array], low_B: jax.Array, high_B: jax.Array) -> jax.Array:
-    """Largest integer in [low, high) where a predicate holds, int32 [B]: it holds at low and, once false, stays so."""
+def _sums(terms: list[jax.Array]) -> list[jax.Array]:
+    """Sums over the vocabulary of several arrays [B, V], which are computed and read in one pass."""
+    zero = jnp.zeros((), terms[0].dtype)
+    return jax.lax.reduce(terms, [zero] * len(terms), lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (1,))
 
-    def halve(_, bounds):
-        low_B, high_B = bounds
-        # The mean, rounded down, without overflow; it is low itself once high = low + 1.
-        middle_B = (low_B & high_B) + ((low_B ^ high_B) >> 1)
-        holds = predicate(middle_B)
-        return jnp.where(holds, middle_B, low_B), jnp.where(holds, high_B, middle_B)
 
-    # 32 halvings bring any two 32-bit integers together. The fixed number spares a device the question after each.
-    return jax.lax.fori_loop(0, 32, halve, (low_B, high_B))[0]
+def _largest(predicate: Callable[[list[jax.Array]], list[jax.Array]], low_B: jax.Array, high_B: jax.Array) -> jax.Array:
+    """Largest integer in [low, high) where a predicate holds, int32 [B]: it holds at low and, once false, stays so.
+
+    `predicate` is asked about three integers at once, the next two bits of the distance to low: a pass over the
+    vocabulary takes as long for three as for one.
+    """
+    distance_B = (high_B - low_B).astype(jnp.uint32)
+
+    def narrow(index, base_B):
+        shift = 30 - 2 * index.astype(jnp.uint32)
+        steps = [base_B | (jnp.uint32(digit) << shift) for digit in (1, 2, 3)]
+        inside = [step_B < distance_B for step_B in steps]
+        asked = [low_B + jnp.where(i, step_B, 0).astype(jnp.int32) for i, step_B in zip(inside, steps, strict=True)]
+        holds = [i & answer for i, answer in zip(inside, predicate(asked), strict=True)]
+        return base_B | (sum(hold.astype(jnp.uint32) for hold in holds) << shift)
+
+    # The fixed number of passes spares a device the question after each.
+    base_B = jax.lax.fori_loop(0, 16, narrow, jnp.zeros(low_B.shape, jnp.uint32))
+    return low_B + base_B.astype(jnp.int32)
 
 
 def _to_ordered(x: jax.Array) -> jax.Array:

@@ -25,6 +25,28 @@ class Totals:
     prefill_flops: int = 0
 
 
+_WINDOW_SECONDS = 0.25
+"""A thread of a busy server learns late that a call ended, by 5 ms (what another may keep the interpreter for) and
+more; the next call then seems short. Over this time the device's own pace shows."""
+
+
+@dataclasses.dataclass
+class _Window:
+    """Work and its time, until there is enough of them to divide."""
+
+    amount: int = 0
+    seconds: float = 0.0
+
+    def add(self, amount: int, seconds: float) -> tuple[int, float] | None:
+        """What came together, once it is enough."""
+        self.amount, self.seconds = self.amount + amount, self.seconds + seconds
+        if self.seconds < _WINDOW_SECONDS:
+            return None
+        whole = self.amount, self.seconds
+        self.amount, self.seconds = 0, 0.0
+        return whole
+
+
 class UtilizationMeter:
     """Model bandwidth utilisation (MBU) of decode calls and model FLOPs utilisation (MFU) of prefill calls.
 
@@ -39,6 +61,7 @@ class UtilizationMeter:
         self.bandwidth: Bandwidth = peak_bandwidth(devices[0], local_devices=len(devices))
         self.peak: Peak = peak_flops(devices[0], dtype, local_devices=len(devices))
         self.totals = Totals()
+        self._decode, self._prefill = _Window(), _Window()
 
     def observe(self, records: list[CallRecord]) -> None:
         """Takes in the calls of a step. Raises ImplausibleMeasurement for a utilisation above 1."""
@@ -50,12 +73,12 @@ class UtilizationMeter:
         self.totals.prefill_flops += flops
         # The host learns when the last call of a step ended, and not when the first did: a step of one kind is timed.
         seconds = sum(record.seconds for record in records)
-        if moved and len(decodes) == len(records):
-            mbu = self.mbu(moved, seconds)
+        if moved and len(decodes) == len(records) and (window := self._decode.add(moved, seconds)) is not None:
+            mbu = self.mbu(*window)
             if mbu is not None:
                 self._metrics.set_mbu(mbu)
-        if flops and len(prefills) == len(records):
-            mfu = self.mfu(flops, seconds)
+        if flops and len(prefills) == len(records) and (window := self._prefill.add(flops, seconds)) is not None:
+            mfu = self.mfu(*window)
             if mfu is not None:
                 self._metrics.set_mfu(mfu)
 

@@ -15,6 +15,7 @@ import openai
 import pytest
 
 from parallel.mesh import MeshConfig
+from serving import utilization
 from serving.config import ServeRun
 from serving.resolve import resolve
 from serving.startup import Started, start
@@ -249,7 +250,9 @@ def test_a_context_that_is_too_long_is_refused(client: openai.OpenAI):
     assert last.usage.completion_tokens == 1
 
 
-def test_metrics_are_those_of_what_was_served(started: Started, url: str, client: openai.OpenAI):
+def test_metrics_are_those_of_what_was_served(started: Started, url: str, client: openai.OpenAI, monkeypatch):
+    monkeypatch.setattr(utilization, "_WINDOW_SECONDS", 0.0)
+
     def sample(text: str, name: str) -> float:
         return float(next(line.split()[-1] for line in text.splitlines() if line.startswith(name)))
 

@@ -110,9 +110,9 @@ class Rounds(NamedTuple):
     experts_R: np.ndarray
 
 
-def build(kind: str | None, config=TARGET, drafts: int = DRAFTS, drawing: Drawing = Drawing.FULL):
+def build(kind: str | None, config=TARGET, drafts: int = DRAFTS, drawing: Drawing = Drawing.FULL, branches=True):
     """A round: (cache, draft_cache, Result, State, experts)."""
-    programs = make(kind, config)
+    programs = dataclasses.replace(make(kind, config), branches=branches)
 
     @jax.jit
     def run(weights, draft_weights, cache, draft_cache, batch, state, mask):
@@ -347,6 +347,21 @@ def test_what_a_batch_needs_is_enough_for_it(kind):
         full = decode(kind, bench, drafts=drafts)
         np.testing.assert_array_equal(own.counts_RB, full.counts_RB)
         np.testing.assert_array_equal(texts(own), texts(full))
+
+
+@pytest.mark.parametrize("kind", [None, "ngram"])
+def test_a_draw_without_branches_gives_what_one_with_them_gives(kind):
+    drafts = DRAFTS if kind else 0
+    for rows in (mixed_rows(), mixed_rows(seed=1, logprobs=2)):
+        bench = prepare(kind, rows, drafts=drafts)
+        branching = decode(kind, bench, drafts=drafts)
+        straight = decode(kind, bench, drafts=drafts, run=build(kind, drafts=drafts, branches=False))
+        np.testing.assert_array_equal(straight.counts_RB, branching.counts_RB)
+        np.testing.assert_array_equal(texts(straight), texts(branching))
+        if rows[0].request.params.logprobs:
+            emitted = np.arange(straight.tokens_RBT.shape[2]) < straight.counts_RB[..., None]
+            np.testing.assert_allclose(straight.chosen_RBT[emitted], branching.chosen_RBT[emitted], rtol=1e-5)
+            np.testing.assert_array_equal(straight.top_ids_RBTL[emitted], branching.top_ids_RBTL[emitted])
 
 
 @pytest.mark.parametrize(

@@ -261,9 +261,10 @@ def one_draft_fits(patches: dict, kind: str) -> bool:
     return round_fits(np.asarray(verified.tokens_BT), np.asarray(verified.count_B), params, False)
 
 
-def temperature_last(logits_BV, rows, history, mask_BU=None):
+def temperature_last(logits_BV, rows, history, mask_BU, stages):
     """top-p before the temperature, as if the verifier had a sampler of its own."""
-    cut = log_distribution(logits_BV, rows._replace(temperature_B=jnp.ones_like(rows.temperature_B)), history, mask_BU)
+    warm = rows._replace(temperature_B=jnp.ones_like(rows.temperature_B))
+    cut = log_distribution(logits_BV, warm, history, mask_BU, stages)
     return jax.nn.log_softmax(cut / rows.temperature_B[:, None])
 
 
