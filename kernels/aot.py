@@ -39,7 +39,8 @@ dnn_version_info { major: 9 minor: 10 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
-# llama3-8b in decode (many rows, one row, one long row) and verification, and the edges of what the kernel takes.
+# llama3-8b in decode (many rows, one row, one long row), verification and prefill, and the edges of what the kernels
+# take.
 CASES = {
     "128 rows of 512": PagedAttentionCase("bfloat16", 128, 1, 32, 8, 128, 64, 512),
     "1 row of 512": PagedAttentionCase("bfloat16", 1, 1, 32, 8, 128, 64, 512),
@@ -49,6 +50,12 @@ CASES = {
     "32 queries, pages of 128": PagedAttentionCase("bfloat16", 16, 4, 64, 8, 128, 128, 1024),
     "heads of 64, pages of 16": PagedAttentionCase("float16", 16, 1, 32, 8, 64, 16, 1024),
     "32 queries, heads of 256": PagedAttentionCase("bfloat16", 16, 8, 16, 4, 256, 64, 1024),
+    "prefill, 16 tiles": PagedAttentionCase("bfloat16", 16, 128, 32, 8, 128, 64, 8192),
+    "prefill, 1 tile in parts": PagedAttentionCase("bfloat16", 1, 128, 32, 8, 128, 64, 8192),
+    "20 drafts, pages of 32": PagedAttentionCase("bfloat16", 16, 20, 32, 8, 128, 32, 1024),
+    "prefill, 64, pages of 16": PagedAttentionCase("float16", 16, 128, 32, 8, 64, 16, 1024),
+    "prefill, 256, pages of 128": PagedAttentionCase("bfloat16", 16, 128, 16, 4, 256, 128, 1024),
+    "20 drafts, heads of 256": PagedAttentionCase("bfloat16", 1, 20, 16, 4, 256, 64, 8192),
 }
 
 
@@ -91,8 +98,14 @@ def _parse(output: str) -> Iterator[Report]:
         registers = [int(n) for n in re.findall(r"Used (\d+) registers", section)]
         spilled = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", section)]
         assert registers and spilled, f"no report of ptxas for {name}: {section}"
-        shared = tiles.shared_bytes(case, tiles.choose_tiles(case).num_buffers)
-        yield Report(name, max(registers), max(spilled), shared)
+        yield Report(name, max(registers), max(spilled), _shared_bytes(case))
+
+
+def _shared_bytes(case: PagedAttentionCase) -> int:
+    if tiles.few_queries(case):
+        return tiles.shared_bytes(case, tiles.choose_tiles(case).num_buffers)
+    chosen = tiles.choose_prefill_tiles(case)
+    return tiles.prefill_shared_bytes(case, chosen.block, chosen.num_buffers)
 
 
 def _compile_all() -> None:
@@ -109,7 +122,7 @@ def _compile_all() -> None:
 
 
 def _compile(case: PagedAttentionCase, mesh: jax.sharding.Mesh) -> None:
-    from kernels.paged_attention import gpu
+    from kernels.paged_attention import gpu, prefill
 
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     pages = (case.width // case.page_size + 1, case.page_size, case.num_kv_heads, case.head_dim)
@@ -124,9 +137,13 @@ def _compile(case: PagedAttentionCase, mesh: jax.sharding.Mesh) -> None:
 
     def attend(q, k_pages, v_pages, page_table, lengths, starts, *new):
         # Every option on: the most that the kernel keeps in registers.
-        statics = {"scale": 0.1, "window": 100, "soft_cap": 30.0, "sinks": None, "new": new or None}
+        statics = {"scale": 0.1, "window": 100, "soft_cap": 30.0}
         operands = (q, k_pages, v_pages, page_table, lengths, starts)
-        return gpu.paged_attention(*operands, **statics, tiles=tiles.choose_tiles(case))
+        if tiles.few_queries(case):
+            statics |= {"sinks": None, "new": new or None}
+            return gpu.paged_attention(*operands, **statics, tiles=tiles.choose_tiles(case))
+        statics["sinks"] = jnp.zeros(case.num_heads)
+        return prefill.paged_attention(*operands, **statics, tiles=tiles.choose_prefill_tiles(case))
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jax.jit(attend).trace(*floats, *integers, *new).lower(lowering_platforms=("cuda",))

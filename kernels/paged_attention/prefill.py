@@ -148,8 +148,7 @@ def paged_attention(
         operands.append(_sinks_of_rows(statics, sinks, q_BRGH.shape[1]))
     out = _call(statics, operands, interpret)
     if tiles.num_parts > 1:
-        out, lse_XBGR = out
-        out = combine_parts(out, lse_XBGR.transpose(0, 1, 3, 2), None).astype(q_BTNH.dtype)
+        out = combine_parts(*out, None).astype(q_BTNH.dtype)
     out = out[:, :rows]
     if rows_per_token > 1:
         out = out.reshape(B, T, -1, K, H).transpose(0, 1, 3, 2, 4)
@@ -164,13 +163,13 @@ def _sinks_of_rows(statics: _Statics, sinks_N, rows: int) -> jax.Array:
 
 
 def _call(statics: _Statics, operands, interpret):
-    """out [B, R, G, H] in q's dtype; in parts (float32 [X, B, R, G, H], base-2 lse [X, B, G, R])."""
+    """out [B, R, G, H] in q's dtype; in parts (float32 [X, B, R, G, H], base-2 lse [X, B, R, G])."""
     (B, R, G, H), dtype, tiles = operands[0].shape, operands[0].dtype, statics.tiles
     outs = jax.ShapeDtypeStruct((B, R, G, H), dtype)
     if tiles.num_parts > 1:
         outs = [
             jax.ShapeDtypeStruct((tiles.num_parts, B, R, G, H), jnp.float32),
-            jax.ShapeDtypeStruct((tiles.num_parts, B, G, R), jnp.float32),
+            jax.ShapeDtypeStruct((tiles.num_parts, B, R, G), jnp.float32),
         ]
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     ring = plgpu.SMEM((tiles.num_buffers, tiles.block, H), dtype, transforms=tiled)
@@ -224,9 +223,7 @@ def _body(statics: _Statics, num_operands: int, *refs):
         plgpu.set_max_registers(_REGISTERS, action="increase")
         mine = work._replace(base=base + warpgroup * _WARPGROUP_ROWS)
         rows = pl.ds(mine.base, _WARPGROUP_ROWS)
-        plgpu.copy_gmem_to_smem(
-            q_ref.at[row, rows, head], shared.q.at[warpgroup], shared.q_arrived.at[warpgroup]
-        )
+        plgpu.copy_gmem_to_smem(q_ref.at[row, rows, head], shared.q.at[warpgroup], shared.q_arrived.at[warpgroup])
         sinks = None
         if sinks_ref:
             sinks = plgpu.load(sinks_ref[0].at[head, rows], layout=_ROWS, optimized=False)
@@ -474,7 +471,7 @@ def _store(statics: _Statics, work: _Work, softmax: _Softmax, out_refs, out_smem
     rows = pl.ds(work.base, _WARPGROUP_ROWS)
     if statics.tiles.num_parts > 1:
         out_refs[0][work.part, work.row, rows, work.head] = out
-        out_refs[1][work.part, work.row, work.head, rows] = jnp.where(
+        out_refs[1][work.part, work.row, rows, work.head] = jnp.where(
             seen, highest + jnp.log(total) * _LOG2_E, -jnp.inf
         )
         return

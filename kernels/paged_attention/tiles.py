@@ -89,9 +89,7 @@ def few_queries(case: PagedAttentionCase) -> bool:
     """Whether the queries of a row that share a kv head fit the registers of the kernel for few (`gpu`); `prefill` has
     the rest."""
     large = case.head_dim > 128 or _block(case) > KEY_ROWS
-    return (
-        _columns(case) <= (MAX_QUERIES_OF_LARGE if large else MAX_QUERIES) and shared_bytes(case, 2) <= SHARED_BYTES
-    )
+    return _columns(case) <= (MAX_QUERIES_OF_LARGE if large else MAX_QUERIES) and shared_bytes(case, 2) <= SHARED_BYTES
 
 
 def choose_prefill_tiles(case: PagedAttentionCase) -> PrefillTiles:
