@@ -6,4 +6,7 @@
 - `traffic`: bytes that a serving step must read, FLOPs of a prefill, and the share of the bandwidth that was used.
 - `meter`: step times into tokens/s, MFU and HFU; a utilisation above 1 is an error.
 - `goodput`: where the wall time of a run went, over all of its attempts.
+- `formats`, `operations`: bytes of tensors in number formats with their scales; every op of a step, FLOPs and bytes.
+- `roofline`, `reached`, `capacity`: time floors of ops and steps, their times at measured rates, what fits.
+- `command`, `commands`, `report`, `plot`: `python -m perf`; a result as tables, JSON or one page.
 """

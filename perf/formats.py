@@ -36,7 +36,7 @@ class Format:
 
     def vector(self, width: int) -> int:
         """Bytes of `width` elements that share scales among themselves only: a column, or a head of a cached key."""
-        groups = 0 if not self.scale_bits else 1 if self.group is None else math.ceil(width / self.group)
+        groups = 1 if self.group is None else math.ceil(width / self.group)
         return math.ceil((width * self.bits + groups * self.scale_bits) / 8)
 
     def without_scales(self) -> Format:

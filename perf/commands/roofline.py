@@ -14,7 +14,8 @@ from perf.formats import CACHE, WEIGHTS, Format
 from perf.operations import AttentionForm, Mode, TrainState, Work, train_weights
 from perf.report import Report
 from perf.roofline import COMPUTE_DTYPES, chip_named, machine
-from perf.roofline_report import Question, roofline_report
+from perf.roofline_record import Question
+from perf.roofline_report import roofline_report
 
 Precision = Literal["fp32", "bf16", "fp8", "int8", "int4"]
 

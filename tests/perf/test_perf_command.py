@@ -132,6 +132,25 @@ def test_serving_settings_reach_the_answer(capsys):
     assert record["chip"] == "H100 SXM" and record["num_devices"] == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("quickstart",), "the required bytes may stay on the chip (52.4 MB)"),
+        (("llama3-8b", "--devices", "16"), "8 kv heads do not divide over 16 devices"),
+        (("mixtral-8x7b",), "uniformly and independently"),
+        (("dense-1b", "--mode", "train"), "fits unknown: "),
+        (("quickstart", "--mode", "train"), "Newton-Schulz iteration are not counted"),
+        (("dense-1b",), "V100 SXM2: no dense bfloat16 peak is published; published: float16, float32"),
+        (("dense-1b", "--mode", "prefill"), "attention of one layer and one sequence of 4096 tokens, forward: "),
+    ],
+)
+def test_what_is_assumed_is_said_where_it_matters(capsys, arguments, said):
+    out = " ".join(run(capsys, "roofline", *arguments)[1].split())
+    assert said in out
+    plain = " ".join(run(capsys, "roofline", "llama3-8b", "--chip", "v100", "--compute", "fp16")[1].split())
+    assert said not in plain
+
+
 class Page(HTMLParser):
     """Tags of a page, and whatever it would load."""
 
@@ -180,7 +199,9 @@ class Check(Output):
 def add_or_check(settings: Add | Check) -> Report:
     if isinstance(settings, Check):
         return Report("check", {"limit": settings.limit, "value": None, "reason": "<none>"}, [], status=1)
-    table = Table("sum of <all>", ("what", "value"), (("a & b", "1"), ("all", str(sum(settings.numbers)))), totals=1)
+    table = Table(
+        "sum of <all>", ("what", "value"), (("a & b [i]", "1"), ("all", str(sum(settings.numbers)))), totals=1
+    )
     notes = Notes("how", ("[bold]by hand[/bold]",))
     return Report("sums", {"sum": sum(settings.numbers)}, [table, notes, Plot("none", lambda: "<svg></svg>")])
 
@@ -197,9 +218,9 @@ def test_a_union_of_settings_becomes_subcommands(capsys, sums, tmp_path):
     status, out, _ = run(capsys, "sums", "add", "1", "2", "--html", str(tmp_path / "sums.html"))
     assert status == 0 and re.search(r"^all +3$", out, re.MULTILINE)
     # Nothing in a cell or a note is markup, neither of the terminal's nor of the page's.
-    assert "- [bold]by hand[/bold]" in out
+    assert "- [bold]by hand[/bold]" in out and "a & b [i]" in out
     page = (tmp_path / "sums.html").read_text()
-    assert "sum of &lt;all&gt;" in page and '<td class="text">a &amp; b</td>' in page
+    assert "sum of &lt;all&gt;" in page and '<td class="text">a &amp; b [i]</td>' in page
     assert '<tr class="total"><td class="text">all</td><td>3</td></tr>' in page and "<svg></svg>" in page
     status, out, _ = run(capsys, "sums", "check", "--json", "-")
     assert status == 1 and json.loads(out) == {"limit": 3, "value": None, "reason": "<none>"}

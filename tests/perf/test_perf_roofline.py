@@ -8,12 +8,13 @@ import math
 import pytest
 
 import configs
-from configs import llama3_8b, llama3_70b, mixtral_8x7b
+from configs import dense_1b, llama3_8b, llama3_70b, mixtral_8x7b
 from perf.capacity import kept_activations, largest_batch, memory_need, request_bytes
 from perf.chips import CHIPS
 from perf.flops import count_params
 from perf.formats import CACHE, WEIGHTS, Format, stored_weight_bytes
 from perf.operations import TrainState, Work, expected_experts, operations, step_ledger, totals
+from perf.reached import reached_step
 from perf.report import json_text
 from perf.roofline import (
     chip_named,
@@ -24,7 +25,8 @@ from perf.roofline import (
     step_crossing,
     step_floor,
 )
-from perf.roofline_report import Question, roofline_report
+from perf.roofline_record import Question
+from perf.roofline_report import roofline_report
 from perf.traffic import Traffic, prefill_flops
 from tests.model import tiny
 
@@ -301,6 +303,7 @@ def test_the_bound_of_training_leaves_out_what_recomputation_adds():
         for remat in ("none", "full")
     )
     assert plain.bound_seconds == full.bound_seconds
+    assert plain.required_bytes == full.required_bytes
     assert full.op_seconds > 1.1 * plain.op_seconds
     assert plain.side == "compute"
 
@@ -357,6 +360,54 @@ def test_a_peak_that_is_not_published_is_refused():
         machine(chip_named("v100"), 1, "bfloat16")
     with pytest.raises(ValueError, match="--devices 0"):
         machine(H100, 0, "bfloat16")
+
+
+# Rates reached.
+
+
+def test_an_op_at_the_rates_reached():
+    on, work = machine(H100, 2, "bfloat16"), decode(1, 100, WEIGHTS["int8"])
+    step = step_floor(llama3_8b.MODEL, work, on)
+    reached = reached_step(step, work)
+    total = totals(tuple(floor.op for floor in step.floors))
+    others = total["cache_bytes"] + total["activations_bytes"]
+    assert reached.data_seconds == pytest.approx((total["weights_bytes"] / 2.36e12 + others / 2.98e12) / 2)
+    attention = sum(floor.op.hardware_flops for floor in step.floors if floor.op.name == "attention")
+    products = total["hardware_flops"] - attention
+    assert reached.compute_seconds == pytest.approx((products / 786e12 + attention / 548e12) / 2)
+    # All ops of such a step wait for memory.
+    assert reached.seconds == pytest.approx(reached.data_seconds + step.overhead_seconds)
+    assert step.op_seconds < reached.seconds
+
+
+@pytest.mark.parametrize(
+    ("chip", "dtype", "weights", "reason"),
+    [
+        ("v5e", "bfloat16", "bf16", "not measured on TPU v5e"),
+        ("h100", "float8", "bf16", "in bfloat16, not in float8"),
+        ("h100", "bfloat16", "fp8", "reads fp8 weights was not measured; measured: bf16, int8, int4"),
+    ],
+)
+def test_rates_that_were_not_measured_are_not_made_up(chip, dtype, weights, reason):
+    work = decode(1, 100, WEIGHTS[weights])
+    reached = reached_step(step_floor(llama3_8b.MODEL, work, machine(chip_named(chip), 1, dtype)), work)
+    assert (reached.seconds, reached.source) == (None, None) and reason in reached.reason
+
+
+@pytest.mark.parametrize(
+    ("config", "work", "measured"),
+    [
+        (dense_1b.MODEL, Work("train", 8, 2048, BF16, CACHE["bf16"]), 0.251),
+        (llama3_8b.MODEL, decode(1, 256), 0.00589),
+        (llama3_8b.MODEL, decode(8, 256), 0.00613),
+    ],
+    ids=["dense-1b", "llama3-8b, 1 row", "llama3-8b, 8 rows"],
+)
+def test_steps_that_were_measured_on_an_h100(config, work, measured):
+    """README.md's tables: `train.py dense-1b`, and `serve.py llama3-8b --bench` from 128 to 384 tokens of context."""
+    step = step_floor(config, work, machine(H100, 1, "bfloat16"))
+    assert step.bound_seconds < measured and step.op_seconds < measured
+    assert reached_step(step, work).seconds == pytest.approx(measured, rel=0.15)
 
 
 # Memory.
