@@ -23,8 +23,10 @@ from perf.roofline import (
     step_floor,
 )
 
+# Of the tables by batch, beside the batch that was asked for.
 BATCHES = (1, 8, 32, 128, 256, 512)
 _NOT_DENSE = "I(B) = 2PB / (P·b + B·d·b) is of a dense model; how many experts are read depends on the batch"
+# Of the tables of capacity, beside the formats that were asked for.
 SERVED = ("bf16", "fp8", "int8", "int4")
 
 

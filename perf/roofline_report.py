@@ -263,7 +263,11 @@ def _notes(question: Question, record: dict[str, Any]) -> list[str]:
             f"16-bit scales of quantised weights (all matrices) and of int8 and int4 keys and values are {scales}; "
             "norms and biases stay at 16 bits, the router at 32"
         )
-        lines.append("capacity: weights and cache alone, without the program's scratch")
+        size = record["memory"]["usable_bytes_per_device"] or record["memory"]["published_bytes_per_device"]
+        lines.append(
+            "what fits: weights and cache alone, without the program's scratch; in the tables of steps in "
+            f"{quantity(size, 'B')} a device"
+        )
     if "decode" in record:
         decode = record["decode"]
         if "formula_seconds" in decode:

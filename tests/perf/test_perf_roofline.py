@@ -394,6 +394,12 @@ def test_rates_that_were_not_measured_are_not_made_up(chip, dtype, weights, reas
     assert (reached.seconds, reached.source) == (None, None) and reason in reached.reason
 
 
+def test_grouped_products_have_no_rate_yet():
+    work = decode(1, 100)
+    reached = reached_step(step_floor(mixtral_8x7b.MODEL, work, machine(H100, 1, "bfloat16")), work)
+    assert reached.seconds is None and "grouped products" in reached.reason
+
+
 @pytest.mark.parametrize(
     ("config", "work", "measured"),
     [
