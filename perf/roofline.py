@@ -6,7 +6,7 @@ bytes at the memory's bandwidth (data), and each of its kernels has to be starte
     seconds = max(FLOPs / peak, bytes / bandwidth) + kernels × launch
 
 Its arithmetic intensity is FLOPs over bytes; above the chip's ridge, peak over bandwidth, compute is the longer term.
-All work is divided evenly over the devices, whatever the mesh, and communication takes no time.
+All FLOPs and bytes are divided evenly over the devices, whatever the mesh, and communication takes no time.
 """
 
 from __future__ import annotations
