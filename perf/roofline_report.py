@@ -237,8 +237,8 @@ def _chip_table(record: dict[str, Any]) -> Table:
 def _notes(question: Question, record: dict[str, Any]) -> list[str]:
     on, work = question.on, question.work
     lines = [
-        "work, weights and cache divide evenly over the devices, whatever the mesh, and communication takes no time: of "
-        "real devices, those that split the rows read all weights each, and those that split the weights all inputs",
+        "work, weights and cache divide evenly over the devices, whatever the mesh, and communication takes no time; "
+        "real devices that split the rows read all weights each, those that split the weights all inputs",
         f"peak {record['compute_dtype']} {quantity(record['peak_flops_per_device'], 'FLOP/s', 4)} a device, of every "
         f"product but a router's ({record['peak_source']})",
         f"memory {quantity(record['bandwidth_per_device'], 'B/s', 4)} a device ({record['bandwidth_source']})",

@@ -432,6 +432,8 @@ def test_a_train_step_keeps_state_and_activations():
     # Each layer's input; and query, key, value, output, gate and up.
     assert kept_activations(model, work) == 2 * tokens * 2 * (16 + 32 + 16 + 16 + 16 + 32 + 32)
     assert kept_activations(model, dataclasses.replace(work, remat="full")) == 2 * tokens * 2 * 16
+    # A decoded row keeps its new token too.
+    assert memory_need(model, decode(3, 10)).cache == 3 * request_bytes(model, 11, CACHE["bf16"])
     need = memory_need(model, work)
     assert (need.state, need.weights, need.cache) == (16 * count_params(model).total, 0, 0)
 
@@ -466,7 +468,11 @@ def test_the_record_adds_up_and_explains_what_is_missing(mode, chip):
         assert sum(op[name] for op in ops) == pytest.approx(step[name])
     assert sum(op["seconds"] for op in ops) == pytest.approx(step["ops_seconds"])
     assert {op["layers"] for op in ops} == {"-", "dense window 8", "moe full", "moe window 8"}
-    assert [name for name in nulls(record) if name.endswith("bound_seconds")] == ["chips.0.bound_seconds"]
+    missing = nulls(record)
+    assert [name for name in missing if name.endswith("bound_seconds")] == ["chips.0.bound_seconds"]
+    if mode != "train":
+        # The formula is of dense models.
+        assert {"decode.formula_crossing_batch", "decode.batches.0.formula_intensity"} <= set(missing)
 
 
 def nulls(node, path: str = "") -> list[str]:
