@@ -313,6 +313,21 @@ def any_process(flag: bool, timeout: int = 600) -> bool:
     return bool(client.key_value_dir_get(round_key + "/"))
 
 
+def gather(text: str, timeout: int = 600) -> list[str]:
+    """Every process's `text`, in the order of their indices, on all of them.
+
+    Every process calls it equally often. It goes over the hosts' coordination service, as `any_process` does.
+    """
+    if not jax.distributed.is_initialized():
+        return [text]
+    client = jax_distributed.global_state.client
+    round_key = f"ridgeline/gather/{next(_rounds)}"
+    # The service lists keys by name: padded, so that 10 comes after 9.
+    client.key_value_set(f"{round_key}/{jax_distributed.global_state.process_id:08}", text)
+    client.wait_at_barrier("ridgeline/gather", timeout_in_ms=timeout * 1000)
+    return [value for _, value in sorted(client.key_value_dir_get(round_key + "/"))]
+
+
 def shutdown() -> None:
     """Leaves the run, once every process does. Does nothing in a single process, or when called again."""
     if jax.distributed.is_initialized():

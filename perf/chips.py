@@ -339,6 +339,12 @@ def find_chip(device_kind: str) -> Chip | None:
     return None
 
 
+def chip_name(device_kind: str) -> str:
+    """Its name in the table, or as JAX has it."""
+    chip = find_chip(device_kind)
+    return device_kind if chip is None else chip.name
+
+
 def unknown_chip_reason(device_kind: str) -> str:
     """Why a device has no peak: the text that goes beside a null utilisation."""
     known = ", ".join(chip.name for chip in CHIPS)

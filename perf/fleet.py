@@ -62,7 +62,8 @@ def values(records: Iterable[RunRecord], metric: str) -> list[float]:
 def version_of(record: RunRecord) -> str:
     """jax and our own commit, the versions that most often explain a change."""
     commit = record.versions.get("commit")
-    return f"jax {record.versions.get('jax', 'unknown')}, {'no commit' if commit is None else commit[:9]}"
+    ours = "no commit" if commit is None else commit[:9] + "+changes" * commit.endswith("+changes")
+    return f"jax {record.versions.get('jax', 'unknown')}, {ours}"
 
 
 @dataclasses.dataclass(frozen=True)

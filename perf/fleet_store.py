@@ -37,6 +37,9 @@ class Contents:
 class FleetStore(Protocol):
     path: Path
 
+    def check(self) -> None:
+        """Raises ValueError for a file that is no store; one that is not there yet may become one."""
+
     def append(self, record: RunRecord) -> bool:
         """False if it is there already. Raises OSError where nothing can be written, ValueError for a foreign file."""
 
@@ -47,7 +50,7 @@ class FleetStore(Protocol):
 def open_store(path: Path | str, *, create: bool = False) -> FleetStore:
     """The store at `path`: a file if it ends in .sqlite or .db, else a folder. `create` allows it not to be there yet.
 
-    Nothing is written until something is appended. Raises ValueError for a path that is or can become no store.
+    Nothing is written until something is appended. Raises ValueError for a path that is, or can become, no store.
     """
     path = Path(path)
     wanted = "a store is a file NAME.sqlite, or a folder"
@@ -62,7 +65,9 @@ def open_store(path: Path | str, *, create: bool = False) -> FleetStore:
         raise ValueError(f"no store at {path}; stores in {path.parent}: {there}")
     if not path.exists() and not path.absolute().parent.is_dir():
         raise ValueError(f"store {path}: the folder {path.parent} is not there; make it, or name another store")
-    return kind(path)
+    store = kind(path)
+    store.check()
+    return store
 
 
 def _stores_in(folder: Path) -> Iterator[str]:
@@ -82,6 +87,11 @@ class SqliteStore:
     """A table `records`: the record as JSON, and beside it the columns that people ask for."""
 
     path: Path
+
+    def check(self) -> None:
+        if self.path.exists():
+            with self._connection("ro"):
+                pass
 
     def append(self, record: RunRecord) -> bool:
         if not self.path.exists():
@@ -151,6 +161,9 @@ class FolderStore:
     """ID.parquet for each record, one row each, all of one schema."""
 
     path: Path
+
+    def check(self) -> None:
+        """A file that is no record is named by `read`, and stands in nobody's way."""
 
     def append(self, record: RunRecord) -> bool:
         self.path.mkdir(exist_ok=True)

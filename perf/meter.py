@@ -11,7 +11,7 @@ import dataclasses
 import math
 from array import array
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -125,6 +125,11 @@ class StepMeter:
                 reason = f"needs {needed} measured steps in a row, has {len(self._recent)}"
         span = sum(self._recent, _Span()) if reason is None else step
         return {"step_seconds": seconds, "tokens": step.tokens, **self._rates(span, reason)}
+
+    @property
+    def step_seconds(self) -> Sequence[float]:
+        """Wall seconds of every measured step."""
+        return self._times
 
     def utilizations(self) -> tuple[Utilization, ...]:
         """`mfu`, `mfu_palm` and `hfu` of all measured steps together. Raises ImplausibleMeasurement."""

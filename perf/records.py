@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -136,6 +139,19 @@ def canonical_json(value: Any) -> str:
 def config_hash(settings: Mapping[str, Any]) -> str:
     """Name of the settings that define a run's work: 16 hexadecimal digits of SHA-256 over canonical JSON."""
     return hashlib.sha256(canonical_json(settings).encode()).hexdigest()[:16]
+
+
+# Packages that bring an accelerator's compiler and runtime; one of a platform's is installed.
+_PLUGINS = {"tpu": ("libtpu",), "gpu": ("jax-cuda13-plugin", "jax-cuda12-plugin", "jax-rocm7-plugin")}
+
+
+def library_versions(platform: str) -> dict[str, str]:
+    """Of Python, jax, jaxlib and the plugin of a JAX platform, where one of those known here is installed."""
+    found = {"python": sys.version.split()[0]}
+    for name in ("jax", "jaxlib", *_PLUGINS.get(platform, ())):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def work_per_device(amount: int, num_devices: int) -> str:

@@ -140,6 +140,8 @@ class TrainRun:
     """Start over: what an earlier run of this name left is moved aside, not resumed."""
     tensorboard: bool = True
     """Also write TensorBoard files."""
+    fleet: Path | None = None
+    """Store that gets a record of the run at its end: a file NAME.sqlite, or a folder; None for none."""
 
     def __post_init__(self) -> None:
         check_run(self)

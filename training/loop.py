@@ -26,6 +26,7 @@ from training.config import TrainRun
 from training.diagnose import NonFiniteError, find_non_finite
 from training.evaluate import Evaluation, Evaluator
 from training.feed import batch_names, document_lengths, to_device
+from training.fleet import append_run, check_store
 from training.report import ConsoleMode, Reporter
 from training.resolve import Resolved, resolve
 from training.sample import encode_prompt, sample_text
@@ -48,6 +49,8 @@ def run(run: TrainRun, *, console: ConsoleMode = "auto", started_ns: int | None 
     """
     distributed.initialize(run.distributed)
     resolved = resolve(run, jax.devices())
+    if run.fleet is not None:
+        check_store(run.fleet)
     use_compilation_cache(run.cache_dir)
     if run.fresh:
         set_aside(run)
@@ -82,6 +85,8 @@ def run(run: TrainRun, *, console: ConsoleMode = "auto", started_ns: int | None 
         trainer = Trainer(resolved, corpus, store, reporter, goodput, stop)
         stack.callback(trainer.close)
         summary = trainer.run()
+        if primary and run.fleet is not None:
+            append_run(run.fleet, summary, run.run_dir)
     # Not after an error: the other processes would be waited for, and they wait for this one.
     distributed.shutdown()
     return summary

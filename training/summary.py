@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from perf.flops import count_params
+from training.fleet import run_facts
 
 if TYPE_CHECKING:
     from training.loop import Trainer
@@ -30,6 +31,7 @@ def summarize(trainer: Trainer, *, stopped: str | None) -> dict[str, Any]:
         "scaling_tax": None,
         "scaling_tax_reason": "no baseline of this config on fewer devices of this chip is recorded",
         "checkpoint": str(latest.path) if latest else None,
+        **run_facts(trainer),
     }
     if not losses:
         reason = "the run was already complete: no step was left"
