@@ -104,8 +104,7 @@ def _parse(output: str) -> Iterator[Report]:
 def _shared_bytes(case: PagedAttentionCase) -> int:
     if tiles.few_queries(case):
         return tiles.shared_bytes(case, tiles.choose_tiles(case).num_buffers)
-    chosen = tiles.choose_prefill_tiles(case)
-    return tiles.prefill_shared_bytes(case, chosen.block, chosen.num_buffers)
+    return tiles.prefill_shared_bytes(case, tiles.choose_prefill_tiles(case))
 
 
 def _compile_all() -> None:

@@ -1,10 +1,11 @@
 """Attention of many queries of a row over its pages on Hopper: prefill, and verification of long drafts.
 
-One block of threads serves 128 query rows of one head: two warpgroups multiply, 64 rows each, and a third copies the
-blocks of keys and values page by page into a ring of buffers. Scores [queries, keys] = q · Kᵀ, an online softmax in
+An item is 128 query rows of one head: two warpgroups multiply, 64 rows each, and a third copies the queries and, page
+by page into a ring of buffers, the blocks of keys and values. Scores [queries, keys] = q · Kᵀ, an online softmax in
 registers, and out [queries, H] += weights · V, with the weights still in registers. The two warpgroups take turns, so
-that one multiplies while the other has its softmax (FlashAttention-3, arXiv 2407.08608, section 3.1). Where the blocks
-of threads would not fill the chip a row's keys are cut into parts, and `combine` adds those up.
+that one multiplies while the other has its softmax (FlashAttention-3, arXiv 2407.08608, section 3.1). Each processor of
+the chip takes item after item, and copies for the next one before it has finished one. Where the items would not fill
+the chip a row's keys are cut into parts, and `combine` adds those up.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels.paged_attention.combine import combine_parts
-from kernels.paged_attention.tiles import QUERY_ROWS, PrefillTiles
+from kernels.paged_attention.tiles import NUM_PROCESSORS, QUERY_ROWS, PrefillTiles
 
 _LOG2_E = math.log2(math.e)
 _MATRIX = plgpu.Layout.WGMMA
@@ -31,10 +32,10 @@ _LOWEST = -1e30
 # Rows of one matrix product of a warpgroup.
 _WARPGROUP_ROWS = QUERY_ROWS // 2
 _COPIER = 2
-# Registers of a thread: 128 · (2 · 232 + 40) is all that a processor has but 1024.
-_REGISTERS, _COPIER_REGISTERS = 232, 40
-# Without the barriers that Pallas would put around every load and store: all of a warpgroup's threads arrive at the
-# barriers below, and a buffer that the copies fill is written by a warpgroup in `_clear_past` alone.
+# Registers of a thread: three warpgroups start with 168 each, and share them out anew.
+_REGISTERS, _COPIER_REGISTERS = 240, 24
+# Without the barriers that Pallas would put around every load and store: all threads of a warpgroup arrive at the
+# barriers below, and warpgroups write to shared memory in `_clear_past` alone, each thread what it read.
 _COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
 
 
@@ -53,6 +54,12 @@ class _Statics:
     window: int | None
     soft_cap: float | None
     tiles: PrefillTiles
+    # (rows, chunks of 128 query rows, parts, heads): what is computed one by one.
+    items: tuple[int, int, int, int]
+
+    @property
+    def num_programs(self) -> int:
+        return min(math.prod(self.items), NUM_PROCESSORS)
 
     @property
     def block(self) -> int:
@@ -60,8 +67,8 @@ class _Statics:
 
     @property
     def masks_all(self) -> bool:
-        """With wide heads and a window, keeping apart the blocks that need no mask would spill six registers."""
-        return self.window is not None and self.head_dim > 128
+        """With wide heads, keeping apart the blocks that need no mask would spill two to ten registers."""
+        return self.head_dim > 128
 
     @property
     def copied(self) -> int:
@@ -70,10 +77,10 @@ class _Statics:
 
 
 class _Shared(NamedTuple):
-    """Shared memory of a block of threads: queries of each warpgroup (later its outputs), the ring, and the barriers.
+    """Shared memory of a block of threads: queries of each warpgroup, the ring of buffers, and the barriers.
 
-    `arrived`: a buffer holds its block. `free`: both warpgroups are done with it. `turn`: a warpgroup leaves the
-    matrix unit to the other. `cleared`: both warpgroups have cleared their share of the values.
+    `arrived`: the copy is there. `free`: both warpgroups are done with it. `turn`: the matrix unit is left to a
+    warpgroup. `cleared`: both warpgroups have cleared their share of the values.
     """
 
     q: Any
@@ -82,6 +89,7 @@ class _Shared(NamedTuple):
     q_arrived: Any
     k_arrived: Any
     v_arrived: Any
+    q_free: Any
     k_free: Any
     v_free: Any
     turn: Any
@@ -89,7 +97,8 @@ class _Shared(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """What one block of threads computes: rows base.. of `head` of a row, over blocks [first, end) of its keys."""
+    """One item: rows base.. of `head` of a row, over blocks [first, end) of its keys. Block b is the (b + `offset`)th
+    that the program copies."""
 
     part: jax.Array
     row: jax.Array
@@ -99,6 +108,7 @@ class _Work(NamedTuple):
     start: jax.Array
     first: jax.Array
     end: jax.Array
+    offset: jax.Array
 
 
 class _Softmax(NamedTuple):
@@ -136,7 +146,8 @@ def paged_attention(
     # The tokens of one head fill whole blocks, or the queries of a kv head lie side by side and fill fewer.
     rows_per_token = 1 if T % QUERY_ROWS == 0 else N // K
     share = N // K // rows_per_token
-    statics = _Statics(T, rows_per_token, share, H, S, page_table_BM.shape[1], scale, window, soft_cap, tiles)
+    items = (B, -(-T * rows_per_token // QUERY_ROWS), tiles.num_parts, N // rows_per_token)
+    statics = _Statics(T, rows_per_token, share, H, S, page_table_BM.shape[1], scale, window, soft_cap, tiles, items)
     q_BRGH = q_BTNH
     if rows_per_token > 1:
         q_BRGH = q_BTNH.reshape(B, T, K, -1, H).transpose(0, 1, 3, 2, 4).reshape(B, -1, K, H)
@@ -176,12 +187,13 @@ def _call(statics: _Statics, operands, interpret):
     arrived = plgpu.Barrier(num_arrivals=tiles.block // statics.copied, num_barriers=tiles.num_buffers)
     free = plgpu.Barrier(num_arrivals=2, num_barriers=tiles.num_buffers)
     shared = _Shared(
-        q=plgpu.SMEM((2, _WARPGROUP_ROWS, H), dtype, transforms=tiled),
+        q=plgpu.SMEM((tiles.num_queries, 2, _WARPGROUP_ROWS, H), dtype, transforms=tiled),
         k=ring,
         v=ring,
-        q_arrived=plgpu.Barrier(num_barriers=2),
+        q_arrived=plgpu.Barrier(num_arrivals=2, num_barriers=tiles.num_queries),
         k_arrived=arrived,
         v_arrived=arrived,
+        q_free=plgpu.Barrier(num_arrivals=2, num_barriers=tiles.num_queries),
         k_free=free,
         v_free=free,
         turn=plgpu.Barrier(num_barriers=2),
@@ -191,9 +203,9 @@ def _call(statics: _Statics, operands, interpret):
         functools.partial(_body, statics, len(operands)),
         out_type=outs,
         scratch_types=list(shared),
-        # The last axis runs fastest: heads that read the same keys run together.
-        grid=(B, R // QUERY_ROWS, tiles.num_parts, G),
-        grid_names=("row", "chunk", "part", "head"),
+        # Every program takes item after item, so that the copies of the next one begin before this one ends.
+        grid=(statics.num_programs,),
+        grid_names=("program",),
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=_COMPILER,
@@ -206,30 +218,74 @@ def _body(statics: _Statics, num_operands: int, *refs):
     q_ref, k_ref, v_ref, table_ref, lengths_ref, starts_ref, *sinks_ref = refs[:num_operands]
     num_shared = len(_Shared._fields)
     out_refs, shared = refs[num_operands:-num_shared], _Shared(*refs[-num_shared:])
-    # Tiles of one sequence come in order, so that the last rows have the longest contexts: those start first.
-    row = lengths_ref.shape[0] - 1 - lax.axis_index("row")
-    base = lax.axis_index("chunk") * QUERY_ROWS
-    part, head, warpgroup = (lax.axis_index(name) for name in ("part", "head", "warpgroup"))
-    length, start = lengths_ref[row], starts_ref[row]
-    work = _Work(part, row, head, base, length, start, *_blocks_of(statics, part, base, length, start))
+    warpgroup = lax.axis_index("warpgroup")
+    num_items, num_programs = math.prod(statics.items), statics.num_programs
+    rounds = -(-num_items // num_programs)
+    rounds = rounds - (_item(statics, rounds - 1) >= num_items).astype(jnp.int32)
+
+    def scalars(number):
+        row, *_ = _coordinates(statics, _item(statics, number))
+        return lengths_ref[row], starts_ref[row]
 
     @pl.when(warpgroup == _COPIER)
     def _():
         plgpu.set_max_registers(_COPIER_REGISTERS, action="decrease")
-        _copy_blocks(statics, work, k_ref, v_ref, table_ref, shared)
+
+        def copy(number, count):
+            work = _work_of(statics, number, count, *scalars(number))
+            _copy_queries(statics, work, number, q_ref, shared)
+            _copy_blocks(statics, work, k_ref, v_ref, table_ref, shared)
+            return jnp.maximum(work.end + work.offset, count)
+
+        _await_all(statics, rounds, lax.fori_loop(0, rounds, copy, jnp.int32(0)), shared)
 
     @pl.when(warpgroup < _COPIER)
     def _():
         plgpu.set_max_registers(_REGISTERS, action="increase")
-        mine = work._replace(base=base + warpgroup * _WARPGROUP_ROWS)
-        rows = pl.ds(mine.base, _WARPGROUP_ROWS)
-        plgpu.copy_gmem_to_smem(q_ref.at[row, rows, head], shared.q.at[warpgroup], shared.q_arrived.at[warpgroup])
-        sinks = None
-        if sinks_ref:
-            sinks = plgpu.load(sinks_ref[0].at[head, rows], layout=_ROWS, optimized=False)
-        plgpu.barrier_wait(shared.q_arrived.at[warpgroup])
-        softmax = _attend(statics, mine, warpgroup, sinks, shared)
-        _store(statics, mine, softmax, out_refs, shared.q.at[warpgroup])
+
+        def attend(number, count):
+            work = _work_of(statics, number, count, *scalars(number))
+            mine = work._replace(base=work.base + warpgroup * _WARPGROUP_ROWS)
+            sinks = None
+            if sinks_ref:
+                rows = pl.ds(mine.base, _WARPGROUP_ROWS)
+                sinks = plgpu.load(sinks_ref[0].at[work.head, rows], layout=_ROWS, optimized=False)
+            place = _slot(number, statics.tiles.num_queries)
+            plgpu.barrier_wait(shared.q_arrived.at[place])
+            q_smem = shared.q.at[place, warpgroup]
+            softmax = _attend(statics, mine, warpgroup, q_smem, sinks, shared)
+            plgpu.barrier_arrive(shared.q_free.at[place])
+            _store(statics, mine, softmax, out_refs)
+            return jnp.maximum(work.end + work.offset, count)
+
+        # The first turn is the first warpgroup's.
+        pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(shared.turn.at[0]))
+        lax.fori_loop(0, rounds, attend, jnp.int32(0))
+        pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(shared.turn.at[0]))
+
+
+def _item(statics: _Statics, number):
+    """Index of a program's item: every other round backwards, since later items are shorter."""
+    program = lax.axis_index("program")
+    backwards = lax.rem(jnp.int32(number), jnp.int32(2)) == 1
+    return number * statics.num_programs + jnp.where(backwards, statics.num_programs - 1 - program, program)
+
+
+def _coordinates(statics: _Statics, item):
+    """(row, chunk, part, head) of an item. The last runs fastest: heads that read the same keys run together."""
+    coordinates = []
+    for size in statics.items[:0:-1]:
+        coordinates.append(lax.rem(item, jnp.int32(size)) if size > 1 else jnp.int32(0))
+        item = _floor(item, size)
+    # Tiles of one sequence come in order, so that the last rows have the longest contexts: those are first.
+    return statics.items[0] - 1 - item, *coordinates[::-1]
+
+
+def _work_of(statics: _Statics, number, count, length, start) -> _Work:
+    row, chunk, part, head = _coordinates(statics, _item(statics, number))
+    base = chunk * QUERY_ROWS
+    first, end = _blocks_of(statics, part, base, length, start)
+    return _Work(part, row, head, base, length, start, first, end, count - first)
 
 
 def _blocks_of(statics: _Statics, part, base, length, start):
@@ -248,48 +304,56 @@ def _blocks_of(statics: _Statics, part, base, length, start):
     return first, jnp.minimum(first + share, end)
 
 
+def _copy_queries(statics: _Statics, work: _Work, number, q_ref, shared: _Shared) -> None:
+    place = _slot(number, statics.tiles.num_queries)
+    pl.when(number >= statics.tiles.num_queries)(lambda: plgpu.barrier_wait(shared.q_free.at[place]))
+    for i in range(2):
+        rows = pl.ds(work.base + i * _WARPGROUP_ROWS, _WARPGROUP_ROWS)
+        plgpu.copy_gmem_to_smem(q_ref.at[work.row, rows, work.head], shared.q.at[place, i], shared.q_arrived.at[place])
+
+
 def _copy_blocks(statics: _Statics, work: _Work, k_ref, v_ref, table_ref, shared: _Shared) -> None:
-    """The copying warpgroup: every block of keys and of values to its buffer, as soon as that is free."""
+    """Every block of keys and of values to its buffer, as soon as that is free."""
     size = statics.copied
-    parts_of_page = statics.page_size // size
 
-    def places(block):
-        """Index in the pages, cut to `size`, of each copy of a block; past the table's width of its last page."""
-        starts = [block * statics.block + i * size for i in range(statics.block // size)]
-        entries = [jnp.minimum(_floor(p, statics.page_size), statics.table_width - 1) for p in starts]
-        pages = [table_ref[work.row, entry] for entry in entries]
-        if parts_of_page == 1:
-            return pages
-        cuts = [lax.rem(_floor(p, size), jnp.int32(parts_of_page)) for p in starts]
-        return [page * parts_of_page + cut for page, cut in zip(pages, cuts, strict=True)]
+    def place_of(position):
+        """Index in the pages, cut to `size`; past the table's width that of its last page, masked or not used."""
+        entry = jnp.minimum(_floor(position, statics.page_size), statics.table_width - 1)
+        page = table_ref[work.row, entry]
+        if size == statics.page_size:
+            return page
+        return page * (statics.page_size // size) + _slot(_floor(position, size), statics.page_size // size)
 
-    def copy(block, places_of_block):
-        buffer = _buffer(statics, block - work.first)
-        kv_head = _floor(work.head, statics.share)
+    @pl.loop(work.first, work.end)
+    def _(block):
+        kv_head, buffer = _floor(work.head, statics.share), _buffer(statics, work, block)
         sides = ((k_ref, shared.k, shared.k_arrived, shared.k_free), (v_ref, shared.v, shared.v_arrived, shared.v_free))
         for pages_ref, smem, arrived, free in sides:
 
-            @pl.when(block - work.first >= statics.tiles.num_buffers)
+            @pl.when(block + work.offset >= statics.tiles.num_buffers)
             def _(free=free):
                 plgpu.barrier_wait(free.at[buffer])
 
-            for i, page in enumerate(places_of_block):
-                place = smem.at[buffer, pl.ds(i * size, size)]
-                plgpu.copy_gmem_to_smem(pages_ref.at[page, :, kv_head, :], place, arrived.at[buffer])
-        # Read now, needed in a while: the page table's latency stays hidden.
-        return places(block + 1)
+            @pl.loop(0, statics.block // size)
+            def _(i, pages_ref=pages_ref, smem=smem, arrived=arrived):
+                source = pages_ref.at[place_of(block * statics.block + i * size), :, kv_head, :]
+                plgpu.copy_gmem_to_smem(source, smem.at[buffer, pl.ds(i * size, size)], arrived.at[buffer])
 
-    lax.fori_loop(work.first, work.end, copy, places(work.first))
-    # Every completion of a barrier is waited for, so that each buffer is free at the end (the interpreter asks it).
+
+def _await_all(statics: _Statics, rounds, count, shared: _Shared) -> None:
+    """Every completion of a barrier is waited for, so that all is free at the end (the interpreter asks it)."""
     for buffer in range(statics.tiles.num_buffers):
 
-        @pl.when(work.first + buffer < work.end)
+        @pl.when(buffer < count)
         def _(buffer=buffer):
             plgpu.barrier_wait(shared.k_free.at[buffer])
             plgpu.barrier_wait(shared.v_free.at[buffer])
 
+    for place in range(statics.tiles.num_queries):
+        pl.when(place < rounds)(functools.partial(plgpu.barrier_wait, shared.q_free.at[place]))
 
-def _attend(statics: _Statics, work: _Work, warpgroup, sinks, shared: _Shared) -> _Softmax:
+
+def _attend(statics: _Statics, work: _Work, warpgroup, q_smem, sinks, shared: _Shared) -> _Softmax:
     """The softmax of a warpgroup's 64 rows over the work's blocks of keys."""
     highest, total = jnp.full((_WARPGROUP_ROWS,), _LOWEST, jnp.float32), jnp.zeros((_WARPGROUP_ROWS,), jnp.float32)
     highest, total = plgpu.layout_cast(highest, _ROWS), plgpu.layout_cast(total, _ROWS)
@@ -300,13 +364,11 @@ def _attend(statics: _Statics, work: _Work, warpgroup, sinks, shared: _Shared) -
     out = plgpu.layout_cast(jnp.zeros((_WARPGROUP_ROWS, statics.head_dim), jnp.float32), _MATRIX)
     weights = plgpu.layout_cast(jnp.zeros((_WARPGROUP_ROWS, statics.block), shared.q.dtype), _MATRIX)
     softmax = _Softmax(highest, total, out, weights)
-    step = functools.partial(_step, statics, work, warpgroup, shared)
+    step = functools.partial(_step, statics, work, warpgroup, q_smem, shared)
     second = jnp.minimum(work.first + 1, work.end)
     full_first, full_end = _full_blocks(statics, work, second)
 
-    # The first turn is the first warpgroup's.
-    pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(shared.turn.at[0]))
-    softmax = lax.fori_loop(work.first, second, functools.partial(_first, statics, work, warpgroup, shared), softmax)
+    softmax = lax.fori_loop(work.first, second, functools.partial(_first, statics, work, q_smem, shared), softmax)
     if statics.window is not None:
         softmax = lax.fori_loop(second, full_first, functools.partial(step, masked=True), softmax)
     if not statics.masks_all:
@@ -314,7 +376,6 @@ def _attend(statics: _Statics, work: _Work, warpgroup, sinks, shared: _Shared) -
         softmax = lax.fori_loop(full_end, work.end, functools.partial(step, masked=True), softmax)
     last = functools.partial(_last, statics, work, warpgroup, shared)
     softmax = lax.fori_loop(jnp.maximum(work.end - 1, work.first), work.end, last, softmax)
-    pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(shared.turn.at[0]))
     return softmax
 
 
@@ -332,19 +393,19 @@ def _full_blocks(statics: _Statics, work: _Work, second):
     return jnp.clip(first, second, end), end
 
 
-def _first(statics, work, warpgroup, shared, block, softmax: _Softmax) -> _Softmax:
+def _first(statics, work, q_smem, shared, block, softmax: _Softmax) -> _Softmax:
     """The softmax of the first block of keys, its weights not yet multiplied."""
-    buffer = _buffer(statics, block - work.first)
+    buffer = _buffer(statics, work, block)
     plgpu.barrier_wait(shared.k_arrived.at[buffer])
-    scores = _scores(shared.q.at[warpgroup], shared.k.at[buffer])
+    scores = _scores(q_smem, shared.k.at[buffer])
     plgpu.barrier_arrive(shared.k_free.at[buffer])
     highest, total, _, weights = _soften(statics, work, scores, block, True, softmax.highest, softmax.total)
     return _Softmax(highest, total, softmax.out, weights.astype(softmax.weights.dtype))
 
 
-def _step(statics, work, warpgroup, shared, block, softmax: _Softmax, masked=False) -> _Softmax:
+def _step(statics, work, warpgroup, q_smem, shared, block, softmax: _Softmax, masked=False) -> _Softmax:
     """`softmax` with one block of keys more, the weights of the block before multiplied meanwhile."""
-    buffer, before = _buffer(statics, block - work.first), _buffer(statics, block - work.first - 1)
+    buffer, before = _buffer(statics, work, block), _buffer(statics, work, block - 1)
     plgpu.barrier_wait(shared.k_arrived.at[buffer])
     plgpu.barrier_wait(shared.v_arrived.at[before])
 
@@ -353,7 +414,7 @@ def _step(statics, work, warpgroup, shared, block, softmax: _Softmax, masked=Fal
         softmax.out,
         softmax.weights,
         shared.v.at[before],
-        shared.q.at[warpgroup],
+        q_smem,
         shared.k.at[buffer],
         lambda: plgpu.barrier_arrive(shared.turn.at[1 - warpgroup]),
     )
@@ -377,7 +438,7 @@ def _products(out, weights, v_smem, q_smem, k_smem, issued):
 
 
 def _last(statics, work, warpgroup, shared, block, softmax: _Softmax) -> _Softmax:
-    buffer = _buffer(statics, block - work.first)
+    buffer = _buffer(statics, work, block)
     plgpu.barrier_wait(shared.v_arrived.at[buffer])
     _clear_past(shared, shared.v.at[buffer], warpgroup, work.length - block * statics.block)
     out = _weigh(softmax.out, softmax.weights, shared.v.at[buffer])
@@ -463,22 +524,16 @@ def _clear_past(shared: _Shared, v_smem, warpgroup, count) -> None:
         plgpu.barrier_wait(shared.cleared)
 
 
-def _store(statics: _Statics, work: _Work, softmax: _Softmax, out_refs, out_smem) -> None:
-    """Normalised outputs by way of `out_smem`; of a part in float32, straight from registers, with the log-sum-exp."""
+def _store(statics: _Statics, work: _Work, softmax: _Softmax, out_refs) -> None:
+    """Normalised outputs, straight from registers; of a part with the log-sum-exp."""
     highest, total, out, _ = softmax
     seen = total > 0
     out = out * _along_rows(jnp.where(seen, 1 / total, 0.0), out.shape)
     rows = pl.ds(work.base, _WARPGROUP_ROWS)
+    place = (work.row, rows, work.head) if statics.tiles.num_parts == 1 else (work.part, work.row, rows, work.head)
+    out_refs[0][place] = out.astype(out_refs[0].dtype)
     if statics.tiles.num_parts > 1:
-        out_refs[0][work.part, work.row, rows, work.head] = out
-        out_refs[1][work.part, work.row, rows, work.head] = jnp.where(
-            seen, highest + jnp.log(total) * _LOG2_E, -jnp.inf
-        )
-        return
-    out_smem[...] = out.astype(out_smem.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(out_smem, out_refs[0].at[work.row, rows, work.head])
-    plgpu.wait_smem_to_gmem(0)
+        out_refs[1][place] = jnp.where(seen, highest + jnp.log(total) * _LOG2_E, -jnp.inf)
 
 
 def _token(statics: _Statics, row):
@@ -491,8 +546,12 @@ def _floor(x, divisor: int):
     return lax.div(x, jnp.int32(divisor)) if divisor > 1 else x
 
 
-def _buffer(statics: _Statics, step):
-    return lax.rem(step, jnp.int32(statics.tiles.num_buffers))
+def _buffer(statics: _Statics, work: _Work, block):
+    return _slot(block + work.offset, statics.tiles.num_buffers)
+
+
+def _slot(number, size: int):
+    return lax.rem(number, jnp.int32(size))
 
 
 def _along_rows(x_R: jax.Array, shape: tuple[int, int]) -> jax.Array:

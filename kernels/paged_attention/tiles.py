@@ -39,10 +39,12 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class PrefillTiles:
-    """block: positions of one block of keys; num_buffers: blocks in shared memory; num_parts: parts of a row."""
+    """block: positions of one block of keys; num_buffers: blocks in shared memory; num_queries: blocks of query rows
+    there; num_parts: parts of a row."""
 
     block: int
     num_buffers: int
+    num_queries: int
     num_parts: int
 
 
@@ -94,11 +96,12 @@ def few_queries(case: PagedAttentionCase) -> bool:
 
 def choose_prefill_tiles(case: PagedAttentionCase) -> PrefillTiles:
     """Static in the shapes, so that equal calls add in equal order."""
-    # Scores have a column for each key of a block: what head widths leave of the registers, and of shared memory.
-    block = 64 if case.head_dim > 128 else 128
-    num_buffers = max(n for n in (2, 3, 4) if n == 2 or prefill_shared_bytes(case, block, n) <= SHARED_BYTES)
     heads, rows = query_rows(case)
-    return PrefillTiles(block, num_buffers, _num_prefill_parts(case.batch * heads * -(-rows // QUERY_ROWS), case.width))
+    num_parts = _num_prefill_parts(case.batch * heads * -(-rows // QUERY_ROWS), case.width)
+    # Wide heads take the registers that scores would, and the shared memory that the next item's queries would.
+    tiles = PrefillTiles(64, 2, 1, num_parts) if case.head_dim > 128 else PrefillTiles(128, 2, 2, num_parts)
+    more = dataclasses.replace(tiles, num_buffers=4)
+    return more if prefill_shared_bytes(case, more) <= SHARED_BYTES else tiles
 
 
 def query_rows(case: PagedAttentionCase) -> tuple[int, int]:
@@ -109,9 +112,9 @@ def query_rows(case: PagedAttentionCase) -> tuple[int, int]:
     return case.num_kv_heads, case.num_tokens * case.num_heads // case.num_kv_heads
 
 
-def prefill_shared_bytes(case: PagedAttentionCase, block: int, num_buffers: int) -> int:
-    """Shared memory of one block of threads: queries, the buffers, and as in `shared_bytes`."""
-    return 2 * case.head_dim * (QUERY_ROWS + 2 * num_buffers * block) + 2048 + 256
+def prefill_shared_bytes(case: PagedAttentionCase, chosen: PrefillTiles) -> int:
+    """Shared memory of one block of threads: queries, the buffers, and what Mosaic takes."""
+    return 2 * case.head_dim * (chosen.num_queries * QUERY_ROWS + 2 * chosen.num_buffers * chosen.block) + 2048 + 256
 
 
 def _num_prefill_parts(programs: int, width: int) -> int:

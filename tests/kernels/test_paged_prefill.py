@@ -100,25 +100,27 @@ SINKS = np.array([1.5, -3.0, 6.0])
 CASES = {
     "whole blocks of rows, with padding": dict(T=128, lengths=[130, 200], starts=[2, 100], M=4),
     "queries of a kv head side by side, ragged": dict(T=35, lengths=[150, 0, 300], M=5),
+    "more items than processors": dict(T=130, lengths=[190, 0, 260], M=5, processors=2),
     "parts, window, soft cap, sinks": dict(
-        T=40, N=3, lengths=[400], M=7, window=100, soft_cap=2.0, sinks=SINKS, chosen=PrefillTiles(128, 3, 2)
+        T=40, N=3, lengths=[400], M=7, window=100, soft_cap=2.0, sinks=SINKS, chosen=PrefillTiles(128, 3, 2, 2)
     ),
     "empty parts, sinks, no query heads to share": dict(
-        T=66, N=1, lengths=[70, 0], M=2, sinks=SINKS[:1], chosen=PrefillTiles(128, 2, 2)
+        T=66, N=1, lengths=[70, 0], M=2, sinks=SINKS[:1], chosen=PrefillTiles(128, 2, 2, 2)
     ),
     "small pages, narrow window": dict(
-        T=70, lengths=[250], M=16, S=16, window=30, dtype="float16", chosen=PrefillTiles(64, 2, 1)
+        T=70, lengths=[250], M=16, S=16, window=30, dtype="float16", chosen=PrefillTiles(64, 2, 1, 1)
     ),
     "pages larger than blocks, negative scale": dict(
-        T=66, lengths=[200], M=2, S=128, H=128, scale=-0.2, chosen=PrefillTiles(64, 2, 1)
+        T=66, lengths=[200], M=2, S=128, H=128, scale=-0.2, chosen=PrefillTiles(64, 2, 1, 1)
     ),
-    "wide heads, window": dict(T=65, lengths=[200], M=4, H=256, window=90, scale=0.1),
+    "wide heads, window": dict(T=65, lengths=[200], M=4, H=256, window=90, scale=0.1, processors=1),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_prefill_equals_the_definition(prefill, name):
+def test_prefill_equals_the_definition(prefill, monkeypatch, name):
     case = {"S": 64, "N": 2, "K": 1, "H": 64, "dtype": "bfloat16", "scale": 0.3, **CASES[name]}
+    monkeypatch.setattr(prefill, "NUM_PROCESSORS", case.pop("processors", 132))
     lengths, T, dtype = case.pop("lengths"), case["T"], case.pop("dtype")
     starts = case.pop("starts", [length - T for length in lengths])
     arrays = cache(lengths, **{key: case.pop(key) for key in ("N", "K", "H", "S", "M", "T")})
@@ -148,7 +150,7 @@ def test_prefill_tiles_fit_the_chip(newer_jax, head_dim, page_size):
         assert supports("pallas", case, H100) is None
         chosen = choose_prefill_tiles(case)
         buffers = 2 * 2 * chosen.num_buffers * chosen.block * head_dim
-        assert buffers + 2 * 128 * head_dim + 2048 < 232448
+        assert buffers + 2 * 128 * chosen.num_queries * head_dim + 2048 < 232448
         # What is copied at once divides both the block and the page.
         assert chosen.block % 64 == 0 and chosen.num_buffers >= 2
         assert max(chosen.block, page_size) % min(chosen.block, page_size) == 0
