@@ -64,8 +64,8 @@ class MLP(nnx.Module):
         gated, bias = config.gated_mlp, config.mlp_bias
         self.joined = create.joined and gated
         if self.joined:
-            self.gate_up = create("gate_up", (embed_dim, 2, mlp_dim), ("embed", None, "mlp"), normal(stddev))
-            self.gate_up_bias = create("gate_up_bias", (2, mlp_dim), (None, "mlp"), zeros) if bias else None
+            self.gate_up = create("gate_up", (embed_dim, 2 * mlp_dim), ("embed", "mlp"), normal(stddev))
+            self.gate_up_bias = create("gate_up_bias", (2 * mlp_dim,), ("mlp",), zeros) if bias else None
         else:
             self.up = create("up", (embed_dim, mlp_dim), ("embed", "mlp"), normal(stddev))
             self.gate = create("gate", (embed_dim, mlp_dim), ("embed", "mlp"), normal(stddev)) if gated else None
@@ -88,8 +88,8 @@ class MLP(nnx.Module):
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array | None, jax.Array]:
         """Gate, None where there is none, and up."""
         if self.joined:
-            joined_BTGF = project("btd,dgf->btgf", x_BTD, self.gate_up, self.gate_up_bias)
-            return joined_BTGF[:, :, 0], joined_BTGF[:, :, 1]
+            gate_BTF, up_BTF = jnp.split(project("btd,df->btf", x_BTD, self.gate_up, self.gate_up_bias), 2, axis=-1)
+            return gate_BTF, up_BTF
         up_BTF = project("btd,df->btf", x_BTD, self.up, self.up_bias)
         gate_BTF = None if self.gate is None else project("btd,df->btf", x_BTD, self.gate, self.gate_bias)
         return gate_BTF, up_BTF

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -305,16 +305,16 @@ def join_projections(params: Tree) -> Tree:
     the ones joined of them are there: the tree given is emptied of them."""
     for layer in params["prefix"].values():
         attention, mlp = layer["attention"], layer["mlp"]
-        _join(attention, "qkv", ("query", "key", "value"), lambda arrays: jnp.concatenate(arrays, axis=-2))
+        _join(attention, "qkv", ("query", "key", "value"), axis=-2)
         # A layer of experts may have a shared one beside them, which is dense.
         for dense in (mlp, mlp.get("shared", {})):
             if "gate" in dense:
-                _join(dense, "gate_up", ("gate", "up"), lambda arrays: jnp.stack(arrays, axis=-2))
+                _join(dense, "gate_up", ("gate", "up"), axis=-1)
     return params
 
 
-def _join(tree: Tree, name: str, parts: tuple[str, ...], join: Callable[[list[jax.Array]], jax.Array]) -> None:
-    """The kernels `parts` of a module as one, and their biases where it has them."""
+def _join(tree: Tree, name: str, parts: tuple[str, ...], axis: int) -> None:
+    """The kernels `parts` of a module as one along `axis`, and their biases where it has them."""
     for suffix in ("", "_bias"):
         if parts[0] + suffix in tree:
-            tree[name + suffix] = join([tree.pop(part + suffix) for part in parts])
+            tree[name + suffix] = jnp.concatenate([tree.pop(part + suffix) for part in parts], axis=axis)

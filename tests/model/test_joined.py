@@ -49,8 +49,7 @@ def test_joined_arrays_are_those_of_the_definition_and_the_rest_stays(name):
 def check_feed_forward(got, want):
     for name in ("gate", "gate_bias"):
         if name in want:
-            joined = got[name.replace("gate", "gate_up")]
-            np.testing.assert_array_equal(joined[..., 0, :], want[name])
-            np.testing.assert_array_equal(joined[..., 1, :], want[name.replace("gate", "up")])
+            halves = (want[name], want[name.replace("gate", "up")])
+            np.testing.assert_array_equal(got[name.replace("gate", "gate_up")], np.concatenate(halves, axis=-1))
     for name in set(want) & set(got) - {"shared"}:
         jax.tree.map(np.testing.assert_array_equal, got[name], want[name])
