@@ -221,8 +221,8 @@ def gate_metrics(run: RunRecord) -> tuple[str, ...]:
     rate = "tokens_per_second_per_device"
     if run.workload == "train":
         return ("mfu" if run.mfu is not None else rate,)
-    bench = tuple(sorted(name for name in run.measures if name.startswith(("decode_mbu_", "ttft_"))))
-    return bench or ("decode_mbu" if run.decode_mbu is not None else rate,)
+    pace = "decode_tokens_per_second_" if run.decode_mbu is None else "decode_mbu_"
+    return tuple(sorted(name for name in run.measures if name.startswith((pace, "ttft_")))) or (rate,)
 
 
 def check(
