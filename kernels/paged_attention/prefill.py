@@ -235,7 +235,7 @@ def _body(statics: _Statics, num_operands: int, *refs):
             work = _work_of(statics, number, count, *scalars(number))
             _copy_queries(statics, work, number, q_ref, shared)
             _copy_blocks(statics, work, k_ref, v_ref, table_ref, shared)
-            return jnp.maximum(work.end + work.offset, count)
+            return work.end + work.offset
 
         _await_all(statics, rounds, lax.fori_loop(0, rounds, copy, jnp.int32(0)), shared)
 
@@ -254,9 +254,9 @@ def _body(statics: _Statics, num_operands: int, *refs):
             plgpu.barrier_wait(shared.q_arrived.at[place])
             q_smem = shared.q.at[place, warpgroup]
             softmax = _attend(statics, mine, warpgroup, q_smem, sinks, shared)
+            _store(statics, mine, softmax, out_refs, q_smem)
             plgpu.barrier_arrive(shared.q_free.at[place])
-            _store(statics, mine, softmax, out_refs)
-            return jnp.maximum(work.end + work.offset, count)
+            return work.end + work.offset
 
         # The first turn is the first warpgroup's.
         pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(shared.turn.at[0]))
@@ -300,7 +300,7 @@ def _blocks_of(statics: _Statics, part, base, length, start):
     if statics.tiles.num_parts == 1:
         return first, end
     share = _floor(end - first + (statics.tiles.num_parts - 1), statics.tiles.num_parts)
-    first = first + part * share
+    first = jnp.minimum(first + part * share, end)
     return first, jnp.minimum(first + share, end)
 
 
@@ -524,16 +524,27 @@ def _clear_past(shared: _Shared, v_smem, warpgroup, count) -> None:
         plgpu.barrier_wait(shared.cleared)
 
 
-def _store(statics: _Statics, work: _Work, softmax: _Softmax, out_refs) -> None:
-    """Normalised outputs, straight from registers; of a part with the log-sum-exp."""
+def _store(statics: _Statics, work: _Work, softmax: _Softmax, out_refs, out_smem) -> None:
+    """Normalised outputs, by way of `out_smem` or straight from registers; of a part in float32, with the
+    log-sum-exp."""
     highest, total, out, _ = softmax
     seen = total > 0
     out = out * _along_rows(jnp.where(seen, 1 / total, 0.0), out.shape)
     rows = pl.ds(work.base, _WARPGROUP_ROWS)
-    place = (work.row, rows, work.head) if statics.tiles.num_parts == 1 else (work.part, work.row, rows, work.head)
-    out_refs[0][place] = out.astype(out_refs[0].dtype)
     if statics.tiles.num_parts > 1:
-        out_refs[1][place] = jnp.where(seen, highest + jnp.log(total) * _LOG2_E, -jnp.inf)
+        out_refs[0][work.part, work.row, rows, work.head] = out
+        lse = jnp.where(seen, highest + jnp.log(total) * _LOG2_E, -jnp.inf)
+        out_refs[1][work.part, work.row, rows, work.head] = lse
+    elif statics.window is not None:
+        # What the other way takes would spill two to ten registers.
+        out_refs[0][work.row, rows, work.head] = out.astype(out_smem.dtype)
+    else:
+        # 73 us instead of 79 for 16 tiles of 128 in 2048 tokens on an H100.
+        out_smem[...] = out.astype(out_smem.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_smem, out_refs[0].at[work.row, rows, work.head])
+        # The queries of a later item come to this place.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _token(statics: _Statics, row):
