@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -90,8 +91,10 @@ class PagedSelection(NamedTuple):
     paged_attention: str
     grouped_matmul: str
     reasons: tuple[str, ...]
-    ragged: bool
+    live_decode: bool
     """Decoding reads live pages alone, so that the width of the page table costs nothing."""
+    live_prefill: bool
+    """So does the computation of prompts."""
 
 
 def select_paged_kernels(
@@ -101,13 +104,14 @@ def select_paged_kernels(
     grouped_matmul: str,
     dtype: str,
     rows: int,
+    tiles: tuple[int, int],
     page_size: int,
     width: int,
     placement: Placement,
     device: jax.Device,
 ) -> PagedSelection:
-    """Implementations for decoding batches of up to `rows` tokens whose contexts have up to `width`. Raises ValueError
-    for a named one that can't run."""
+    """Implementations for decoding batches of up to `rows` tokens whose contexts have up to `width`, and for up to so
+    many tiles of so many prompt tokens. Raises ValueError for a named one that can't run."""
     target = target_of(device)
     paged, reason = paged_op.choose(paged_attention, target)
     decode = paged_op.PagedAttentionCase(
@@ -120,9 +124,10 @@ def select_paged_kernels(
         page_size=page_size,
         width=width,
     )
-    in_decode, _ = paged_op.choose(paged, target, decode)
-    reasons = [f"attention over pages: {paged}, {reason}; {in_decode} in decode"]
+    prefill = dataclasses.replace(decode, batch=tiles[0], num_tokens=tiles[1])
+    in_decode, in_prefill = (paged_op.choose(paged, target, case)[0] for case in (decode, prefill))
+    reasons = [f"attention over pages: {paged}, {reason}; {in_decode} in decode, {in_prefill} in prefill"]
     grouped, reason = _select_grouped(config, grouped_matmul, dtype, rows, placement, target)
     if config.moe is not None:
         reasons.append(f"grouped product: {grouped}, {reason}")
-    return PagedSelection(paged, grouped, tuple(reasons), in_decode == "pallas")
+    return PagedSelection(paged, grouped, tuple(reasons), in_decode == "pallas", in_prefill == "pallas")

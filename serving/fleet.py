@@ -70,6 +70,7 @@ class FleetRecorder:
             "num_processes": jax.process_count(),
             "mesh": {axis: size for axis, size in mesh.items() if size > 1},
             "versions": {**library_versions(device.platform), **commit},
+            "first_started": self._began,
             "started": self._began,
             "ended": time.time(),
             "profiled": False,

@@ -40,8 +40,10 @@ class Resolved:
     dtype: str
     max_context: int
     cells: tuple[Cell, ...]
-    ragged: bool
-    """Decoding reads live pages alone."""
+    live_decode: bool
+    """Decoding reads live pages alone, where they lie."""
+    live_prefill: bool
+    """So does a prefill."""
     options: Options
     choices: tuple[str, ...]
 
@@ -76,7 +78,14 @@ def resolve(run: ServeRun, devices: Sequence[jax.Device]) -> Resolved:
     selection = _select(run, model, dtype, max_context, whole, devices[0])
     drafting, draft, more = _drafting(run, model, dtype, max_context, whole, devices[0])
     drafts = 0 if drafting is None else drafting.max_draft
-    cells = plan_cells(run.engine, max_context, drafts, run.speculation.max_batch, ragged=selection.ragged)
+    cells = plan_cells(
+        run.engine,
+        max_context,
+        drafts,
+        run.speculation.max_batch,
+        live_decode=selection.live_decode,
+        live_prefill=selection.live_prefill,
+    )
     where = f"devices: {mesh.size} of {devices[0].device_kind}, weights and cache in {dtype}"
     return Resolved(
         run=run,
@@ -93,7 +102,8 @@ def resolve(run: ServeRun, devices: Sequence[jax.Device]) -> Resolved:
         dtype=dtype,
         max_context=max_context,
         cells=cells,
-        ragged=selection.ragged,
+        live_decode=selection.live_decode,
+        live_prefill=selection.live_prefill,
         options=compiler_options(run.xla_options, platform),
         choices=(where, _describe(cells, run.engine), *selection.reasons, *more),
     )
@@ -116,6 +126,7 @@ def _select(
         grouped_matmul=run.kernels.grouped_matmul,
         dtype=dtype,
         rows=run.engine.batch_sizes[-1],
+        tiles=(run.engine.tile_counts[-1], run.engine.tile_tokens),
         page_size=run.engine.page_size,
         width=max_context,
         placement=placement,

@@ -65,28 +65,29 @@ class Draw(NamedTuple):
 
 
 def plan_cells(
-    engine: EngineConfig, max_context: int, drafts: int, max_draft_batch: int, *, ragged: bool
+    engine: EngineConfig, max_context: int, drafts: int, max_draft_batch: int, *, live_decode: bool, live_prefill: bool
 ) -> tuple[Cell, ...]:
-    """Every program that serving needs. `ragged`: decoding costs what is live, so that one width serves all."""
+    """Every program that serving needs. `live_decode`, `live_prefill`: these cost what is live, so that one width
+    serves all; but for the fewest tiles, whose keys are cut into parts by the width to fill the chip."""
     # The last width holds the longest context, in whole pages.
     widest = -(-max_context // engine.page_size) * engine.page_size
     widths = [*(width for width in engine.widths if width < widest), widest]
     blocks = (0, drafts) if drafts else (0,)
 
-    def fits(rows: int, width: int, smallest: int) -> bool:
-        return rows == smallest or rows * width <= engine.cell_tokens
+    def shapes(sizes: tuple[int, ...], live: bool, several: bool) -> list[tuple[int, int]]:
+        """Rows and widths; `several` widths of the fewest rows even if the cost is that of what is live."""
+        fitting = [
+            (rows, width)
+            for width in widths
+            for rows in sizes
+            if live or rows == sizes[0] or rows * width <= engine.cell_tokens
+        ]
+        return [(r, w) for r, w in fitting if not live or w == widest or (several and r == sizes[0])]
 
-    cells = [
-        Cell(tiles, width, None)
-        for width in widths
-        for tiles in engine.tile_counts
-        if fits(tiles, width, engine.tile_counts[0])
-    ]
-    for width in [widest] if ragged else widths:
-        for rows in engine.batch_sizes:
-            if ragged or fits(rows, width, engine.batch_sizes[0]):
-                small = rows <= max_draft_batch or rows == engine.batch_sizes[0]
-                cells += [Cell(rows, width, block) for block in blocks if not block or small]
+    cells = [Cell(*shape, None) for shape in shapes(engine.tile_counts, live_prefill, True)]
+    for rows, width in shapes(engine.batch_sizes, live_decode, False):
+        small = rows <= max_draft_batch or rows == engine.batch_sizes[0]
+        cells += [Cell(rows, width, block) for block in blocks if not block or small]
     return tuple(cells)
 
 

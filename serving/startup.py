@@ -236,15 +236,17 @@ def _scratch_bytes(resolved: Resolved) -> int:
     """
     model, itemsize = resolved.model, jnp.dtype(resolved.dtype).itemsize
     tensor = 1 if resolved.placement is None else resolved.placement.size("act_heads")
-    # A decode program that reads live pages alone lays nothing end to end.
-    gathering = [cell for cell in resolved.cells if cell.drafts is None or not resolved.ragged]
-    context = max(cell.rows * cell.width for cell in gathering) * 2 * model.num_kv_heads * model.head_dim
+    prefills = [cell for cell in resolved.cells if cell.drafts is None]
+    decodes = [cell for cell in resolved.cells if cell.drafts is not None]
+    # A program that reads live pages where they lie lays nothing end to end, and holds no scores.
+    laid = ([] if resolved.live_prefill else prefills) + ([] if resolved.live_decode else decodes)
+    context = max((cell.rows * cell.width for cell in laid), default=0) * 2 * model.num_kv_heads * model.head_dim
     tokens = max(cell.rows * ((cell.drafts or 0) + 1) for cell in resolved.cells)
     logits = tokens * model.vocab_size * 4
-    tiles = max(cell.rows for cell in resolved.cells if cell.drafts is None) * resolved.run.engine.tile_tokens
+    tiles = max(cell.rows for cell in prefills) * resolved.run.engine.tile_tokens
     hidden = tiles * (2 * model.mlp_dim + 4 * model.embed_dim) * itemsize
-    widest = max(cell.rows * cell.width for cell in resolved.cells if cell.drafts is None)
-    scores = widest * resolved.run.engine.tile_tokens * model.num_heads * 4 * 2 // tensor
+    scored = 0 if resolved.live_prefill else max(cell.rows * cell.width for cell in prefills)
+    scores = scored * resolved.run.engine.tile_tokens * model.num_heads * 4 * 2 // tensor
     return SCRATCH_COPIES * (context * itemsize // tensor + logits) + hidden + scores
 
 
