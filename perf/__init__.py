@@ -8,5 +8,7 @@
 - `goodput`: where the wall time of a run went, over all of its attempts.
 - `formats`, `operations`: bytes of tensors in number formats with their scales; every op of a step, FLOPs and bytes.
 - `roofline`, `reached`, `capacity`: time floors of ops and steps, their times at measured rates, what fits.
+- `records`, `fleet_store`: what a run leaves behind, in one SQLite file or a folder of Parquet files of many hosts.
+- `baseline`, `fleet`: median, interval and prediction limit of earlier runs; sizes, versions, reality tax, the gate.
 - `command`, `commands`, `report`, `plot`: `python -m perf`; a result as tables, JSON or one page.
 """

@@ -116,9 +116,15 @@ def _tax(group: Group, among: Sequence[Group], by: By) -> float | None:
 
 
 def goodput_shares(records: Iterable[RunRecord]) -> dict[str, float]:
-    """Share of the records' wall time in each bucket (`step` is goodput), each device's hour counting alike."""
+    """Share of the runs' wall time in each bucket (`step` is goodput), each device's hour counting alike.
+
+    A resumed run counts once, by its last record, which has all of its attempts, killed ones included.
+    """
+    last: dict[tuple[str, float], RunRecord] = {}
+    for record in sorted(records, key=lambda record: record.ended):
+        last[record.config, record.first_started] = record
     seconds: dict[str, float] = {}
-    for record in records:
+    for record in last.values():
         for name, value in record.goodput_seconds.items():
             seconds[name] = seconds.get(name, 0.0) + value * record.num_devices
     total = sum(seconds.values())

@@ -125,6 +125,11 @@ class GoodputLedger:
         self._current.resumed_at = step
         self._write({"event": "resumed", "step": step})
 
+    @property
+    def first_started(self) -> float:
+        """Unix seconds when the first attempt started: the same for all attempts of a run, where they are kept."""
+        return (*self._earlier, self._current)[0].unix_time
+
     def attempt_nanoseconds(self) -> dict[str, int]:
         """Buckets of this attempt up to now."""
         self._charge()

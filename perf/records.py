@@ -65,8 +65,11 @@ class RunRecord:
     """Sizes of the mesh axes above 1."""
     versions: Mapping[str, str]
     """python, jax, jaxlib and the accelerator's plugin; `commit` of this source where it is known."""
+    first_started: float
+    """Unix seconds, when the run's first attempt started. Attempts of one run, each with a record, agree in it; goodput
+    and its parts are of all of them up to this one."""
     started: float
-    """Unix seconds."""
+    """Unix seconds, of this attempt."""
     ended: float
     profiled: bool
     """A profiler ran: the absolute numbers do not count, and no baseline takes them in."""
@@ -163,7 +166,7 @@ def work_per_device(amount: int, num_devices: int) -> str:
 # What a summary must have to become a record: everything that the measures are compared by.
 FACTS = (
     *("mode", "workload", "config", "config_hash", "chip", "num_devices", "num_processes", "mesh", "versions"),
-    *("started", "ended", "profiled"),
+    *("first_started", "started", "ended", "profiled"),
 )
 
 

@@ -67,6 +67,7 @@ def run_facts(trainer: Trainer) -> dict[str, Any]:
         "num_processes": process.count,
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
         "versions": {**library_versions(device.platform), **commit},
+        "first_started": trainer.goodput.first_started,
         "started": ended - sum(trainer.goodput.attempt_nanoseconds().values()) / 1e9,
         "ended": ended,
         "profiled": False,

@@ -30,11 +30,12 @@ total = jax.jit(lambda x: jnp.sum(x * x, axis=0), out_shardings=placement.shardi
 distributed.barrier("computed")
 # Process 1 alone raises its flag, at its fourth question.
 answers = [distributed.any_process(process_id == 1 and i == 3) for i in range(6)]
+texts = [distributed.gather(f"{i} of {process_id}") for i in range(2)]
 distributed.shutdown()
 distributed.shutdown()
 print(json.dumps({"index": info.index, "count": info.count, "local": info.local_devices, "devices": info.devices,
     "primary": info.index == 0, "shape": x.shape, "total": np.asarray(total.addressable_data(0)).tolist(),
-    "answers": answers}))
+    "answers": answers, "texts": texts}))
 """
 
 
@@ -47,6 +48,7 @@ def test_two_processes_form_one_mesh_and_agree():
         assert record["shape"] == [16, 3]
         np.testing.assert_array_equal(record["total"], np.sum(np.asarray(x * x), axis=0))
         assert record["answers"] == [False, False, False, True, False, False]
+        assert record["texts"] == [["0 of 0", "0 of 1"], ["1 of 0", "1 of 1"]]
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ def summary(*, mfu: float | None = 0.5, size: int = 8, hour: int = 0, **changes:
         "num_processes": max(1, size // 8),
         "mesh": {"fsdp": size},
         "versions": {"python": "3.12.3", "jax": "0.11.2", "commit": COMMITS[0]},
+        "first_started": ended - 600.0,
         "started": ended - 600.0,
         "ended": ended,
         "profiled": False,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from perf import baseline
 from perf.baseline import MAX_RECORDS, MIN_RECORDS, judge, limit_factor, median, qn_scale
 from perf.command import main
-from perf.fleet import budget, check, gate_metrics, groups, work_of
+from perf.fleet import budget, check, gate_metrics, goodput_shares, groups, work_of
 from perf.fleet_store import FolderStore, open_store
 from perf.records import RunRecord, config_hash
 from serving.bench import Bench
@@ -182,6 +182,17 @@ def test_a_reality_tax_by_hand():
         }
     )
     assert found.fleet_value == pytest.approx(0.5 * 0.8)
+
+
+def test_a_resumed_run_counts_once_and_every_device_hour_alike():
+    whole = {"first_started": 1.0, "goodput_step_seconds": 0.0, "goodput_compile_seconds": 100.0}
+    attempts = [record(hour=hour, goodput_lost_work_seconds=lost, **whole) for hour, lost in enumerate((0.0, 300.0))]
+    other = record(size=16, hour=5)
+    shares = goodput_shares([attempts[1], other, attempts[0]])
+    waited, lost, compiled, steps = 30 * 8 + 30 * 16, 300 * 8, 100 * 8 + 90 * 16, 480 * 16
+    total = waited + lost + compiled + steps
+    expected = {"input_wait": waited, "lost_work": lost, "compile": compiled, "step": steps}
+    assert shares == pytest.approx({name: seconds / total for name, seconds in expected.items()})
 
 
 # The gate
@@ -466,6 +477,15 @@ def test_a_training_run_leaves_its_record(tmp_path: Path, capsys, monkeypatch: p
     # By hand it is the same record, which is there already.
     assert main(["fleet", "record", str(run_dir(plan)), "--store", str(plan["fleet"])]) == 0
     assert "is already in" in capsys.readouterr().out
+
+    # Another attempt, with nothing left to do, is one more record of the same run.
+    assert main_here(plan) == 0
+    capsys.readouterr()
+    records = open_store(plan["fleet"]).read().records
+    assert len(records) == 2 and len({one.first_started for one in records}) == 1 < len(
+        {one.started for one in records}
+    )
+    assert records[1].mfu is None and "no step was measured" in records[1].reasons["step_times"]
 
     # A store that can't be is refused before anything is made; one that fails at the end is said with what to do.
     assert main_here({**plan, "name": "other", "fleet": tmp_path / "x.json"}) == 2
