@@ -98,9 +98,9 @@ def choose_prefill_tiles(case: PagedAttentionCase) -> PrefillTiles:
     """Static in the shapes, so that equal calls add in equal order."""
     heads, rows = query_rows(case)
     num_parts = _num_prefill_parts(case.batch * heads * -(-rows // QUERY_ROWS), case.width)
-    # Wide heads take the registers that scores would, and the shared memory that the next item's queries would. 16 tiles
-    # of 128 tokens at 6144 to 8192, heads of 128, on an H100: 390 us with blocks of 128 (617 TFLOP/s of what the mask
-    # leaves); with one item a program 404, and 510 with blocks of 64.
+    # Wide heads take the registers that scores would, and the shared memory that the next item's queries would.
+    # 16 tiles of 128 tokens at 6144 to 8192, 32 heads of 128, take 390 to 396 us with blocks of 128 on an H100 (610
+    # TFLOP/s of what the mask leaves); with one item for each program 404 to 409, and then with blocks of 64 510.
     tiles = PrefillTiles(64, 2, 1, num_parts) if case.head_dim > 128 else PrefillTiles(128, 2, 2, num_parts)
     more = dataclasses.replace(tiles, num_buffers=4)
     return more if prefill_shared_bytes(case, more) <= SHARED_BYTES else tiles
@@ -122,9 +122,9 @@ def prefill_shared_bytes(case: PagedAttentionCase, chosen: PrefillTiles) -> int:
 def _num_prefill_parts(programs: int, width: int) -> int:
     """Parts of a row, where `programs` items would leave processors without one.
 
-    Measured on an H100 with JAX 0.11.2, one tile of 128 tokens (32 items: 32 query and 8 kv heads of 128): at the end of
-    8192 tokens it takes 114 us in 1 part, 51 in 4, 66 in 8; of 2048, 33 in 1 and 22 in 2. Four tiles (128 items) at the
-    end of 8192 take 120 in 1 and 134 in 2; of 2048, 37 in 1 and 54 in 2.
+    Measured on an H100 with JAX 0.11.2 (32 query and 8 kv heads of 128): one tile of 128 tokens (32 items) at the end
+    of 8192 takes 114 us in 1 part, 51 in 4, 66 in 8; of 2048, 33 in 1 and 22 in 2. Four tiles (128 items) at the end
+    of 8192 take 120 in 1 and 134 in 2; of 2048, 37 in 1 and 54 in 2.
     """
     return max(1, min(NUM_PROCESSORS // programs, width // 1024, MAX_PARTS))
 

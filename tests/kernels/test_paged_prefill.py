@@ -98,7 +98,7 @@ def interpreted(prefill, arrays, lengths, starts, dtype, chosen=None, **features
 SINKS = np.array([1.5, -3.0, 6.0])
 # One case for each way through the kernel; an interpreted one takes seconds.
 CASES = {
-    "whole blocks of rows, with padding": dict(T=128, lengths=[130, 200], starts=[2, 100], M=4),
+    "whole blocks of rows, with padding": dict(T=128, N=4, K=2, lengths=[130, 200], starts=[2, 100], M=4),
     "queries of a kv head side by side, ragged": dict(T=35, lengths=[150, 0, 300], M=5),
     "more items than processors": dict(T=130, lengths=[190, 0, 260], M=5, processors=2),
     "parts, window, soft cap, sinks": dict(
@@ -107,8 +107,8 @@ CASES = {
     "empty parts, sinks, no query heads to share": dict(
         T=66, N=1, lengths=[70, 0], M=2, sinks=SINKS[:1], chosen=PrefillTiles(128, 2, 2, 2)
     ),
-    "small pages, narrow window": dict(
-        T=70, lengths=[250], M=16, S=16, window=30, dtype="float16", chosen=PrefillTiles(64, 2, 1, 1)
+    "small pages, window": dict(
+        T=70, lengths=[500], M=32, S=16, window=200, dtype="float16", chosen=PrefillTiles(64, 2, 1, 1)
     ),
     "pages larger than blocks, negative scale": dict(
         T=66, lengths=[200], M=2, S=128, H=128, scale=-0.2, chosen=PrefillTiles(64, 2, 1, 1)
