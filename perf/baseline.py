@@ -134,6 +134,13 @@ class Judgement:
         return self.value / self.baseline.value - 1
 
     @property
+    def blind(self) -> float | None:
+        """Largest loss that is still within the limit, as a share of the median: what this baseline can't show."""
+        if self.limit is None or self.baseline is None or self.baseline.value == 0:
+            return None
+        return abs(1 - self.limit / self.baseline.value)
+
+    @property
     def change_interval(self) -> tuple[float, float] | None:
         """`change` against both ends of the median's interval."""
         if self.value is None or self.baseline is None or not self.baseline.low or not self.baseline.high:

@@ -14,16 +14,15 @@ By = Literal["size", "version"]
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What makes runs of different sizes and versions comparable."""
+    """What makes runs of different sizes, versions and names comparable."""
 
     workload: str
-    config: str
     config_hash: str
     chip: str
 
 
 def work_of(record: RunRecord) -> Work:
-    return Work(record.workload, record.config, record.config_hash, record.chip)
+    return Work(record.workload, record.config_hash, record.chip)
 
 
 def headline(workload: str) -> str:
@@ -34,14 +33,17 @@ def headline(workload: str) -> str:
 def select(
     records: Iterable[RunRecord], *, config: str | None = None, chip: str | None = None
 ) -> tuple[RunRecord, ...]:
-    """Records of a config (its name or hash) and a chip. Raises ValueError for one that is not there, listing those
-    that are."""
+    """Records of a chip and of a config, by its hash or by a name: then also runs of other names and the same settings.
+
+    Raises ValueError for a config or chip that is not there, listing those that are.
+    """
     records = tuple(records)
     names = {record.config for record in records} | {record.config_hash for record in records}
     if config is not None and config not in names:
         there = ", ".join(sorted({record.config for record in records}))
         raise ValueError(f"--config {config}: no record of it; configs recorded: {there}")
-    records = tuple(r for r in records if config is None or config in (r.config, r.config_hash))
+    hashes = {record.config_hash for record in records if config in (None, record.config, record.config_hash)}
+    records = tuple(record for record in records if record.config_hash in hashes)
     chips = sorted({record.chip for record in records})
     if chip is not None and chip.lower() not in [known.lower() for known in chips]:
         of = "" if config is None else f" of {config}"

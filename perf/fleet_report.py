@@ -90,9 +90,15 @@ def _notes(records: Sequence[RunRecord], works: dict[Work, list[RunRecord]], ref
         *([f"{plural(profiled, 'profiled run')} left out: their absolute numbers do not count"] if profiled else []),
         *(f"not read: {line}" for line in refused),
     ]
-    several = {work.config for work in works if sum(other.config == work.config for other in works) > 1}
-    lines += [f"{name} has tables of its own for each settings hash, chip and workload" for name in sorted(several)]
+    if len(works) > 1:
+        lines.append("runs stand together whose settings (the hash), chip and workload agree, whatever their names")
     return lines
+
+
+def names(records: Sequence[RunRecord]) -> str:
+    """The latest first; runs of the same settings may have several."""
+    found = list(dict.fromkeys(record.config for record in reversed(records)))
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
 def _entry(
@@ -101,6 +107,7 @@ def _entry(
     metric = headline(work.workload)
     return {
         **dataclasses.asdict(work),
+        "configs": sorted({record.config for record in members}),
         "metric": metric,
         "profiled_left_out": len(members) - len(countable(members)),
         by + "s": [
@@ -138,7 +145,7 @@ def _tax_record(tax: Budget) -> dict[str, Any]:
 def _work_parts(
     place: int, work: Work, members: Sequence[RunRecord], rows: Sequence[Group], tax: Budget | None, by: By
 ) -> list[Table | Notes | Plot]:
-    name, metric = f"{work.config}, {work.workload} on {work.chip}", headline(work.workload)
+    name, metric = f"{names(members)}, {work.workload} on {work.chip}", headline(work.workload)
     label = NAMES[metric]
     cells = tuple(
         (
@@ -262,7 +269,12 @@ def check_report(result: Check, store: str, *, rate: float, threshold: float, re
 
 
 def _judgement_record(one: Judgement) -> dict[str, Any]:
-    return {**dataclasses.asdict(one), "change": one.change, "change_interval": one.change_interval}
+    return {
+        **dataclasses.asdict(one),
+        "change": one.change,
+        "change_interval": one.change_interval,
+        "blind": one.blind,
+    }
 
 
 def _percent(change: float | None) -> str:
@@ -297,6 +309,8 @@ def _check_notes(result: Check, rate: float, threshold: float, refused: Sequence
             )
         elif one.verdict in ("too few", "unknown"):
             lines.append(f"{one.metric} was not judged: {one.reason}")
+        if one.blind is not None and one.blind > threshold:
+            lines.append(f"{one.metric}: the runs before scatter so much that a change under {share(one.blind)} passes")
     sick = [canary for canary in result.canaries if canary.verdict == "regression"]
     if sick:
         least = min(sick, key=lambda canary: canary.run.num_devices).run

@@ -82,8 +82,7 @@ def report(settings: Record | Survey | Check) -> Report:
     if isinstance(settings, Survey):
         return fleet_report(records, settings.store, settings.by, contents.refused)
     result = check(
-        # A run's baseline is of its own work, whatever chose the run.
-        contents.records,
+        records,
         find_run(records, settings.run),
         metrics=settings.metrics,
         rate=settings.false_alarms,

@@ -329,6 +329,24 @@ def test_check_is_a_gate(fleet: Path, command, tmp_path: Path, mfu, status, said
         assert "mfu changed by -6." in out and "no smaller slice shows it" in out
 
 
+def test_a_baseline_that_scatters_says_what_it_can_not_show(command, tmp_path: Path):
+    store = filled(tmp_path / "fleet", *runs(0.5, 12, noise=0.2), record(mfu=0.45, hour=100))
+    status, out, _ = command("check", "--store", store)
+    found = json.loads(command("check", "--store", store, "--json", "-")[1])["metrics"][0]
+    assert status == 0 and found["blind"] == pytest.approx(1 - found["limit"] / found["baseline"]["value"])
+    assert f"a change under {100 * found['blind']:.1f}% passes" in " ".join(out.split())
+    quiet = filled(tmp_path / "quiet", *runs(0.5, 12, noise=1e-4), record(mfu=0.5, hour=100))
+    assert "passes" not in command("check", "--store", quiet)[1]
+
+
+def test_a_run_of_another_name_is_held_to_the_same_settings(fleet: Path, command):
+    filled(fleet, record(mfu=0.46, size=64, hour=100, config="books"))
+    for name in ("books", "dense-1b", record().config_hash):
+        status, out, _ = command("check", "--store", fleet, "--config", name)
+        assert status == 1 and "12 runs of the same work" in out
+    assert "books, dense-1b, train on H100 SXM" in command("report", "--store", fleet)[1]
+
+
 def test_a_sick_canary_is_named(fleet: Path, command):
     filled(fleet, sick := record(mfu=0.5, hour=99), record(mfu=0.46, size=64, hour=100))
     status, out, _ = command("check", "--store", fleet)
@@ -354,7 +372,7 @@ def test_what_is_not_judged(fleet: Path, command, changes, said):
 
 def test_a_run_is_found_by_config_and_by_its_id(fleet: Path, command):
     named = record(mfu=0.4, hour=50)
-    filled(fleet, named, record(hour=60, config="other"))
+    filled(fleet, named, record(hour=60, config="other", config_hash="other"))
     assert command("check", "--store", fleet)[0] == 2
     assert command("check", "--store", fleet, "--config", "dense-1b")[0] == 1
     assert command("check", "--store", fleet, "--run", named.id[-8:])[0] == 1
