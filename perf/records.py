@@ -148,12 +148,17 @@ def config_hash(settings: Mapping[str, Any]) -> str:
 _PLUGINS = {"tpu": ("libtpu",), "gpu": ("jax-cuda13-plugin", "jax-cuda12-plugin", "jax-rocm7-plugin")}
 
 
-def library_versions(platform: str) -> dict[str, str]:
-    """Of Python, jax, jaxlib and the plugin of a JAX platform, where one of those known here is installed."""
+def software_versions(platform: str, code: Mapping[str, Any]) -> dict[str, str]:
+    """Of Python, jax, jaxlib, the plugin of a JAX platform (where one of those known here is installed) and our source.
+
+    `code`: `commit`, None where it is not known, and `modified`: whether files differ from it, which is said after it.
+    """
     found = {"python": sys.version.split()[0]}
     for name in ("jax", "jaxlib", *_PLUGINS.get(platform, ())):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
+    if code["commit"] is not None:
+        found["commit"] = code["commit"] + ("+changes" if code["modified"] else "")
     return found
 
 

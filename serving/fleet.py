@@ -18,7 +18,7 @@ from checkpoint.provenance import code_version
 from perf.chips import chip_name
 from perf.fleet_store import open_store
 from perf.meter import ImplausibleMeasurement
-from perf.records import Workload, config_hash, from_summary, library_versions
+from perf.records import Workload, config_hash, from_summary, software_versions
 from perf.traffic import decode_mbu
 from serving.resolve import Resolved
 from serving.startup import Started
@@ -58,8 +58,6 @@ class FleetRecorder:
 
     def _facts(self, resolved: Resolved, workload: Workload) -> dict[str, Any]:
         device, mesh = resolved.devices[0], resolved.placement.mesh.shape if resolved.placement is not None else {}
-        code = code_version()
-        commit = {} if code["commit"] is None else {"commit": code["commit"] + "+changes" * code["modified"]}
         return {
             "mode": "serve",
             "workload": workload,
@@ -69,7 +67,7 @@ class FleetRecorder:
             "num_devices": len(resolved.devices),
             "num_processes": jax.process_count(),
             "mesh": {axis: size for axis, size in mesh.items() if size > 1},
-            "versions": {**library_versions(device.platform), **commit},
+            "versions": software_versions(device.platform, code_version()),
             "first_started": self._began,
             "started": self._began,
             "ended": time.time(),

@@ -12,7 +12,7 @@ from checkpoint.provenance import code_version
 from parallel import distributed
 from perf.chips import chip_name
 from perf.fleet_store import open_store
-from perf.records import config_hash, distribution, from_summary, library_versions, work_per_device
+from perf.records import config_hash, distribution, from_summary, software_versions, work_per_device
 from training.config import TrainRun
 
 if TYPE_CHECKING:
@@ -57,8 +57,6 @@ def run_facts(trainer: Trainer) -> dict[str, Any]:
         for text in distributed.gather(json.dumps(distribution(process.index, trainer.meter.step_seconds)))
     ]
     times = [one for one in of_hosts if one is not None]
-    code = code_version()
-    commit = {} if code["commit"] is None else {"commit": code["commit"] + "+changes" * code["modified"]}
     return {
         "mode": "train",
         "workload": "train",
@@ -66,7 +64,7 @@ def run_facts(trainer: Trainer) -> dict[str, Any]:
         "chip": chip_name(device.device_kind),
         "num_processes": process.count,
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
-        "versions": {**library_versions(device.platform), **commit},
+        "versions": software_versions(device.platform, code_version()),
         "first_started": trainer.goodput.first_started,
         "started": ended - sum(trainer.goodput.attempt_nanoseconds().values()) / 1e9,
         "ended": ended,

@@ -27,7 +27,7 @@ from perf.records import (
     config_hash,
     distribution,
     from_summary,
-    library_versions,
+    software_versions,
     work_per_device,
 )
 from tests.contracts.tree import ROOT
@@ -126,9 +126,11 @@ def test_distribution_of_step_times():
 
 
 def test_versions_are_those_that_are_installed():
-    found = library_versions("cpu")
+    found = software_versions("cpu", {"commit": None})
     assert found.keys() == {"python", "jax", "jaxlib"}
     assert found["jax"] == importlib.metadata.version("jax") and sys.version.startswith(found["python"])
+    assert software_versions("cpu", {"commit": "abc", "modified": False})["commit"] == "abc"
+    assert software_versions("cpu", {"commit": "abc", "modified": True})["commit"] == "abc+changes"
 
 
 # Stores
