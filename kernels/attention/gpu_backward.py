@@ -1,0 +1,705 @@
+"""Gradients of attention on Hopper: dq, dk and dv in one kernel, five matrix products for each pair of blocks.
+
+A block of threads has 128 keys of a kv head, and walks over the blocks of queries that see any of them, of all query
+heads of the group: dk and dv stay in registers until the end. Two warpgroups multiply, 64 keys each, with the scores as
+[keys, queries], so that the weights and their gradients are multiplied from registers (dv += Pᵀ · dO, dk += dSᵀ · Q).
+dS also goes through shared memory to the fifth product, dq = dS · K over the keys of both. A third warpgroup copies
+queries and output gradients into a ring of buffers. A fourth adds dq, float32, to global memory.
+
+Why one kernel: apart, dq and dk with dv need seven products, S and dP twice. At 600 TFLOP/s of products that is 428 of
+the five that are counted (the target is 520).
+
+The sum in dq is in a fixed order, so that equal calls give equal bits: a counter for each block of queries says whose
+turn it is, from the last block of keys to the first. Blocks of threads start in that order, so that what one waits for
+has always started; and with a causal mask a block of keys begins at its own queries, which is when its turn comes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+_LOG2_E = math.log2(math.e)
+_MATRIX = plgpu.Layout.WGMMA
+# Of a matrix [keys, queries]: a value for each key, and one for each query.
+_KEYS, _QUERIES = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+_COPIER, _ADDER = 2, 3
+# Registers of a thread: four warpgroups start with 128 each, and share them out anew.
+_REGISTERS, _FEW_REGISTERS = 232, 24
+# All threads of a warpgroup arrive at the barriers below, so that Pallas's own around loads and stores are not needed.
+_COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardTiles:
+    """block_queries: of one step; block_keys: of a block of threads; num_buffers: blocks of queries, and of output
+    gradients, in shared memory."""
+
+    block_queries: int
+    block_keys: int
+    num_buffers: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Statics:
+    """What is fixed when the kernel is traced. `group` query heads share a kv head."""
+
+    batch: int
+    num_queries: int
+    num_keys: int
+    num_kv_heads: int
+    group: int
+    key_dim: int
+    value_dim: int
+    scale: float
+    causal: bool
+    window: int | None
+    soft_cap: float | None
+    segments: bool
+    positions: bool
+    tiles: BackwardTiles
+
+    @property
+    def query_blocks(self) -> int:
+        return -(-self.num_queries // self.tiles.block_queries)
+
+    @property
+    def key_blocks(self) -> int:
+        return -(-self.num_keys // self.tiles.block_keys)
+
+    @property
+    def used_masks(self) -> tuple[bool, bool, bool, bool]:
+        """Of `_Masks`, what the kernel reads."""
+        bounded = self.causal or self.window is not None
+        return self.segments, self.segments, bounded, bounded
+
+    @property
+    def query_padding(self) -> int:
+        return -self.num_queries % self.tiles.block_queries
+
+    @property
+    def key_padding(self) -> int:
+        return -self.num_keys % self.tiles.block_keys
+
+
+class _Masks(NamedTuple):
+    """int32 [B, T] or [B, S], padded to whole blocks. Segments are None where there are none; positions that were not
+    given are the indices, [1, T] and [1, S]."""
+
+    q_segments: Any
+    kv_segments: Any
+    q_positions: Any
+    kv_positions: Any
+
+
+class _Inputs(NamedTuple):
+    """Arrays in global memory: operands, what is added to scores (the log-sum-exp) and to their
+    gradients (minus delta) [B, N, T], and the walk
+    of each block of keys: which blocks of queries [B, J, I], the turn of each addition [B, J, I], and [B, J, 3] how
+    many there are, after from and until where no mask is needed."""
+
+    q: Any
+    k: Any
+    v: Any
+    d_out: Any
+    shift: Any
+    delta: Any
+    runs: Any
+    walk: Any
+    turns: Any
+    masks: _Masks
+
+
+class _Shared(NamedTuple):
+    """Shared memory of a block of threads and its barriers. `arrived`: the copy is there. `free`: both warpgroups are
+    done with it. `ds_ready`, `dq_ready`: both have written their share. Two buffers of `ds` need no `free`: who writes
+    the next but one has seen the other's next, which came after its product of this one."""
+
+    k: Any
+    v: Any
+    q: Any
+    d_out: Any
+    shift: Any
+    delta: Any
+    ds: Any
+    dq: Any
+    masks: _Masks
+    keys_arrived: Any
+    arrived: Any
+    free: Any
+    ds_ready: Any
+    dq_ready: Any
+    dq_free: Any
+
+
+class _Work(NamedTuple):
+    """What a block of threads has: row of the batch, kv head, block of keys, and its number of steps (pairs of a block
+    of queries and a query head); those in [begin, end) need no mask."""
+
+    row: jax.Array
+    kv_head: jax.Array
+    key_block: jax.Array
+    begin: jax.Array
+    end: jax.Array
+    steps: jax.Array
+
+
+def attention_gradients(
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    out_BTNH,
+    lse_BTN,
+    d_out_BTNH,
+    d_lse_BTN,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    q_segments,
+    kv_segments,
+    q_positions,
+    kv_positions,
+    soft_cap: float | None,
+    sinks,
+    tiles: BackwardTiles | None = None,
+    interpret=None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """(dq, dk, dv, dsinks): gradients of `kernels.attention.attention`, whose arguments the others are.
+
+    q, k, v, out, d_out are all bfloat16 or all float16, and dq, dk, dv like them; sums are in float32.
+    `lse_BTN`: natural logarithm, float32, -inf for a query that sees nothing; `d_lse_BTN`: its gradient, or None.
+    dsinks is float32 [N], None without sinks. `tiles`: None for the choice of `choose_backward_tiles`.
+    `interpret`: parameters of Pallas's interpreter, which tests give.
+    """
+    B, T, N, H = q_BTNH.shape
+    S, K, V = v_BSKH.shape[1:]
+    tiles = choose_backward_tiles(H, V) if tiles is None else tiles
+    features = (q_segments is not None, q_positions is not None)
+    statics = _Statics(B, T, S, K, N // K, H, V, scale, causal, window, soft_cap, *features, tiles)
+    delta_BTN = jnp.sum(d_out_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1)
+    if d_lse_BTN is not None:
+        delta_BTN = delta_BTN - d_lse_BTN
+    d_sinks = None
+    if sinks is not None:
+        # lse is finite wherever there is a sink.
+        d_sinks = -jnp.sum(jnp.exp(sinks.astype(jnp.float32) - lse_BTN) * delta_BTN, axis=(0, 1)).astype(sinks.dtype)
+    # A query that sees nothing has no weights: exp2(score - inf) is 0.
+    shift_BTN = -_unit(statics) * jnp.where(lse_BTN == -jnp.inf, jnp.inf, lse_BTN)
+    arrays = (q_BTNH, k_BSKH, v_BSKH, d_out_BTNH, shift_BTN, -delta_BTN)
+    masks = _Masks(q_segments, kv_segments, q_positions, kv_positions)
+    return *_gradients(statics, arrays, masks, interpret), d_sinks
+
+
+def _unit(statics: _Statics) -> float:
+    """Of what is added to a score: its own, or base 2 after the soft cap."""
+    return 1 / statics.scale if statics.soft_cap is None else _LOG2_E
+
+
+def choose_backward_tiles(key_dim: int, value_dim: int) -> BackwardTiles:
+    """By the compiler's report of registers: `python -m kernels.aot`."""
+    return BackwardTiles(64, 128, 2) if max(key_dim, value_dim) > 64 else BackwardTiles(128, 128, 2)
+
+
+# A jit of its own, so that a model's layers are built once.
+@functools.partial(jax.jit, static_argnames=("statics", "interpret"))
+def _gradients(statics: _Statics, arrays, masks: _Masks, interpret):
+    q, k, v, d_out, shift, delta = arrays
+    masks = _padded_masks(statics, masks)
+    visited, runs, walk, turns = _walks(statics, masks)
+    q, d_out = (_padded(array, statics.query_padding) for array in (q, d_out))
+    k, v = (_padded(array, statics.key_padding) for array in (k, v))
+    # Queries that are padding are like those that see nothing.
+    shift = _padded(shift, statics.query_padding, math.copysign(math.inf, -_unit(statics))).transpose(0, 2, 1)
+    delta = _padded(delta, statics.query_padding).transpose(0, 2, 1)
+    dq, dk, dv = _call(statics, _Inputs(q, k, v, d_out, shift, delta, runs, walk, turns, masks), interpret)
+    # Nobody has written the queries that see no key.
+    visited = jnp.repeat(visited, statics.tiles.block_queries, axis=1)[..., None, None]
+    dq = jnp.where(visited, dq * statics.scale, 0).astype(q.dtype)
+    return dq[:, : statics.num_queries], dk[:, : statics.num_keys], dv[:, : statics.num_keys]
+
+
+def _padded(array, padding: int, value=0):
+    """`array` [B, tokens, ...] with `padding` tokens more."""
+    widths = [(0, padding if axis == 1 else 0) for axis in range(array.ndim)]
+    return jnp.pad(array, widths, constant_values=value) if padding else array
+
+
+def _padded_masks(statics: _Statics, masks: _Masks) -> _Masks:
+    """Padding is of no segment, and at the last position of its row (for the least and the largest of a block)."""
+
+    def edge(array, padding):
+        return jnp.pad(array, ((0, 0), (0, padding)), mode="edge") if padding else array
+
+    q_padding, kv_padding = statics.query_padding, statics.key_padding
+    q_segments, kv_segments, q_positions, kv_positions = masks
+    if statics.segments:
+        q_segments, kv_segments = _padded(q_segments, q_padding), _padded(kv_segments, kv_padding)
+    if not statics.positions:
+        q_positions, kv_positions = jnp.arange(statics.num_queries)[None], jnp.arange(statics.num_keys)[None]
+    q_positions, kv_positions = edge(q_positions, q_padding), edge(kv_positions, kv_padding)
+    masks = (q_segments, kv_segments, q_positions, kv_positions)
+    return _Masks(*(None if array is None else array.astype(jnp.int32) for array in masks))
+
+
+def _walks(statics: _Statics, masks: _Masks):
+    """(visited [B, I], runs, walk and turns as in `_Inputs`): I blocks of queries, J of keys. The first axis is 1
+    where the masks are known beforehand.
+
+    A pair of blocks is left out where the bounds of its positions and segments show that nothing is seen.
+    """
+    I, J = statics.query_blocks, statics.key_blocks
+    (q_low, q_high), (k_low, k_high) = _bounds(masks.q_positions, I), _bounds(masks.kv_positions, J)
+    q_low, q_high, k_low, k_high = q_low[:, None], q_high[:, None], k_low[..., None], k_high[..., None]
+    shape = (q_low.shape[0], J, I)
+    some, whole = jnp.ones(shape, bool), jnp.ones(shape, bool)
+    if statics.key_padding:
+        whole = whole & (jnp.arange(J) < J - 1)[:, None]
+    if statics.causal:
+        some, whole = some & (k_low <= q_high), whole & (k_high <= q_low)
+    if statics.window is not None:
+        some, whole = some & (q_low - k_high < statics.window), whole & (q_high - k_low < statics.window)
+        if not statics.causal:
+            some, whole = some & (k_low - q_high < statics.window), whole & (k_high - q_low < statics.window)
+    if statics.segments:
+        meet, same = _segments_meet(masks, I, J)
+        some, whole = some & meet, whole & same
+    # The visited ones first, in order.
+    order = jnp.sort(jnp.where(some, jnp.arange(I), I), axis=-1)
+    order = jnp.minimum(order, I - 1)
+    after = jnp.cumsum(some[:, ::-1], axis=1)[:, ::-1] - some
+    turns = jnp.take_along_axis(after, order, axis=-1)
+    runs = _runs(jnp.sum(some, axis=-1), jnp.take_along_axis(whole, order, axis=-1))
+    return jnp.any(some, axis=1), *(array.astype(jnp.int32) for array in (runs, order, turns))
+
+
+def _runs(counts, whole):
+    """[B, J, 3]: the first whole run of a walk, from and until where, and the walk's length."""
+    index = jnp.arange(whole.shape[-1])
+    begin = jnp.min(jnp.where(whole, index, counts[..., None]), axis=-1)
+    begin = jnp.minimum(begin, counts)
+    rest = ~whole & (index >= begin[..., None])
+    end = jnp.min(jnp.where(rest, index, counts[..., None]), axis=-1)
+    return jnp.stack([begin, jnp.clip(end, begin, counts), counts], axis=-1)
+
+
+def _bounds(array, blocks: int):
+    """Least and largest of each block, [B, blocks]."""
+    array = array.reshape(array.shape[0], blocks, -1)
+    return array.min(axis=-1), array.max(axis=-1)
+
+
+def _segments_meet(masks: _Masks, query_blocks: int, key_blocks: int):
+    """bool [B, J, I]: whether the ranges of segments of two blocks overlap; whether both are one and the same."""
+    sides = ((masks.q_segments, query_blocks), (masks.kv_segments, key_blocks))
+    # 0 is padding, which sees nothing and is seen by nothing.
+    largest = jnp.iinfo(jnp.int32).max
+    lows = [_bounds(jnp.where(array == 0, largest, array), blocks)[0] for array, blocks in sides]
+    highs = [_bounds(jnp.where(array == 0, -largest, array), blocks)[1] for array, blocks in sides]
+    padded = [jnp.any((array == 0).reshape(array.shape[0], blocks, -1), axis=-1) for array, blocks in sides]
+    q_low, q_high, q_padded = (array[:, None] for array in (lows[0], highs[0], padded[0]))
+    k_low, k_high, k_padded = (array[..., None] for array in (lows[1], highs[1], padded[1]))
+    meet = (q_low <= k_high) & (k_low <= q_high)
+    same = (q_low == q_high) & (k_low == k_high) & (q_low == k_low) & ~q_padded & ~k_padded
+    return meet, same
+
+
+def _call(statics: _Statics, inputs: _Inputs, interpret):
+    """(dq [B, T, N, H] in float32 without the scale, dk [B, S, K, H], dv [B, S, K, V])."""
+    dtype = inputs.q.dtype
+    masks = [mask for mask, used in zip(inputs.masks, statics.used_masks, strict=True) if used]
+    outs = [
+        jax.ShapeDtypeStruct(inputs.q.shape, jnp.float32),
+        jax.ShapeDtypeStruct(inputs.k.shape, dtype),
+        jax.ShapeDtypeStruct(inputs.v.shape, dtype),
+    ]
+    run = plgpu.kernel(
+        functools.partial(_body, statics),
+        out_type=outs,
+        scratch_types=list(_scratch(statics, dtype)),
+        grid=(statics.batch * statics.num_kv_heads * statics.key_blocks,),
+        grid_names=("item",),
+        num_threads=4,
+        thread_name="warpgroup",
+        compiler_params=_COMPILER,
+        interpret=interpret,
+    )
+    return run(*inputs[:-1], *masks)
+
+
+def _scratch(statics: _Statics, dtype) -> _Shared:
+    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    wide = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+    queries, keys, buffers = dataclasses.astuple(statics.tiles)
+    used, shapes = statics.used_masks, ((buffers, queries), (keys,)) * 2
+    once = plgpu.Barrier(num_barriers=1)
+    both = plgpu.Barrier(num_arrivals=2, num_barriers=1)
+    return _Shared(
+        k=plgpu.SMEM((1, keys, statics.key_dim), dtype, transforms=tiled),
+        v=plgpu.SMEM((1, keys, statics.value_dim), dtype, transforms=tiled),
+        q=plgpu.SMEM((buffers, queries, statics.key_dim), dtype, transforms=tiled),
+        d_out=plgpu.SMEM((buffers, queries, statics.value_dim), dtype, transforms=tiled),
+        shift=plgpu.SMEM((buffers, queries), jnp.float32),
+        delta=plgpu.SMEM((buffers, queries), jnp.float32),
+        ds=plgpu.SMEM((2, keys, queries), dtype, transforms=tiled),
+        dq=plgpu.SMEM((1, 2, 64, 64), jnp.float32, transforms=wide),
+        masks=_Masks(*(None if not used else plgpu.SMEM(shape, jnp.int32) for used, shape in zip(used, shapes, strict=True))),
+        keys_arrived=plgpu.Barrier(num_arrivals=2 + sum(used) // 2, num_barriers=1),
+        arrived=plgpu.Barrier(num_arrivals=4 + sum(used) // 2, num_barriers=buffers),
+        free=plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
+        ds_ready=plgpu.Barrier(num_arrivals=2, num_barriers=2),
+        dq_ready=both,
+        dq_free=once,
+    )
+
+
+def _body(statics: _Statics, *refs):
+    num_masks = sum(statics.used_masks)
+    num_inputs = len(_Inputs._fields) - 1
+    masks = iter(refs[num_inputs : num_inputs + num_masks])
+    inputs = _Inputs(*refs[:num_inputs], _Masks(*(next(masks) if used else None for used in statics.used_masks)))
+    dq_ref, dk_ref, dv_ref, *shared = refs[num_inputs + num_masks :]
+    shared = _Shared(*shared)
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == _COPIER)
+    def _():
+        plgpu.set_max_registers(_FEW_REGISTERS, action="decrease")
+        _copy(statics, _work(statics, inputs), inputs, shared)
+
+    @pl.when(warpgroup == _ADDER)
+    def _():
+        plgpu.set_max_registers(_FEW_REGISTERS, action="decrease")
+        _add_all(statics, _work(statics, inputs), inputs, dq_ref, shared)
+
+    @pl.when(warpgroup < _COPIER)
+    def _():
+        plgpu.set_max_registers(_REGISTERS, action="increase")
+        work = _work(statics, inputs)
+        dk, dv = _multiply_all(statics, work, warpgroup, shared)
+        rows = pl.ds(work.key_block * statics.tiles.block_keys + warpgroup * 64, 64)
+        dk_ref[work.row, rows, work.kv_head] = (dk * statics.scale).astype(dk_ref.dtype)
+        dv_ref[work.row, rows, work.kv_head] = dv.astype(dv_ref.dtype)
+
+
+def _work(statics: _Statics, inputs: _Inputs) -> _Work:
+    """The last block of keys first, as the turns go; the blocks of one kv head run together, and add to the same dq."""
+    item = lax.axis_index("item")
+    key_block = statics.key_blocks - 1 - _remainder(item, statics.key_blocks)
+    head = _floor(item, statics.key_blocks)
+    row = _floor(head, statics.num_kv_heads)
+    begin, end, steps = (inputs.runs[_table_row(inputs.walk, row), key_block, i] * statics.group for i in range(3))
+    return _Work(row, _remainder(head, statics.num_kv_heads), key_block, begin, end, steps)
+
+
+def _table_row(table, row):
+    """Row of a table, which may be the same for all."""
+    return row if table.shape[0] > 1 else 0
+
+
+def _query_block(statics: _Statics, work: _Work, inputs: _Inputs, step):
+    return inputs.walk[_table_row(inputs.walk, work.row), work.key_block, _floor(step, statics.group)]
+
+
+def _head(statics: _Statics, work: _Work, step):
+    """Query head of a step: all heads of the group for a block of queries, then the next block."""
+    return work.kv_head * statics.group + _remainder(step, statics.group)
+
+
+def _copy(statics: _Statics, work: _Work, inputs: _Inputs, shared: _Shared) -> None:
+    """Keys and values once, queries and what belongs to them step by step."""
+    queries, keys, buffers = dataclasses.astuple(statics.tiles)
+
+    def copy_masks(sides, rows, buffer, arrived):
+        for source, target in zip(inputs.masks[sides::2], shared.masks[sides::2], strict=True):
+            if target is not None:
+                target = target if buffer is None else target.at[buffer]
+                plgpu.copy_gmem_to_smem(source.at[_table_row(source, work.row), rows], target, arrived)
+
+    @pl.when(work.steps > 0)
+    def _():
+        rows, arrived = pl.ds(work.key_block * keys, keys), shared.keys_arrived.at[0]
+        plgpu.copy_gmem_to_smem(inputs.k.at[work.row, rows, work.kv_head], shared.k.at[0], arrived)
+        plgpu.copy_gmem_to_smem(inputs.v.at[work.row, rows, work.kv_head], shared.v.at[0], arrived)
+        copy_masks(1, rows, None, arrived)
+
+    @pl.loop(0, work.steps)
+    def _(step):
+        query_block = _query_block(statics, work, inputs, step)
+        head, buffer = _head(statics, work, step), _remainder(step, buffers)
+        rows = pl.ds(query_block * queries, queries)
+        arrived = shared.arrived.at[buffer]
+        pl.when(step >= buffers)(functools.partial(plgpu.barrier_wait, shared.free.at[buffer]))
+        for matrix, smem in ((inputs.q, shared.q), (inputs.d_out, shared.d_out)):
+            plgpu.copy_gmem_to_smem(matrix.at[work.row, rows, head], smem.at[buffer], arrived)
+        for vector, smem in ((inputs.shift, shared.shift), (inputs.delta, shared.delta)):
+            plgpu.copy_gmem_to_smem(vector.at[work.row, head, rows], smem.at[buffer], arrived)
+        copy_masks(0, rows, buffer, arrived)
+
+    # Every completion of a barrier is waited for, so that all is free at the end (the interpreter asks it).
+    for buffer in range(buffers):
+        pl.when(buffer < work.steps)(functools.partial(plgpu.barrier_wait, shared.free.at[buffer]))
+
+
+def _add_all(statics: _Statics, work: _Work, inputs: _Inputs, dq_ref, shared: _Shared) -> None:
+    """Each step's dq, as soon as it is there and its turn has come."""
+    turns = _turns(statics)
+    # Free at first.
+    pl.when(work.steps > 0)(functools.partial(plgpu.barrier_arrive, shared.dq_free.at[0]))
+
+    @pl.loop(0, work.steps)
+    def _(step):
+        query_block = _query_block(statics, work, inputs, step)
+        head = _head(statics, work, step)
+        turn = inputs.turns[_table_row(inputs.walk, work.row), work.key_block, _floor(step, statics.group)]
+        plgpu.barrier_wait(shared.dq_ready.at[0])
+        _await_turn(turns, (work.row, head, query_block), turn)
+        for i in range(2):
+            place = _dq_place(statics, work, dq_ref, query_block, head, i)
+            pl.when(turn == 0)(functools.partial(plgpu.copy_smem_to_gmem, shared.dq.at[0, i], place))
+            pl.when(turn > 0)(functools.partial(_add, shared.dq.at[0, i], place))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(shared.dq_free.at[0])
+        plgpu.wait_smem_to_gmem(0)
+        _end_turn(turns, (work.row, head, query_block))
+
+
+def _dq_place(statics: _Statics, work: _Work, dq_ref, query_block, head, part: int):
+    """Where dq of a warpgroup goes: 64 of 128 columns, or of 64 columns 64 of 128 rows."""
+    base = query_block * statics.tiles.block_queries
+    if statics.tiles.block_queries == 128:
+        return dq_ref.at[work.row, pl.ds(base + part * 64, 64), head]
+    return dq_ref.at[work.row, pl.ds(base, 64), head, pl.ds(part * 64, 64)]
+
+
+def _turns(statics: _Statics):
+    """Counters in global memory, 0 at the start of a launch: additions made to each block of queries of a head."""
+    heads = statics.num_kv_heads * statics.group
+    return pl.get_global(plgpu.SemaphoreType.REGULAR((statics.batch, heads, statics.query_blocks)))
+
+
+def _await_turn(turns, place, turn) -> None:
+    plgpu.semaphore_wait(turns.at[place], turn, decrement=False, memory_scope="gpu")
+
+
+def _end_turn(turns, place) -> None:
+    """After the addition is complete in global memory: the signal releases it."""
+    plgpu.semaphore_signal(turns.at[place], 1, memory_scope="gpu")
+
+
+def _add(smem, place) -> None:
+    """Pallas's interpreter has no reduction; tests put a plain one in this place."""
+    plgpu.copy_smem_to_gmem(smem, place, reduction_op="add")
+
+
+def _multiply_all(statics: _Statics, work: _Work, warpgroup, shared: _Shared):
+    """(dk [64, H], dv [64, V]) of a warpgroup's keys, without the scale."""
+    dk = plgpu.layout_cast(jnp.zeros((64, statics.key_dim), jnp.float32), _MATRIX)
+    dv = plgpu.layout_cast(jnp.zeros((64, statics.value_dim), jnp.float32), _MATRIX)
+    pl.when(work.steps > 0)(functools.partial(plgpu.barrier_wait, shared.keys_arrived.at[0]))
+    step = functools.partial(_step, statics, work, warpgroup, shared)
+    second = jnp.minimum(work.steps, 1)
+    sums = lax.fori_loop(0, second, functools.partial(step, first=True), (dk, dv))
+    if _can_mask(statics):
+        begin, end = jnp.maximum(work.begin, second), jnp.maximum(work.end, second)
+        sums = lax.fori_loop(second, begin, step, sums)
+        sums = lax.fori_loop(begin, end, functools.partial(step, masked=False), sums)
+        sums = lax.fori_loop(end, work.steps, step, sums)
+    else:
+        sums = lax.fori_loop(second, work.steps, functools.partial(step, masked=False), sums)
+
+    @pl.when(work.steps > 0)
+    def _():
+        last = work.steps - 1
+        plgpu.barrier_wait(shared.ds_ready.at[_remainder(last, 2)])
+        dq_operands = _dq_operands(statics, warpgroup, shared, last)
+        zeros = plgpu.layout_cast(jnp.zeros((64, dq_operands[1].shape[1]), jnp.float32), _MATRIX)
+        dq = _product(zeros, *dq_operands)
+        _store_dq(shared, warpgroup, last, dq)
+        plgpu.barrier_wait(shared.dq_free.at[0])
+
+    return sums
+
+
+def _step(statics: _Statics, work: _Work, warpgroup, shared: _Shared, step, sums, first=False, masked=True):
+    """(dk, dv) with one step more. dq of the step before is multiplied here, beside this step's scores: by then the
+    other warpgroup has its half of dS ready."""
+    buffer, mine = _remainder(step, statics.tiles.num_buffers), pl.ds(warpgroup * 64, 64)
+    q_smem, d_out_smem = shared.q.at[buffer], shared.d_out.at[buffer]
+    origin = _origin(step)
+    plgpu.barrier_wait(shared.arrived.at[buffer])
+
+    # The sums of products start at what is to be subtracted from them: fewer registers, and fewer instructions.
+    start = _start(statics, shared, buffer)
+    scores_operands, before = (shared.k.at[origin, mine], q_smem.T), step - 1
+    if first:
+        scores = _product(start, *scores_operands)
+    else:
+        plgpu.barrier_wait(shared.ds_ready.at[_remainder(before, 2)])
+        dq_operands = _dq_operands(statics, warpgroup, shared, before)
+        scores = _two_products(dq_operands, functools.partial(_store_dq, shared, warpgroup, before), start, scores_operands)
+    shape = (64, statics.tiles.block_queries)
+    delta = _along(plgpu.load(shared.delta.at[buffer], layout=_QUERIES), shape, 1)
+    d_weights_operands, weigh = (shared.v.at[origin, mine], d_out_smem.T), functools.partial(_weights, statics, shared, buffer)
+    if masked and _can_mask(statics):
+        # One after the other, since the mask takes registers.
+        weights, *sloped = weigh(scores, functools.partial(_masked, statics, work, warpgroup, shared, buffer))
+        d_weights = _product(delta, *d_weights_operands)
+    else:
+        beside = functools.partial(weigh, mask=None)
+        d_weights, weights, *sloped = _product_beside(delta, *d_weights_operands, scores, beside)
+    # Before the product with the weights begins, though it could go on meanwhile: the registers would not suffice.
+    d_scores = (d_weights * (sloped[0] if sloped else weights)).astype(shared.ds.dtype)
+    weights = weights.astype(shared.ds.dtype)
+
+    def publish():
+        shared.ds[_remainder(step, 2), mine] = d_scores
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(shared.ds_ready.at[_remainder(step, 2)])
+
+    sums = _accumulate(*sums, d_scores, q_smem, weights, d_out_smem, publish)
+    plgpu.barrier_arrive(shared.free.at[buffer])
+    return sums
+
+
+def _dq_operands(statics: _Statics, warpgroup, shared: _Shared, step):
+    """dS [64 queries, keys] and K [keys, 64 columns]: a warpgroup has half of the columns, or half of the queries."""
+    ds_smem, k_smem = shared.ds.at[_remainder(step, 2)], shared.k.at[_origin(step)]
+    mine = pl.ds(warpgroup * 64, 64)
+    if statics.tiles.block_queries == 128:
+        return ds_smem.at[:, mine].T, k_smem
+    return ds_smem.T, k_smem.at[:, mine]
+
+
+def _origin(step):
+    """0. But the compiler does not know it, which would keep the addresses of keys and values in 48 registers."""
+    return jnp.minimum(step, 0)
+
+
+def _store_dq(shared: _Shared, warpgroup, step, dq) -> None:
+    plgpu.barrier_wait(shared.dq_free.at[0])
+    shared.dq[_origin(step), warpgroup] = dq
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(shared.dq_ready.at[0])
+
+
+def _start(statics: _Statics, shared: _Shared, buffer):
+    """What a step's scores start from: the log-sum-exp, in units of scores, unless the soft cap comes before it."""
+    shape = (64, statics.tiles.block_queries)
+    if statics.soft_cap is not None:
+        return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _MATRIX)
+    return _along(plgpu.load(shared.shift.at[buffer], layout=_QUERIES), shape, 1)
+
+
+def _weights(statics: _Statics, shared: _Shared, buffer, scores, mask) -> tuple[jax.Array, ...]:
+    """Softmax weights [keys, queries]; with a soft cap also those times its derivative."""
+    if statics.soft_cap is None:
+        exponent, slope = scores * (statics.scale * _LOG2_E), None
+    else:
+        # tanh(x) = 1 - 2 / (1 + exp(2x)), by the exponential that the hardware has.
+        capped = 1 - 2 / (1 + jnp.exp2(scores * (2 * statics.scale / statics.soft_cap * _LOG2_E)))
+        lse = _along(plgpu.load(shared.shift.at[buffer], layout=_QUERIES), scores.shape, 1)
+        exponent, slope = capped * (statics.soft_cap * _LOG2_E) + lse, 1 - capped * capped
+    weights = jnp.exp2(exponent if mask is None else mask(exponent))
+    return (weights,) if slope is None else (weights, weights * slope)
+
+
+def _can_mask(statics: _Statics) -> bool:
+    bounded = statics.causal or statics.window is not None
+    return bounded or statics.segments or statics.key_padding > 0
+
+
+def _masked(statics: _Statics, work: _Work, warpgroup, shared: _Shared, buffer, exponent):
+    """`exponent` [keys, queries], -inf where a query does not see a key."""
+    shape, mine = exponent.shape, pl.ds(warpgroup * 64, 64)
+    q_segments, kv_segments, q_positions, kv_positions = shared.masks
+    conditions = []
+    if statics.key_padding:
+        count = statics.num_keys - work.key_block * statics.tiles.block_keys - warpgroup * 64
+        conditions.append(plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_MATRIX) < count)
+    if q_positions is not None:
+        # Loaded even where they are the indices: from an iota, the compiler keeps a register for each score.
+        query = _along(plgpu.load(q_positions.at[buffer], layout=_QUERIES), shape, 1)
+        key = plgpu.load(kv_positions.at[mine], layout=_KEYS)
+        if statics.causal:
+            conditions.append(query >= _along(key, shape, 0))
+        if statics.window is not None:
+            conditions.append(query < _along(key + statics.window, shape, 0))
+            if not statics.causal:
+                conditions.append(query > _along(key - statics.window, shape, 0))
+    if q_segments is not None:
+        segment = _along(plgpu.load(q_segments.at[buffer], layout=_QUERIES), shape, 1)
+        # Padding is 0 on both sides, and neither sees nor is seen.
+        key_segment = plgpu.load(kv_segments.at[mine], layout=_KEYS)
+        key_segment = jnp.where(key_segment == 0, -1, key_segment)
+        conditions.append(segment == _along(key_segment, shape, 0))
+    return jnp.where(functools.reduce(jnp.logical_and, conditions), exponent, -jnp.inf)
+
+
+def _product(start, a, b) -> jax.Array:
+    """start + a · b. Pallas's interpreter doesn't know `run_state`: tests that use it put plain products in place of
+    this function and the three that follow."""
+
+    def product(acc):
+        plgpu.wgmma(acc, a, b)
+
+    return pl.run_state(product)(plgpu.ACC.init(start))
+
+
+def _two_products(first, with_first, start, second) -> jax.Array:
+    """start + the second product; `with_first` takes the first one while the second goes on."""
+
+    def products(refs):
+        first_acc, second_acc = refs
+        plgpu.wgmma(first_acc, *first)
+        plgpu.wgmma(second_acc, *second)
+        with_first(plgpu.wgmma_accumulator_load(first_acc, wait_n=1))
+
+    zeros = plgpu.layout_cast(jnp.zeros((first[0].shape[0], first[1].shape[1]), jnp.float32), _MATRIX)
+    return pl.run_state(products)((plgpu.ACC.init(zeros), plgpu.ACC.init(start)))[1]
+
+
+def _product_beside(start, a, b, x, meanwhile) -> tuple[jax.Array, ...]:
+    """(start + a · b, *meanwhile(x))."""
+
+    def product(refs):
+        acc, *values = refs
+        plgpu.wgmma(acc, a, b)
+        for ref, value in zip(values, meanwhile(values[0][...]), strict=True):
+            ref[...] = value
+
+    return pl.run_state(product)((plgpu.ACC.init(start), *[x] * len(jax.eval_shape(meanwhile, x))))
+
+
+def _accumulate(dk, dv, d_scores, q_smem, weights, d_out_smem, meanwhile) -> tuple[jax.Array, jax.Array]:
+    """(dk + dS · Q, dv + weights · dO)."""
+
+    def products(refs):
+        dk_acc, dv_acc = refs
+        plgpu.wgmma(dv_acc, weights, d_out_smem)
+        meanwhile()
+        plgpu.wgmma(dk_acc, d_scores, q_smem)
+
+    return pl.run_state(products)((plgpu.ACC.init(dk), plgpu.ACC.init(dv)))
+
+
+def _floor(x, divisor: int):
+    """x // divisor of what is not negative."""
+    return lax.div(x, jnp.int32(divisor)) if divisor > 1 else x
+
+
+def _remainder(x, divisor: int):
+    return lax.rem(x, jnp.int32(divisor)) if divisor > 1 else jnp.int32(0)
+
+
+def _along(x, shape: tuple[int, int], axis: int) -> jax.Array:
+    """`x` of an axis, repeated along the other."""
+    return lax.broadcast_in_dim(x, shape, [axis])
