@@ -1,8 +1,9 @@
-"""The engine: a thread that schedules, runs and answers requests, one step after another.
+"""The engine: a thread that schedules, runs and answers requests.
 
-A step is: what to do (scheduler), as calls to the device (executor), and while those run, the text of the step before
-goes out. A step that only decodes goes on as long as nothing else is to be done, round after round. Every array is the
-executor's; everything here is about sequences.
+Two flights may be with the device: one computes prompts, one decodes. Each is what the scheduler finds for sequences
+that are in no flight (plan), as calls to the device (executor). While the device works on one, the host takes in what
+the other gave, tells it, and starts the next, so that neither waits for the other. A flight that decodes goes on round
+after round as long as no prompt is computed. Every array is the executor's; everything here is about sequences.
 """
 
 from __future__ import annotations
@@ -50,6 +51,19 @@ class _Answer:
     sent: int = 0
 
 
+@dataclasses.dataclass(eq=False)
+class _Flight:
+    """A plan that is with the device."""
+
+    plan: Plan
+    drafts: int
+    matchers: dict[Sequence, Matcher]
+    begun: deque[list[Pending]] = dataclasses.field(default_factory=deque)
+    """Its calls, and those of the rounds that follow."""
+    rounds: int = 1
+    """Rounds begun so far."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Step:
     """What a step gave one sequence, decided but not yet told."""
@@ -95,6 +109,8 @@ class Engine:
         self._changed = threading.Condition()
         self._answers: dict[Sequence, _Answer] = {}
         self._untold: list[_Step] = []
+        # In the order in which the device works on them.
+        self._flights: list[_Flight] = []
         self._draining = self._stopping = self._cache_lost = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -166,12 +182,16 @@ class Engine:
         reason: FinishReason = "error"
         try:
             while not self._stopping:
-                plan, drafts = self._next_plan()
-                if plan.empty:
+                # While the device works is a good time for everything that need not be done before.
+                if self._flights:
                     self._tell()
-                    self._sleep()
+                self._begin()
+                self._tell()
+                if self._flights:
+                    self._prolong(self._flights[0])
+                    self._land(self._flights[0])
                 else:
-                    self._step(plan, drafts)
+                    self._sleep()
             reason = "cancelled"
         # Nobody may wait for an engine that is gone: /health says that it is.
         except Exception:
@@ -188,13 +208,23 @@ class Engine:
             if self._scheduler.num_waiting == 0 and self._scheduler.num_running == 0 and not self._stopping:
                 self._changed.wait(IDLE_SECONDS)
 
-    def _next_plan(self) -> tuple[Plan, int]:
+    def _begin(self) -> None:
+        """Starts flights for what is in none; at most one of each kind is under way."""
+        # What was computed is lost with the cache, and what is under way comes first.
+        if self._cache_lost:
+            return
+        if not any(flight.plan.decode for flight in self._flights):
+            self._begin_flight(*self._next_plan(prompts=False))
+        if not any(flight.plan.tiles for flight in self._flights) and not self._cache_lost:
+            self._begin_flight(*self._next_plan(prompts=True))
+
+    def _next_plan(self, *, prompts: bool) -> tuple[Plan, int]:
+        """A plan of prompts, or of what decodes; and the drafts of each row."""
         with self._changed:
-            drafts = 0
-            rows = self._scheduler.num_running
-            if self._controller is not None and 0 < rows <= self._max_draft_batch:
+            drafts, rows = 0, self._scheduler.num_decoding
+            if not prompts and self._controller is not None and 0 < rows <= self._max_draft_batch:
                 drafts = self._controller.choose(rows)
-            plan = self._scheduler.schedule(1 + drafts)
+            plan = self._scheduler.schedule(1 + drafts, prompts=prompts, decode=not prompts)
             for sequence, reason in plan.finished:
                 self._note_end(sequence, reason)
             self.metrics.observe_preemption(len(plan.preempted))
@@ -202,57 +232,71 @@ class Engine:
                 self._observe([])
         return plan, min(drafts, plan.lookahead - 1)
 
-    def _step(self, plan: Plan, drafts: int) -> None:
-        """Runs a plan, and rounds of it as long as nothing else is to be done: some are always with the device before
-        the host has seen what the first of them gave."""
+    def _begin_flight(self, plan: Plan, drafts: int) -> None:
+        if plan.empty:
+            return
         sequences = [*(tile.sequence for tile in plan.tiles), *plan.decode]
         # Looked up one by one: other threads add answers meanwhile.
         found = {sequence: self._answers[sequence].matcher for sequence in sequences}
         matchers = {sequence: matcher for sequence, matcher in found.items() if matcher is not None}
-        begun: deque[list[Pending]] = deque()
-        left = _REVIEW if self._controller is not None else math.inf
-        while True:
-            try:
-                if not begun:
-                    begun.append(self._executor.begin(plan, matchers, drafts))
-                    left -= 1
-                # The device works now: a good time for everything that need not be done before.
-                self._tell()
-                while len(begun) < self._rounds_ahead and left > 0 and (calls := self._follow(plan, begun)):
-                    begun.append(calls)
-                    left -= 1
-                outcomes, records = self._executor.end(begun)
-            # Whatever a request brings about must not end the others.
-            except Exception:
-                logger.exception("a step failed; its sequences are run one by one")
-                self._tell()
-                begun.clear()
-                outcomes, records = self._isolate(plan, matchers, drafts), []
-            self._take_in(plan, outcomes, records, followed=bool(begun))
-            if not begun:
-                return
+        flight = _Flight(plan, drafts, matchers)
+        self._flights.append(flight)
+        try:
+            flight.begun.append(self._executor.begin(plan, matchers, drafts))
+        # Whatever a request brings about must not end the others.
+        except Exception:
+            self._fail(flight)
 
-    def _follow(self, plan: Plan, begun: deque[list[Pending]]) -> list[Pending]:
-        if plan.tiles:
-            return []
-        with self._changed:
-            if self._stopping or not self._scheduler.prolong(plan, len(begun)):
-                return []
-        return self._executor.follow(begun[-1], plan, len(begun))
+    def _prolong(self, flight: _Flight) -> None:
+        """Starts rounds that follow a flight's last, so that some are always with the device before the host has seen
+        what the first of them gave."""
+        most = _REVIEW if self._controller is not None else math.inf
+        if flight.plan.tiles:
+            return
+        try:
+            while len(flight.begun) < self._rounds_ahead and flight.rounds < most:
+                with self._changed:
+                    if self._stopping or not self._scheduler.prolong(flight.plan, len(flight.begun)):
+                        return
+                calls = self._executor.follow(flight.begun[-1], flight.plan, len(flight.begun))
+                if not calls:
+                    return
+                flight.begun.append(calls)
+                flight.rounds += 1
+        except Exception:
+            self._fail(flight)
 
-    def _take_in(
-        self, plan: Plan, outcomes: dict[Sequence, Outcome], records: list[CallRecord], *, followed: bool
-    ) -> None:
-        now = time.monotonic()
+    def _land(self, flight: _Flight) -> None:
+        """Waits for the first calls of a flight, which ends if no others follow."""
+        if flight not in self._flights:
+            return
+        try:
+            outcomes, records = self._executor.end(flight.begun)
+        except Exception:
+            self._fail(flight)
+            return
+        self._take_in(flight, outcomes, records)
+
+    def _fail(self, flight: _Flight) -> None:
+        """After an exception: the sequences of a flight are run one by one, so that the one at fault fails alone."""
+        logger.exception("a step failed; its sequences are run one by one")
+        self._tell()
+        flight.begun.clear()
+        self._take_in(flight, self._isolate(flight.plan, flight.matchers, flight.drafts), [])
+
+    def _take_in(self, flight: _Flight, outcomes: dict[Sequence, Outcome], records: list[CallRecord]) -> None:
+        now, followed = time.monotonic(), bool(flight.begun)
+        if not followed:
+            self._flights.remove(flight)
         # A sequence that ended on the host may still be in a call that followed.
         running = {s: outcome for s, outcome in outcomes.items() if s.state is not State.FINISHED}
         steps = [self._read(sequence, outcome) for sequence, outcome in running.items()]
         with self._changed:
             tokens = {step.sequence: list(step.tokens) for step in steps}
-            self._scheduler.commit(plan, tokens, followed=followed)
+            self._scheduler.commit(flight.plan, tokens, followed=followed)
             for step in steps:
                 self._settle(step, now)
-            if self._cache_lost:
+            if self._cache_lost and not self._flights:
                 self._scheduler.restart()
                 self._cache_lost = False
             self._observe(records)
@@ -266,7 +310,7 @@ class Engine:
         """A plan that failed, sequence by sequence, so that the one at fault fails alone. Once a failure took the cache
         along, each is computed from its first token: nothing is left of what the cache held of it."""
         outcomes: dict[Sequence, Outcome] = {}
-        self._cache_lost = self._executor.recover()
+        self._cache_lost |= self._executor.recover()
         for sequence in dict.fromkeys([*(tile.sequence for tile in plan.tiles), *plan.decode]):
             if sequence.state is State.FINISHED:
                 continue

@@ -118,8 +118,8 @@ class Scheduler:
         self._in_flight: set[Sequence] = set()
         # What the next plan may have to end.
         self._cancelled: list[Sequence] = []
-        # The first that waited when the last plan was made: there was no room for it.
-        self._refused: Sequence | None = None
+        # For the last plan that decodes, pages were short.
+        self._turned_out = False
         self._at_limit: list[Sequence] = []
         self._deadlines: dict[Sequence, float] = {}
         self._next_deadline = math.inf
@@ -133,6 +133,11 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         return len(self._prefilling) + len(self._decoding)
+
+    @property
+    def num_decoding(self) -> int:
+        """Running sequences whose prompts are computed."""
+        return len(self._decoding)
 
     @property
     def drained(self) -> bool:
@@ -165,8 +170,8 @@ class Scheduler:
             sequence.cancelled = True
             self._cancelled.append(sequence)
 
-    def schedule(self, lookahead: int = 1) -> Plan:
-        """The next device call.
+    def schedule(self, lookahead: int = 1, *, prompts: bool = True, decode: bool = True) -> Plan:
+        """The next device call, of sequences that are in none: of `prompts`, of those that `decode`, or of both.
 
         `lookahead` is the number of tokens that a decoding sequence may write in a round: 1, plus the draft length.
         Each of `decode` has pages for its next `lookahead` tokens, as the plan grants it, as far as its limit;
@@ -175,31 +180,32 @@ class Scheduler:
         assert lookahead >= 1
         now = self._clock()
         finished = self._end_overdue(now)
-        lookahead, preempted = self._make_room(lookahead, finished)
-        decode = tuple(self._idle(self._decoding))
-        tiles = self._continue_prompts()
-        # Who was just turned out, or another in its place, would be the next to be turned out.
-        if not preempted:
-            tiles += self._admit(now, self.config.chunk_tokens // self.config.tile_tokens - len(tiles))
-        self._refused = self._waiting[0] if self._waiting else None
-        self._in_flight.update(decode)
+        rows, preempted, tiles = (), [], []
+        if decode:
+            lookahead, preempted, without = self._make_room(lookahead, finished)
+            rows = tuple(sequence for sequence in self._idle(self._decoding) if sequence not in without)
+            self._turned_out = bool(preempted or without)
+        if prompts:
+            tiles = self._continue_prompts()
+            # Whoever was started now would be the next to be turned out.
+            if not self._turned_out:
+                tiles += self._admit(now, self.config.chunk_tokens // self.config.tile_tokens - len(tiles))
+        self._in_flight.update(rows)
         self._in_flight.update(tile.sequence for tile in tiles)
-        return Plan(tuple(tiles), decode, lookahead, tuple(preempted), tuple(finished))
+        return Plan(tuple(tiles), rows, lookahead, tuple(preempted), tuple(finished))
 
     def prolong(self, plan: Plan, ahead: int) -> bool:
         """Whether one more round of a plan that decodes alone may follow the `ahead` rounds of it that have not landed:
-        nothing else is to be done, some sequence can use it, and all have the pages, which they are given here.
-
-        A queue whose first had no row or no pages is nothing to be done: planning anew would find the same, and leave
-        the device idle meanwhile.
+        no prompt is being computed, no other sequence is to join it, some sequence can use it, and all have the pages,
+        which they are given here. A queue that waits for a row or for pages is no reason against.
         """
-        running = [sequence for sequence in plan.decode if sequence.state is State.RUNNING]
         if self._prefilling or self._cancelled or self._clock() >= self._next_deadline:
             return False
-        if self._waiting and (self._waiting[0] is not self._refused or len(running) < len(plan.decode)):
-            return False
+        running = [sequence for sequence in plan.decode if sequence.state is State.RUNNING]
         # With half of the rows gone, a smaller program may do.
-        if 2 * len(running) <= len(plan.decode) or any(s.request.grammar is not None for s in running):
+        if len(running) < len(self._decoding) or 2 * len(running) <= len(plan.decode):
+            return False
+        if any(sequence.request.grammar is not None for sequence in running):
             return False
         if all(sequence.limit - len(sequence.tokens) <= ahead for sequence in running):
             return False
@@ -315,13 +321,17 @@ class Scheduler:
 
     # Pages for decoding
 
-    def _make_room(self, lookahead: int, finished: list[tuple[Sequence, FinishReason]]) -> tuple[int, list[Sequence]]:
-        """Gives every decoding sequence pages for one round: (lookahead granted, sequences preempted for it)."""
+    def _make_room(
+        self, lookahead: int, finished: list[tuple[Sequence, FinishReason]]
+    ) -> tuple[int, list[Sequence], set[Sequence]]:
+        """Gives every decoding sequence pages for one round: (lookahead granted, sequences preempted for it, those that
+        have to wait for pages until what is in flight lands)."""
         decoding = self._idle(self._decoding)
         if self._extend(decoding, lookahead):
-            return lookahead, []
+            return lookahead, [], set()
         # Drafts are a gamble on idle hardware: not worth computing another sequence again.
         preempted: list[Sequence] = []
+        without: set[Sequence] = set()
         for sequence in decoding:
             while sequence.state is State.RUNNING and not self._extend([sequence], 1):
                 if self.num_running == 1 and not self._in_flight:
@@ -329,10 +339,14 @@ class Scheduler:
                     self.finish(sequence, "length")
                     finished.append((sequence, "length"))
                     break
-                victim = max(self._idle((*self._prefilling, *self._decoding)), key=_RANK)
+                victim = max((*self._prefilling, *self._decoding), key=_RANK)
+                # Who is first by rank is never turned out for one behind it that can't be turned out now.
+                if victim in self._in_flight:
+                    without.add(sequence)
+                    break
                 self._preempt(victim)
                 preempted.append(victim)
-        return 1, preempted
+        return 1, preempted, without
 
     def _extend(self, sequences: Iterable[Sequence], count: int) -> bool:
         """Gives each pages for `count` more tokens, as far as its limit. All or nothing."""

@@ -141,8 +141,8 @@ class CheckedEngine(Engine):
         except AssertionError as error:
             self.failures.append(error)
 
-    def _next_plan(self):
-        plan, drafts = super()._next_plan()
+    def _next_plan(self, *, prompts: bool):
+        plan, drafts = super()._next_plan(prompts=prompts)
         self.preemptions += len(plan.preempted)
         return plan, drafts
 

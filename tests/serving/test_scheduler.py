@@ -136,11 +136,11 @@ class Service:
         self.sequences[name] = sequence
         return sequence
 
-    def launch(self, lookahead: int = 1) -> Plan:
+    def launch(self, lookahead: int = 1, **kinds: bool) -> Plan:
         """Plans a call and lets the device compute it; what it found is taken in by `land`."""
         running = {sequence for sequence in self.sequences.values() if sequence.state is State.RUNNING}
-        plan = self.scheduler.schedule(lookahead)
-        self.check_plan(plan, lookahead)
+        plan = self.scheduler.schedule(lookahead, **kinds)
+        self.check_plan(plan, lookahead, **kinds)
         assert not plan.preempted or all(tile.sequence in running for tile in plan.tiles), "admitted to be turned out"
         self.plans.append(plan)
         self.rounds.append(self.prolong(plan))
@@ -235,8 +235,9 @@ class Service:
         assert self.scheduler.num_running == states[State.RUNNING]
         assert self.scheduler.num_waiting == states[State.WAITING]
 
-    def check_plan(self, plan: Plan, lookahead: int) -> None:
+    def check_plan(self, plan: Plan, lookahead: int, *, prompts: bool = True, decode: bool = True) -> None:
         config = self.scheduler.config
+        assert (prompts or not plan.tiles) and (decode or not plan.decode)
         named = [*plan.decode, *dict.fromkeys(tile.sequence for tile in plan.tiles)]
         assert len(named) == len(set(named)) <= config.max_sequences
         assert plan.lookahead in (1, lookahead)
@@ -250,10 +251,16 @@ class Service:
             assert tile.last or tile.count == config.tile_tokens
         flying = {s for other, _ in self.flights for s in (*other.decode, *(tile.sequence for tile in other.tiles))}
         assert not flying & set(named)
-        running = [s for s in self.sequences.values() if s.state is State.RUNNING and s not in flying]
+        # With a flight under way, pages may have to be waited for, and a plan need not be of both kinds.
+        if flying or not (prompts and decode):
+            return
+        running = [s for s in self.sequences.values() if s.state is State.RUNNING]
         assert not running or min(running, key=lambda s: s.rank) in named, "the first does not go on"
         assert all(s in plan.decode for s in running if not s.prefilling and s not in position)
 
+
+KINDS = ({}, {"prompts": False}, {"decode": False})
+"""What a plan may be of: both, or one alone."""
 
 CONFIG = {
     "max_sequences": 4,
@@ -359,9 +366,9 @@ class Machine(RuleBasedStateMachine):
         for _ in range(count):
             self.service.step(lookahead)
 
-    @rule(lookahead=st.sampled_from([1, 1, 3]))
-    def launch(self, lookahead):
-        self.service.launch(lookahead)
+    @rule(lookahead=st.sampled_from([1, 1, 3]), kinds=st.sampled_from(KINDS))
+    def launch(self, lookahead, kinds):
+        self.service.launch(lookahead, **kinds)
 
     @precondition(lambda self: self.service.flights)
     @rule()
@@ -416,7 +423,7 @@ def random_traffic(service: Service, draw: random.Random, steps: int) -> None:
         elif service.flights and draw.random() < 0.2:
             service.scheduler.discard(service.flights.pop()[0])
         else:
-            service.launch(lookahead)
+            service.launch(lookahead, **draw.choice(KINDS))
         service.now += draw.choice([0.0, 0.5, 2.0])
 
 
@@ -604,25 +611,51 @@ def test_rounds_follow_when_what_waits_has_no_pages():
     assert (rounds_of(served), served.scheduler.num_waiting) == (4, 1)
 
 
-def test_no_round_follows_when_another_came_that_may_have_room():
+def test_a_prompt_that_comes_while_rounds_are_under_way_is_computed_beside_them():
     served = service(max_sequences=2)
-    decoding(served)
+    (old,) = decoding(served)
     plan = served.launch()
     assert served.scheduler.prolong(plan, 1)
-    served.submit(text(4))
+    new = served.submit(text(4), 40)
+    assert [tile.sequence for tile in served.launch(decode=False).tiles] == [new]
     assert not served.scheduler.prolong(plan, 2)
+    served.land(1)
+    # It waits for the others to land, and so that they do, no further round begins.
+    assert served.launch(decode=False).empty and not served.scheduler.prolong(plan, 2)
+    served.land()
+    assert set(served.launch(prompts=False).decode) == {old, new}
     served.drain()
 
 
-def test_no_round_follows_when_one_left_and_another_waits_for_its_row():
+def test_who_leaves_while_rounds_are_under_way_makes_room():
     served = service(max_sequences=3)
     sequences = decoding(served, 3)
-    served.submit(text(4))
+    waiting = served.submit(text(4))
     plan = served.launch()
-    assert served.scheduler.prolong(plan, 1)
+    assert served.launch(decode=False).empty and served.scheduler.prolong(plan, 1)
     served.finish(sequences[0], "cancelled")
+    assert [tile.sequence for tile in served.launch(decode=False).tiles] == [waiting]
     assert not served.scheduler.prolong(plan, 2)
     served.drain()
+
+
+def test_who_is_first_waits_for_pages_rather_than_giving_up_its_own():
+    """The one behind it, whose turn it is to be turned out, is with the device."""
+    served = service(num_pages=6, page_size=4, prefix_cache=False)
+    prompts = endless(4, 20, 2)
+    first = served.submit(prompts[0], 16)
+    served.step()
+    second = served.submit(prompts[1], 12)
+    assert [tile.sequence for tile in served.launch(decode=False).tiles] == [second]
+    while not (plan := served.launch(prompts=False)).empty:
+        assert plan.decode == (first,)
+        served.land(1)
+    assert len(first.tokens) < first.limit and (first.preemptions, second.preemptions) == (0, 0)
+    # No one is started meanwhile who would take the next page.
+    served.submit(text(2), 2)
+    assert served.launch(decode=False).empty
+    served.drain()
+    assert first.preemptions == 0 and second.preemptions > 0
 
 
 def test_no_round_follows_when_half_of_the_rows_are_gone():
