@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import sys
 import threading
 
@@ -12,6 +13,7 @@ from checkpoint import CheckpointError
 from parallel.compilation import use_compilation_cache
 from serving.bench import Bench
 from serving.config import ServeRun, settle_engine
+from serving.fleet import FleetRecorder
 from serving.request import Delta, Request, SamplingParams
 from serving.resolve import resolve
 from serving.server import serve_http
@@ -23,6 +25,7 @@ FAILURES = (ValueError, CheckpointError, OSError)
 
 def run(settings: ServeRun) -> int:
     """Exit status. Raises ValueError for settings and files that can't work."""
+    recorder = FleetRecorder(settings.fleet)
     use_compilation_cache(settings.cache_dir)
     devices = jax.devices()
     if settings.prompt is not None:
@@ -32,13 +35,18 @@ def run(settings: ServeRun) -> int:
         say(choice)
     started = start(resolved, say)
     say(f"ready after {started.seconds:.1f} s")
+    # What was traced and loaded stays. To look through all of it for garbage now and then takes 100 ms and more, for
+    # which no round is started.
+    gc.collect()
+    gc.freeze()
     try:
         if settings.bench:
-            Bench(resolved, started, say).run()
+            recorder.bench(resolved, started, Bench(resolved, started, say).run())
             return 0
         if settings.prompt is not None:
             return answer(started, settings)
-        return serve_http(started.engine, settings.api, say)
+        with recorder.traffic(resolved, started):
+            return serve_http(started.engine, settings.api, say)
     finally:
         started.engine.stop()
         started.compilations.stop()

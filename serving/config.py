@@ -139,6 +139,8 @@ class ServeRun:
     """Compiler options of every program, each xla_NAME=VALUE; those of another platform are left out."""
     cache_dir: Path = Path(".cache")
     """Compiled programs."""
+    fleet: Path | None = None
+    """Store that gets a record of a bench, or of the traffic at shutdown: NAME.sqlite or a folder; None for none."""
 
     def __post_init__(self) -> None:
         check_serve(self)
