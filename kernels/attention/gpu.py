@@ -1,0 +1,570 @@
+"""Attention of training and prefill on Hopper: no [T, S] array leaves the registers.
+
+An item is a tile of query rows of one head. Two or three warpgroups multiply, 64 rows each, and one more copies the
+queries and, into a ring of buffers, the blocks of keys and values that the tile needs, from the last to the first: the
+diagonal comes at once, and what follows it needs no mask. Scores [queries, keys] = q · Kᵀ, an online softmax in
+registers, and out [queries, V] += weights · values, with the weights still in registers. The warpgroups take turns, so
+that one multiplies while another has its softmax (FlashAttention-3, arXiv 2407.08608, section 3.1). Each processor of
+the chip takes item after item, and copies for the next one before it has finished one. Rows and keys past the last are
+zeros that the copies make, and are not written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from kernels.attention.blocks import Extent, Masks, extent_by_index, extents_by_data
+from kernels.attention.tiles import NUM_PROCESSORS, WARPGROUP_ROWS, Tiles, swizzle
+
+_LOG2_E = math.log2(math.e)
+_MATRIX = plgpu.Layout.WGMMA
+_ROWS = plgpu.Layout.WGMMA.reduce(1)
+_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+# Below any score, and finite: the difference of two of them is 0, not NaN.
+_LOWEST = -1e30
+# Segment 0 sees nothing, itself neither: among the queries it becomes a number that no segment of keys has.
+_NO_SEGMENT = -(2**31)
+# Without the barriers that Pallas would put around every load and store: all threads of a warpgroup arrive at the
+# barriers below, and what a warpgroup writes to shared memory, its outputs, lies between two `commit_smem`.
+_COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Statics:
+    """What is fixed when the kernel is traced; `share` query heads read one kv head."""
+
+    masks: Masks
+    share: int
+    key_dim: int
+    value_dim: int
+    scale: float
+    soft_cap: float | None
+    tiles: Tiles
+    # (rows, sections of heads, tiles of queries, heads of a section): what is computed one by one.
+    items: tuple[int, int, int, int]
+
+    @property
+    def num_programs(self) -> int:
+        return min(math.prod(self.items), NUM_PROCESSORS)
+
+    @property
+    def block(self) -> int:
+        return self.tiles.block
+
+    @property
+    def num_marks(self) -> int:
+        """Blocks of segments and positions in shared memory. One more than of keys, whose buffer is free when they are
+        multiplied: marks are read after that, but before the keys of the next block are multiplied."""
+        return self.tiles.num_buffers + 1
+
+
+class _Shared(NamedTuple):
+    """Shared memory of a block of threads: queries of each warpgroup and, in their place when they are multiplied, its
+    outputs; the ring of buffers; 0, 1, .. to the block's last key; and the barriers. `arrived`: the copy is there.
+    `free`: all warpgroups are done with it. `turn`: the matrix unit is left to a warpgroup.
+    """
+
+    q_and_out: Any
+    columns: Any
+    k: Any
+    v: Any
+    segments: Any
+    positions: Any
+    columns_arrived: Any
+    q_arrived: Any
+    k_arrived: Any
+    v_arrived: Any
+    q_free: Any
+    k_free: Any
+    v_free: Any
+    turn: Any
+
+
+class _Inputs(NamedTuple):
+    """Arrays in device memory, or None: `columns` [block] that counts from 0, `extents` [B, tiles, 4] where data masks,
+    segments and positions; all but the first three and the sinks int32."""
+
+    q: Any
+    k: Any
+    v: Any
+    sinks: Any
+    columns: Any
+    extents: Any
+    q_segments: Any
+    kv_segments: Any
+    q_positions: Any
+    kv_positions: Any
+
+
+class _Work(NamedTuple):
+    """One item, or one warpgroup's rows of it: rows base.. of `head` of a row, over `count` blocks of keys from `last`
+    down. The i-th of them is the (`start` + i)-th that the program copies; those from `full` to `left` need no mask."""
+
+    row: jax.Array
+    head: jax.Array
+    base: jax.Array
+    last: jax.Array
+    count: jax.Array
+    start: jax.Array
+    full: jax.Array
+    left: jax.Array
+
+
+class _Softmax(NamedTuple):
+    """Base-2 maximum and sum of each row's weights, and their sum of values, so far."""
+
+    highest: jax.Array
+    total: jax.Array
+    out: jax.Array
+    weights: jax.Array
+
+
+# A jit of its own, so that a model's layers are built once.
+@functools.partial(jax.jit, static_argnames=("scale", "causal", "window", "soft_cap", "tiles", "interpret"))
+def forward(
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    q_segments,
+    kv_segments,
+    q_positions,
+    kv_positions,
+    soft_cap: float | None,
+    sinks,
+    tiles: Tiles,
+    interpret=None,
+) -> tuple[jax.Array, jax.Array]:
+    """(out_BTNH in q's dtype, lse_BTN in float32); arguments as in `kernels.attention.attention`, with the tiles chosen.
+
+    `interpret`: parameters of Pallas's interpreter, which tests give.
+    """
+    B, T, N, H = q_BTNH.shape
+    S, K, V = v_BSKH.shape[1:]
+    if not causal and window is None:
+        q_positions = kv_positions = None
+    masks = Masks(T, S, causal, window, q_segments is not None, q_positions is not None)
+    items = (B, N // tiles.num_heads, -(-T // tiles.rows), tiles.num_heads)
+    statics = _Statics(masks, N // K, H, V, scale, soft_cap, tiles, items)
+    extents = None
+    if masks.by_data:
+        extents = extents_by_data(masks, tiles.rows, tiles.block, q_segments, kv_segments, q_positions, kv_positions)
+    if q_segments is not None:
+        q_segments = jnp.where(q_segments == 0, _NO_SEGMENT, q_segments)
+    # Whole tiles, since rows of these arrays are read straight into registers or copied in units of 16 bytes.
+    q_segments, q_positions = _padded(q_segments, tiles.rows), _padded(q_positions, tiles.rows)
+    kv_segments, kv_positions = _padded(kv_segments, tiles.block), _padded(kv_positions, tiles.block)
+    marks = (q_segments, kv_segments, q_positions, kv_positions)
+    columns = jnp.arange(tiles.block, dtype=jnp.int32)
+    # Copies fill shared memory by eight rows.
+    arrays = [_padded(array, 8) for array in (q_BTNH, k_BSKH, v_BSKH)]
+    out, lse_BNT = _call(statics, _Inputs(*arrays, sinks, columns, extents, *marks), interpret)
+    return out[:, :T], lse_BNT[:, :, :T].transpose(0, 2, 1)
+
+
+def _padded(array, size: int):
+    """`array`, its second axis filled up to a multiple of `size`."""
+    if array is None or array.shape[1] % size == 0:
+        return array
+    return jnp.pad(array, [(0, -array.shape[1] % size if axis == 1 else 0) for axis in range(array.ndim)])
+
+
+def _call(statics: _Statics, inputs: _Inputs, interpret):
+    """[out [B, T, N, V] in q's dtype, lse [B, N, T in whole tiles] in float32]."""
+    (B, T, N, _), dtype, tiles = inputs.q.shape, inputs.q.dtype, statics.tiles
+    rows = statics.items[2] * tiles.rows
+    outs = [jax.ShapeDtypeStruct((B, T, N, statics.value_dim), dtype), jax.ShapeDtypeStruct((B, N, rows), jnp.float32)]
+    given = [name for name, array in inputs._asdict().items() if array is not None]
+    shared = {name: scratch for name, scratch in _scratch(statics, dtype)._asdict().items() if scratch is not None}
+
+    def body(*refs):
+        parts = refs[: len(given)], refs[len(given) : len(given) + 2], refs[len(given) + 2 :]
+        by_name = dict(zip(given, parts[0], strict=True)), dict(zip(shared, parts[2], strict=True))
+        arrays = _Inputs(**(dict.fromkeys(_Inputs._fields) | by_name[0]))
+        _body(statics, arrays, *parts[1], _Shared(**(dict.fromkeys(_Shared._fields) | by_name[1])))
+
+    run = plgpu.kernel(
+        body,
+        out_type=outs,
+        scratch_types=list(shared.values()),
+        # Every program takes item after item, so that the copies of the next one begin before this one ends.
+        grid=(statics.num_programs,),
+        grid_names=("program",),
+        num_threads=tiles.num_warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=_COMPILER,
+        interpret=interpret,
+    )
+    return run(*(array for array in inputs if array is not None))
+
+
+def _scratch(statics: _Statics, dtype) -> _Shared:
+    tiles, masks = statics.tiles, statics.masks
+
+    def tiled(*shape):
+        size = swizzle(shape[-1])
+        transforms = (plgpu.TilingTransform((8, size // 2)), plgpu.SwizzleTransform(size))
+        return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+    def barriers(arrivals, number):
+        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=number)
+
+    # Narrower outputs get more rows, so that each warpgroup's lie in the place of its own queries.
+    places, rows = (tiles.num_queries, tiles.num_warpgroups), WARPGROUP_ROWS * statics.key_dim // statics.value_dim
+    queries, outs = tiled(*places, WARPGROUP_ROWS, statics.key_dim), tiled(*places, rows, statics.value_dim)
+    marks = plgpu.SMEM((statics.num_marks, tiles.block), jnp.int32)
+    return _Shared(
+        q_and_out=plgpu.RefUnion(queries, outs),
+        columns=plgpu.SMEM((tiles.block,), jnp.int32),
+        k=tiled(tiles.num_buffers, tiles.block, statics.key_dim),
+        v=tiled(tiles.num_buffers, tiles.block, statics.value_dim),
+        segments=marks if masks.segments else None,
+        positions=marks if masks.positions else None,
+        columns_arrived=barriers(1, 1),
+        q_arrived=barriers(tiles.num_warpgroups, tiles.num_queries),
+        k_arrived=barriers(1 + masks.segments + masks.positions, tiles.num_buffers),
+        v_arrived=barriers(1, tiles.num_buffers),
+        q_free=barriers(tiles.num_warpgroups, tiles.num_queries),
+        k_free=barriers(tiles.num_warpgroups, tiles.num_buffers),
+        v_free=barriers(tiles.num_warpgroups, tiles.num_buffers),
+        turn=barriers(1, tiles.num_warpgroups),
+    )
+
+
+def _body(statics: _Statics, inputs: _Inputs, out_ref, lse_ref, shared: _Shared):
+    warpgroup = lax.axis_index("warpgroup")
+    tiles, num_items, num_programs = statics.tiles, math.prod(statics.items), statics.num_programs
+    rounds = -(-num_items // num_programs)
+    rounds = rounds - (_item(statics, rounds - 1) >= num_items).astype(jnp.int32)
+    for_products, for_copies = tiles.registers
+
+    @pl.when(warpgroup == tiles.num_warpgroups)
+    def _():
+        plgpu.set_max_registers(for_copies, action="decrease")
+        plgpu.copy_gmem_to_smem(inputs.columns, shared.columns, shared.columns_arrived.at[0])
+
+        def copy(number, start):
+            work = _work_of(statics, inputs, number, start)
+            _copy_queries(statics, work, number, inputs, shared)
+            _copy_blocks(statics, work, inputs, shared)
+            return start + work.count
+
+        _await_all(statics, rounds, lax.fori_loop(0, rounds, copy, jnp.int32(0)), shared)
+
+    @pl.when(warpgroup < tiles.num_warpgroups)
+    def _():
+        plgpu.set_max_registers(for_products, action="increase")
+
+        def attend(number, start):
+            work = _work_of(statics, inputs, number, start, warpgroup)
+            place = _slot(number, tiles.num_queries)
+            plgpu.barrier_wait(shared.q_arrived.at[place])
+            queries, outs = shared.q_and_out
+            softmax = _attend(statics, work, warpgroup, queries.at[place, warpgroup], inputs, shared)
+            _store(work, softmax, outs.at[place, warpgroup, pl.ds(0, WARPGROUP_ROWS)], out_ref, lse_ref)
+            plgpu.barrier_arrive(shared.q_free.at[place])
+            return start + work.count
+
+        plgpu.barrier_wait(shared.columns_arrived.at[0])
+        # The first turn is the first warpgroup's.
+        last = tiles.num_warpgroups - 1
+        pl.when(warpgroup == last)(lambda: plgpu.barrier_arrive(shared.turn.at[0]))
+        lax.fori_loop(0, rounds, attend, jnp.int32(0))
+        pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(shared.turn.at[0]))
+
+
+def _item(statics: _Statics, number):
+    """Index of a program's item: every other round backwards, since later items are shorter."""
+    program = lax.axis_index("program")
+    backwards = lax.rem(jnp.int32(number), jnp.int32(2)) == 1
+    return number * statics.num_programs + jnp.where(backwards, statics.num_programs - 1 - program, program)
+
+
+def _work_of(statics: _Statics, inputs: _Inputs, number, start, warpgroup=None) -> _Work:
+    """A program's item; with `warpgroup`, that one's part of it."""
+    item, coordinates = _item(statics, number), []
+    # The last runs fastest: heads that read the same keys run together.
+    for size in statics.items[:0:-1]:
+        coordinates.append(lax.rem(item, jnp.int32(size)) if size > 1 else jnp.int32(0))
+        item = _floor(item, size)
+    head, tile, section = coordinates
+    # The last tile has the most keys before it: the longest items are first.
+    tile = statics.items[2] - 1 - tile
+    base, rows = tile * statics.tiles.rows, statics.tiles.rows
+    whole = _extent(statics, inputs, item, tile, base, rows)
+    own = whole
+    if warpgroup is not None:
+        base, rows = base + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS
+        if not statics.masks.by_data:
+            own = extent_by_index(statics.masks, statics.block, base, base + (rows - 1))
+    last, count = whole.end - 1, whole.end - whole.first
+    # The first block is masked wherever anything is.
+    full = jnp.clip(whole.end - own.full_end, 1, jnp.maximum(count, 1))
+    left = jnp.clip(whole.end - own.full_first, full, jnp.maximum(count, 1))
+    return _Work(item, section * statics.tiles.num_heads + head, base, last, count, start, full, left)
+
+
+def _extent(statics: _Statics, inputs: _Inputs, row, tile, base, rows) -> Extent:
+    if inputs.extents is None:
+        return extent_by_index(statics.masks, statics.block, base, base + (rows - 1))
+    return Extent(*(inputs.extents[row, tile, i] for i in range(4)))
+
+
+def _copy_queries(statics: _Statics, work: _Work, number, inputs: _Inputs, shared: _Shared) -> None:
+    place = _slot(number, statics.tiles.num_queries)
+    pl.when(number >= statics.tiles.num_queries)(lambda: plgpu.barrier_wait(shared.q_free.at[place]))
+    queries, _ = shared.q_and_out
+    for i in range(statics.tiles.num_warpgroups):
+        source = inputs.q.at[work.row, pl.ds(work.base + i * WARPGROUP_ROWS, WARPGROUP_ROWS), work.head]
+        plgpu.copy_gmem_to_smem(source, queries.at[place, i], shared.q_arrived.at[place])
+
+
+def _copy_blocks(statics: _Statics, work: _Work, inputs: _Inputs, shared: _Shared) -> None:
+    """Every block of keys and of values to its buffer, as soon as that is free."""
+    kv_head = _floor(work.head, statics.share)
+
+    @pl.loop(0, work.count)
+    def _(i):
+        buffer, mark = _buffer(statics, work, i), _slot(work.start + i, statics.num_marks)
+        keys = pl.ds((work.last - i) * statics.block, statics.block)
+
+        def await_free(free):
+            pl.when(work.start + i >= statics.tiles.num_buffers)(lambda: plgpu.barrier_wait(free.at[buffer]))
+
+        await_free(shared.k_free)
+        arrived = shared.k_arrived.at[buffer]
+        plgpu.copy_gmem_to_smem(inputs.k.at[work.row, keys, kv_head], shared.k.at[buffer], arrived)
+        if shared.segments is not None:
+            plgpu.copy_gmem_to_smem(inputs.kv_segments.at[work.row, keys], shared.segments.at[mark], arrived)
+        if shared.positions is not None:
+            plgpu.copy_gmem_to_smem(inputs.kv_positions.at[work.row, keys], shared.positions.at[mark], arrived)
+        await_free(shared.v_free)
+        plgpu.copy_gmem_to_smem(
+            inputs.v.at[work.row, keys, kv_head], shared.v.at[buffer], shared.v_arrived.at[buffer]
+        )
+
+
+def _await_all(statics: _Statics, rounds, count, shared: _Shared) -> None:
+    """Every completion of a barrier is waited for, so that all is free at the end (the interpreter asks it)."""
+    for buffer in range(statics.tiles.num_buffers):
+
+        @pl.when(buffer < count)
+        def _(buffer=buffer):
+            plgpu.barrier_wait(shared.k_free.at[buffer])
+            plgpu.barrier_wait(shared.v_free.at[buffer])
+
+    for place in range(statics.tiles.num_queries):
+        pl.when(place < rounds)(functools.partial(plgpu.barrier_wait, shared.q_free.at[place]))
+
+
+def _attend(statics: _Statics, work: _Work, warpgroup, q_smem, inputs: _Inputs, shared: _Shared) -> _Softmax:
+    """The softmax of a warpgroup's 64 rows over the work's blocks of keys."""
+    rows = _load_rows(work, inputs)
+    soften = functools.partial(_soften, statics, work, rows, shared)
+    softmax = _nothing_yet(statics, work, inputs, shared.v.dtype)
+    first = functools.partial(_first, statics, work, q_smem, shared, soften)
+    softmax = lax.fori_loop(0, jnp.minimum(work.count, 1), first, softmax)
+    step = functools.partial(_step, statics, work, warpgroup, q_smem, shared, soften)
+    softmax = lax.fori_loop(1, work.count, step, softmax)
+    last = functools.partial(_last, statics, work, shared)
+    return lax.fori_loop(jnp.maximum(work.count - 1, 0), work.count, last, softmax)
+
+
+def _load_rows(work: _Work, inputs: _Inputs) -> tuple[Any, Any]:
+    """(segments, positions) of the warpgroup's queries, or None."""
+    rows = pl.ds(work.base, WARPGROUP_ROWS)
+
+    def load(ref):
+        return None if ref is None else plgpu.load(ref.at[work.row, rows], layout=_ROWS, optimized=False)
+
+    return load(inputs.q_segments), load(inputs.q_positions)
+
+
+def _nothing_yet(statics: _Statics, work: _Work, inputs: _Inputs, dtype) -> _Softmax:
+    """The softmax before any key: with a sink, that of a key which carries no value."""
+    highest, total = jnp.float32(_LOWEST), jnp.float32(0)
+    if inputs.sinks is not None:
+        highest, total = inputs.sinks[work.head] * _LOG2_E, jnp.float32(1)
+    highest, total = (
+        plgpu.layout_cast(lax.broadcast_in_dim(x, (WARPGROUP_ROWS,), ()), _ROWS) for x in (highest, total)
+    )
+    out = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, statics.value_dim), jnp.float32), _MATRIX)
+    weights = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, statics.block), dtype), _MATRIX)
+    return _Softmax(highest, total, out, weights)
+
+
+def _first(statics, work, q_smem, shared, soften, i, softmax: _Softmax) -> _Softmax:
+    """The softmax of the first block of keys, its weights not yet multiplied."""
+    buffer = _buffer(statics, work, i)
+    plgpu.barrier_wait(shared.k_arrived.at[buffer])
+    scores = _scores(q_smem, shared.k.at[buffer])
+    plgpu.barrier_arrive(shared.k_free.at[buffer])
+    highest, total, _, weights = soften(scores, i, softmax.highest, softmax.total)
+    return _Softmax(highest, total, softmax.out, weights.astype(softmax.weights.dtype))
+
+
+def _step(statics, work, warpgroup, q_smem, shared, soften, i, softmax: _Softmax) -> _Softmax:
+    """`softmax` with one block of keys more, the weights of the block before multiplied meanwhile."""
+    buffer, before = _buffer(statics, work, i), _buffer(statics, work, i - 1)
+    plgpu.barrier_wait(shared.k_arrived.at[buffer])
+    plgpu.barrier_wait(shared.v_arrived.at[before])
+
+    plgpu.barrier_wait(shared.turn.at[warpgroup])
+    after = _slot(warpgroup + 1, statics.tiles.num_warpgroups)
+    out, scores = _products(
+        softmax.out,
+        softmax.weights,
+        shared.v.at[before],
+        q_smem,
+        shared.k.at[buffer],
+        lambda: plgpu.barrier_arrive(shared.turn.at[after]),
+    )
+    plgpu.barrier_arrive(shared.k_free.at[buffer])
+    plgpu.barrier_arrive(shared.v_free.at[before])
+    highest, total, shrink, weights = soften(scores, i, softmax.highest, softmax.total)
+    return _Softmax(highest, total, out * _along_rows(shrink, out.shape), weights.astype(softmax.weights.dtype))
+
+
+def _last(statics, work, shared, i, softmax: _Softmax) -> _Softmax:
+    buffer = _buffer(statics, work, i)
+    plgpu.barrier_wait(shared.v_arrived.at[buffer])
+    out = _weigh(softmax.out, softmax.weights, shared.v.at[buffer])
+    plgpu.barrier_arrive(shared.v_free.at[buffer])
+    return softmax._replace(out=out)
+
+
+def _products(out, weights, v_smem, q_smem, k_smem, issued):
+    """(out + weights · V, q · Kᵀ), one after the other without a wait between them; `issued` is called meanwhile."""
+
+    def products(refs):
+        out_acc, scores_acc = refs
+        plgpu.wgmma(out_acc, weights, v_smem)
+        plgpu.wgmma(scores_acc, q_smem, k_smem.T)
+        issued()
+
+    zeros = plgpu.layout_cast(jnp.zeros((q_smem.shape[0], k_smem.shape[0]), jnp.float32), _MATRIX)
+    return pl.run_state(products)((plgpu.ACC.init(out), plgpu.ACC.init(zeros)))
+
+
+def _scores(q_smem, k_smem) -> jax.Array:
+    """q · Kᵀ, float32."""
+
+    def product(acc):
+        plgpu.wgmma(acc, q_smem, k_smem.T)
+        return acc[...]
+
+    return pl.run_scoped(product, plgpu.ACC((q_smem.shape[0], k_smem.shape[0]), jnp.float32))
+
+
+def _weigh(out, weights, v_smem) -> jax.Array:
+    """out + weights · V, accumulated in place. Pallas's interpreter knows neither `run_state` nor a product of what
+    is in registers, and tests that use it put a plain one in this place."""
+
+    def product(acc):
+        plgpu.wgmma(acc, weights, v_smem)
+
+    return pl.run_state(product)(plgpu.ACC.init(out))
+
+
+def _soften(statics, work, rows, shared, scores, i, highest, total):
+    """(highest, total, shrink, weights) with one block's scores more."""
+    scores, factor = _capped(statics, scores)
+    if statics.masks.any(statics.block):
+        masked = functools.partial(_masked, statics, work, rows, shared, i)
+        scores = lax.cond((i < work.full) | (i >= work.left), masked, lambda scores: scores, scores)
+    new_highest = jnp.maximum(highest, scores.max(axis=1) * factor)
+    shrink = jnp.exp2(highest - new_highest)
+    weights = jnp.exp2(scores * factor - _along_rows(new_highest, scores.shape))
+    return new_highest, total * shrink + weights.sum(axis=1), shrink, weights
+
+
+def _capped(statics: _Statics, scores) -> tuple[jax.Array, float]:
+    """(scores, positive factor): their product is the logits in base 2. The factor is left for a later fused step."""
+    if statics.soft_cap is not None:
+        # tanh(x) = 1 - 2 / (1 + exp(2x)), by the exponential that the hardware has.
+        grown = jnp.exp2(scores * (2 * statics.scale / statics.soft_cap * _LOG2_E))
+        return 1 - 2 / (1 + grown), statics.soft_cap * _LOG2_E
+    if statics.scale < 0:
+        scores = -scores
+    # Not 0, which would make NaN of what a mask hides.
+    return scores, max(abs(statics.scale) * _LOG2_E, 1e-30)
+
+
+def _masked(statics: _Statics, work: _Work, rows, shared: _Shared, i, scores) -> jax.Array:
+    """Scores, -inf where a query does not see a key."""
+    masks, shape = statics.masks, scores.shape
+    base, mark = (work.last - i) * statics.block, _slot(work.start + i, statics.num_marks)
+    segments, positions = rows
+
+
+    def load_columns(ref):
+        # From shared memory, also what could be counted: that would be hoisted out of the loop, and registers with it.
+        return _along_columns(plgpu.load(ref, layout=_COLUMNS, optimized=False), shape)
+
+    own = positions
+    if masks.positions:
+        key = load_columns(shared.positions.at[mark])
+    elif masks.causal or masks.window is not None:
+        key = load_columns(shared.columns)
+        own = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=_ROWS) + (work.base - base)
+    conditions = []
+    if masks.segments:
+        # Past the last key, 0.
+        conditions.append(load_columns(shared.segments.at[mark]) == _along_rows(segments, shape))
+    elif masks.num_keys % statics.block:
+        conditions.append(load_columns(shared.columns) < masks.num_keys - base)
+    if masks.causal:
+        conditions.append(key <= _along_rows(own, shape))
+    elif masks.window is not None:
+        conditions.append(key < _along_rows(own + masks.window, shape))
+    if masks.window is not None:
+        conditions.append(key > _along_rows(own - masks.window, shape))
+    return jnp.where(functools.reduce(jnp.logical_and, conditions), scores, -jnp.inf)
+
+
+def _store(work: _Work, softmax: _Softmax, out_smem, out_ref, lse_ref) -> None:
+    """Normalised outputs, by way of the queries' place; and the log-sum-exp. Returns when that place is free."""
+    highest, total, out, _ = softmax
+    seen = total > 0
+    out = out * _along_rows(jnp.where(seen, 1 / total, 0.0), out.shape)
+    rows = pl.ds(work.base, WARPGROUP_ROWS)
+    # Every warp has multiplied its queries.
+    plgpu.commit_smem()
+    out_smem[...] = out.astype(out_ref.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(out_smem, out_ref.at[work.row, rows, work.head])
+    lse_ref[work.row, work.head, rows] = jnp.where(seen, highest / _LOG2_E + jnp.log(total), -jnp.inf)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _floor(x, divisor: int):
+    """x // divisor of what is not negative."""
+    return lax.div(x, jnp.int32(divisor)) if divisor > 1 else x
+
+
+def _buffer(statics: _Statics, work: _Work, i):
+    return _slot(work.start + i, statics.tiles.num_buffers)
+
+
+def _slot(number, size: int):
+    return lax.rem(number, jnp.int32(size))
+
+
+def _along_rows(x_R: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    return lax.broadcast_in_dim(x_R, shape, [0])
+
+
+def _along_columns(x_C: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    return lax.broadcast_in_dim(x_C, shape, [1])

@@ -1,0 +1,101 @@
+"""What the Hopper kernel can take, and how it cuts a call into tiles of queries and blocks of keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+import jax
+
+from kernels.target import Target
+
+if TYPE_CHECKING:
+    from kernels.attention import AttentionCase
+
+# Mosaic GPU's interface changes with JAX's minor version; the kernel is compiled with 0.11.2.
+JAX_VERSION = jax.__version_info__
+# Rows of one matrix product of a warpgroup.
+WARPGROUP_ROWS = 64
+SHARED_BYTES = 227 * 1024
+NUM_PROCESSORS = 132
+# (key width, value width) that compile without spills, as `python -m kernels.aot` reports. Narrower tiles of shared
+# memory hold 80 and 96 columns without padding.
+WIDTHS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
+# Keys and values that may be in use at a time: an H100's second-level cache has 50 MiB, and queries and outputs pass
+# through it too.
+_CACHED_BYTES = 32 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """num_warpgroups: those that multiply, with 64 rows of queries each; block: keys of one block; num_buffers: blocks
+    of keys and of values in shared memory; num_queries: tiles of queries there; num_heads: query heads whose tiles come
+    in turn, before those of other heads."""
+
+    num_warpgroups: int
+    block: int
+    num_buffers: int
+    num_queries: int
+    num_heads: int
+
+    @property
+    def rows(self) -> int:
+        return self.num_warpgroups * WARPGROUP_ROWS
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a thread that multiplies, and of one that copies: 65,536 in all, handed out in eights."""
+        return (240, 24) if self.num_warpgroups == 2 else (160, 32)
+
+
+def choose_tiles(case: AttentionCase) -> Tiles:
+    """Static in the shapes, so that equal calls add in equal order.
+
+    Scores and outputs lie in registers, 64 rows of each: with wide heads only a short block of keys fits beside them,
+    and with narrow ones a third warpgroup does.
+    """
+    num_warpgroups = 3 if case.key_dim <= 64 else 2
+    block = 64 if case.value_dim > 128 else 128
+    heads = _heads_together(case)
+    # The next tile's queries arrive while one is multiplied, where there is room, and then as many blocks as fit.
+    options = [Tiles(num_warpgroups, block, buffers, queries, heads) for queries in (2, 1) for buffers in (4, 3, 2)]
+    return next(tiles for tiles in options if shared_bytes(case, tiles) <= SHARED_BYTES)
+
+
+def _heads_together(case: AttentionCase) -> int:
+    """Query heads of as many kv heads as the cache holds: each key is read from memory once, and then from there."""
+    span = case.kv_length if case.window is None else min(case.kv_length, 2 * case.window)
+    fits = max(1, _CACHED_BYTES // (2 * span * (case.key_dim + case.value_dim)))
+    kv_heads = max(n for n in range(1, case.num_kv_heads + 1) if case.num_kv_heads % n == 0 and n <= fits)
+    return kv_heads * (case.num_heads // case.num_kv_heads)
+
+
+def shared_bytes(case: AttentionCase, tiles: Tiles) -> int:
+    """Shared memory of one block of threads: queries, the buffers, segments and positions of keys (int32), and what
+    Mosaic takes for reductions and barriers."""
+    queries = 2 * tiles.num_queries * tiles.rows * case.key_dim
+    buffers = 2 * tiles.num_buffers * tiles.block * (case.key_dim + case.value_dim)
+    marks = 4 * tiles.block * (1 + (tiles.num_buffers + 1) * (case.segments + case.positions))
+    return queries + buffers + marks + 2048 + 512
+
+
+def swizzle(width: int) -> int:
+    """Bytes of a row of a tile in shared memory, which divides a row of `width` elements of two bytes."""
+    return math.gcd(2 * width, 128)
+
+
+def unsupported(case: AttentionCase, target: Target) -> str | None:
+    """Why the kernel can't compute this; None where it can."""
+    if target.platform != "gpu" or target.compute_capability != (9, 0):
+        return f"the kernel is written for NVIDIA GPUs of compute capability 9.0, and the target is {target}"
+    if JAX_VERSION < (0, 11):
+        return f"the kernel needs JAX 0.11 (Python 3.12), and this is JAX {'.'.join(map(str, JAX_VERSION))}"
+    if case.dtype not in ("bfloat16", "float16"):
+        return f"the kernel takes bfloat16 and float16, not {case.dtype}"
+    if (case.key_dim, case.value_dim) not in WIDTHS:
+        widths = ", ".join(f"{key}/{value}" for key, value in WIDTHS)
+        return f"the kernel takes key/value widths of {widths}, not {case.key_dim}/{case.value_dim}"
+    if 0 in (case.query_length, case.kv_length):
+        return f"the kernel needs a query and a key, not {case.query_length} and {case.kv_length} of them"
+    return None
