@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import hmac
+import json
 import logging
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -18,6 +21,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from perf.capture import Capture
 from serving import responses
 from serving.api_config import ApiConfig, read_keys
 from serving.errors import Draining, QueueFull
@@ -30,6 +34,9 @@ NOT_READY_SECONDS = 5
 
 CLIENT_GONE = 499
 """Status that a request is counted under whose client did not wait; never sent."""
+
+MAX_PROFILE_SECONDS = 60
+"""A trace of a minute is gigabytes already."""
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +69,7 @@ class Api:
         self.exchanges: set[Exchange] = set()
         self._started = int(time.time())
         self._drain_task: asyncio.Task[bool] | None = None
+        self._profile_task: asyncio.Task[None] | None = None
 
     def routes(self) -> list[Route]:
         routes = [
@@ -75,6 +83,7 @@ class Api:
         ]
         if self.admin_keys:
             routes.append(Route("/admin/drain", self.admin_drain, methods=["POST"]))
+            routes.append(Route("/admin/profile", self.admin_profile, methods=["POST"]))
         return routes
 
     def needed_keys(self, path: str) -> tuple[bytes, ...]:
@@ -156,6 +165,26 @@ class Api:
             self._drain_task = asyncio.create_task(self.drain())
         return json_response(responses.encode({"draining": True}), 202)
 
+    async def admin_profile(self, request: Request) -> Response:
+        """Captures a trace of what is served meanwhile, for {"seconds": N}, and answers with its folder."""
+        seconds = parse_profile(await read_json_body(request, self.config))
+        if self._profile_task is not None and not self._profile_task.done():
+            raise HTTPException(409, "a trace is being captured; ask again when it is done")
+        now = datetime.datetime.now(datetime.UTC)
+        capture = Capture(Path(self.config.profile_dir) / now.strftime("%Y%m%d-%H%M%S-%f"))
+        # A client that goes away leaves no profiler running.
+        self._profile_task = asyncio.create_task(self._profile(capture, seconds))
+        await asyncio.shield(self._profile_task)
+        return json_response(responses.encode({"folder": str(capture.folder), "seconds": seconds}))
+
+    async def _profile(self, capture: Capture, seconds: float) -> None:
+        self.engine.metrics.observe_profile()
+        await asyncio.to_thread(capture.start)
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            await asyncio.to_thread(capture.stop, kind="serve", model=self.engine.model_name)
+
     async def drain(self) -> bool:
         """Stops admission and waits for the grace period at most; False if something still runs."""
         self.draining = True
@@ -221,6 +250,20 @@ async def _unauthorized(scope: Scope, receive: Receive, send: Send) -> None:
     response = error_response(401, "this path needs a key: Authorization: Bearer KEY", code="invalid_api_key")
     response.headers["www-authenticate"] = "Bearer"
     await response(scope, receive, send)
+
+
+def parse_profile(body: bytes) -> float:
+    """Seconds of {"seconds": N}. Raises BadRequest for anything else."""
+    try:
+        given = json.loads(body)
+    except ValueError as error:
+        raise BadRequest(f"the body is not JSON: {error}") from error
+    if not isinstance(given, dict) or given.keys() != {"seconds"}:
+        raise BadRequest('the body must be {"seconds": N}')
+    seconds = given["seconds"]
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0.1 <= seconds <= MAX_PROFILE_SECONDS:
+        raise BadRequest(f"seconds must be a number from 0.1 to {MAX_PROFILE_SECONDS}", "seconds")
+    return float(seconds)
 
 
 async def read_json_body(request: Request, config: ApiConfig) -> bytes:

@@ -19,6 +19,8 @@ class ApiConfig:
     """File of the keys that /admin/ asks for, one a line; without it there is no /admin/."""
     metrics_need_admin_key: bool = False
     """Ask for an admin key at /metrics too."""
+    profile_dir: str = "profiles"
+    """Folder of the traces that POST /admin/profile captures, each in one of its own."""
     max_body_bytes: int = 8 * 1024 * 1024
     """Largest body of a request; 413 beyond, before the rest is read."""
     max_choices: int = 128

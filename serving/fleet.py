@@ -46,7 +46,7 @@ class FleetRecorder:
 
     def bench(self, resolved: Resolved, started: Started, summary: Mapping[str, Any]) -> None:
         """Appends what `Bench.run` returned. Raises OSError if the store can't be written."""
-        self._append({**self._facts(resolved, "bench"), **bench_figures(resolved, started, summary)})
+        self._append({**self._facts(resolved, started, "bench"), **bench_figures(resolved, started, summary)})
 
     @contextlib.contextmanager
     def traffic(self, resolved: Resolved, started: Started) -> Iterator[None]:
@@ -54,9 +54,9 @@ class FleetRecorder:
         ready = time.monotonic()
         yield
         figures = traffic_figures(resolved, started, time.monotonic() - ready)
-        self._append({**self._facts(resolved, "traffic"), **figures})
+        self._append({**self._facts(resolved, started, "traffic"), **figures})
 
-    def _facts(self, resolved: Resolved, workload: Workload) -> dict[str, Any]:
+    def _facts(self, resolved: Resolved, started: Started, workload: Workload) -> dict[str, Any]:
         device, mesh = resolved.devices[0], resolved.placement.mesh.shape if resolved.placement is not None else {}
         return {
             "mode": "serve",
@@ -71,7 +71,7 @@ class FleetRecorder:
             "first_started": self._began,
             "started": self._began,
             "ended": time.time(),
-            "profiled": False,
+            "profiled": started.metrics.profiled,
             "mfu_reason": "a server's MFU is of prefill alone: prefill_mfu_* in the measures of a bench",
             "goodput_reason": "goodput is of training runs",
         }

@@ -119,6 +119,9 @@ class Metrics:
         self._speculated_lock = threading.Lock()
         self._mbu = Gauge("decode_mbu", "Bytes a decode step must read over what the bandwidth allows", registry=r)
         self._mfu = Gauge("prefill_mfu", "FLOPs a prefill needs over what the chip's peak allows", registry=r)
+        self._profiles = Counter("profiles", "Traces captured; the times of those seconds do not count", registry=r)
+        self.profiled = False
+        """Whether a trace was captured."""
         self._compiles = Counter("compiles_after_ready", "Compilations while serving; meant to stay 0", registry=r)
 
     def observe_step(self, kind: str, seconds: float, batch_size: int) -> None:
@@ -129,6 +132,11 @@ class Metrics:
     def observe_queue(self, running: int, waiting: int) -> None:
         self._running.set(running)
         self._waiting.set(waiting)
+
+    def observe_profile(self) -> None:
+        """A trace is captured from now on."""
+        self._profiles.inc()
+        self.profiled = True
 
     def observe_preemption(self, count: int = 1) -> None:
         self._preemptions.inc(count)

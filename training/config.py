@@ -14,7 +14,9 @@ from model.precision import Precision
 from parallel.distributed import DistributedConfig
 from parallel.mesh import MeshConfig
 from parallel.sharding import ShardingRules
+from perf.capture import parse_window
 from training.optimizer import MuonConfig, OptimizerConfig
+from training.profile import WARMUP_STEPS
 from training.schedule import ScheduleConfig
 
 # What a file in configs/ needs, from one place.
@@ -142,6 +144,9 @@ class TrainRun:
     """Also write TensorBoard files."""
     fleet: Path | None = None
     """Store that gets a record of the run at its end: a file NAME.sqlite, or a folder; None for none."""
+    profile: str | None = None
+    """FIRST:LAST, steps to profile, both counted. The trace is under profiles/ in the run's folder, and the run is
+    marked as profiled."""
 
     def __post_init__(self) -> None:
         check_run(self)
@@ -176,6 +181,13 @@ def check_run(run: TrainRun) -> None:
             raise ValueError(f"{setting}={value} must be at least 0")
     if run.evaluation.batches is not None and run.evaluation.batches < 1:
         raise ValueError(f"evaluation.batches={run.evaluation.batches} must be at least 1, or None for all")
+    if run.profile is not None:
+        window = parse_window(run.profile)
+        if window.start <= WARMUP_STEPS or window.stop > run.steps + 1:
+            raise ValueError(
+                f"profile={run.profile} must lie between step {WARMUP_STEPS + 1}, since the first ones warm up, and "
+                f"steps={run.steps}"
+            )
     if run.loss.chunk_tokens < 1:
         raise ValueError(f"loss.chunk_tokens={run.loss.chunk_tokens} must be at least 1")
     if not run.name or "/" in run.name or run.name.startswith("."):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Settings that no step's work depends on. All others are hashed: one that is new makes runs differ rather than agree.
 _FREE = (
     *("name", "steps", "checkpoint", "evaluation", "sample", "distributed", "seed"),
-    *("runs_dir", "cache_dir", "fresh", "tensorboard", "fleet"),
+    *("runs_dir", "cache_dir", "fresh", "tensorboard", "fleet", "profile"),
 )
 # Where the corpus is, on this machine, and its order.
 _FREE_DATA = ("paths", "text_field", "tokenizer", "tokenizer_bytes", "end_token", "heldout_fraction", "seed", "epochs")
@@ -68,7 +68,7 @@ def run_facts(trainer: Trainer) -> dict[str, Any]:
         "first_started": trainer.goodput.first_started,
         "started": ended - sum(trainer.goodput.attempt_nanoseconds().values()) / 1e9,
         "ended": ended,
-        "profiled": False,
+        "profiled": trainer.profile.captured is not None,
         "step_times": times,
     }
 

@@ -27,6 +27,7 @@ from training.diagnose import NonFiniteError, find_non_finite
 from training.evaluate import Evaluation, Evaluator
 from training.feed import batch_names, document_lengths, to_device
 from training.fleet import append_run, check_store
+from training.profile import WARMUP_STEPS, ProfiledWindow
 from training.report import ConsoleMode, Reporter
 from training.resolve import Resolved, resolve
 from training.sample import encode_prompt, sample_text
@@ -171,6 +172,7 @@ class Trainer:
         self.losses: dict[int, float] = {}
         self.evaluation: Evaluation | None = None
         self.evaluated_at: int | None = None
+        self.profile = ProfiledWindow(self.config.profile, self.config.run_dir)
 
     def run(self) -> dict[str, Any]:
         # What can be wrong with the inputs is found here, before anything is compiled.
@@ -263,18 +265,29 @@ class Trainer:
     def train(self, state: TrainState, start: int) -> tuple[TrainState, bool]:
         """Steps until the last, or until SIGTERM on any host; True if stopped by it."""
         config = self.config
+        if self.profile.steps and start + WARMUP_STEPS >= self.profile.steps.start:
+            self.reporter.say(f"profile={config.profile}: not captured, the run goes on after step {start}")
         for step in range(start, config.steps):
             if distributed.any_process(self.stop.is_set()):
                 state = self.drain(state)
+                self.profile.close(config=config.name)
                 self.reporter.say(f"SIGTERM: saving after step {step} and stopping")
                 return state, True
+            if self.profile.opens(step + 1, start=start):
+                state = self.drain(state)
+                self.profile.open()
             batch, documents = self.next_batch()
-            with self.goodput.bucket("step"):
+            with self.goodput.bucket("step"), self.profile.annotation(step + 1):
                 state, metrics = self.step(state, batch)
                 previous, self.pending = self.pending, Pending(step + 1, metrics, batch, documents)
                 if previous is not None:
                     self.read(previous, state)
             done = step + 1
+            if self.profile.closes(done):
+                state = self.drain(state)
+                self.profile.close(config=config.name)
+                self.interrupted = True
+                self.reporter.say(f"profiled steps {config.profile}: {self.profile.captured}")
             if config.evaluation.every and done % config.evaluation.every == 0 and done < config.steps:
                 state = self.drain(state)
                 self.evaluate(state, config.evaluation.batches)
@@ -319,8 +332,11 @@ class Trainer:
         self.goodput.step_done(pending.step)
         record: dict[str, Any] = {name: value for name, value in metrics.items() if not name.endswith("_LE")}
         if self.read_at is not None:
-            timing = self.meter.record(now - self.read_at, documents=pending.documents, measured=not self.interrupted)
-            record |= timing
+            profiled = self.profile.covers(pending.step)
+            measured = not (self.interrupted or profiled)
+            record |= self.meter.record(now - self.read_at, documents=pending.documents, measured=measured)
+            if profiled:
+                record["profiled"] = True
         self.read_at, self.interrupted = now, False
         self.reporter.log(pending.step, record)
 
@@ -350,6 +366,7 @@ class Trainer:
         self.store.save(step, state, data_state=self.loader.state(), metrics=metrics)
 
     def close(self) -> None:
+        self.profile.close(config=self.config.name)
         if self.loader is not None:
             self.loader.close()
 

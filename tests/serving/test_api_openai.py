@@ -2,7 +2,9 @@
 
 import concurrent.futures
 import json
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import openai
@@ -332,6 +334,39 @@ def test_keys(tmp_path):
             with pytest.raises(openai.InternalServerError) as caught:
                 client.chat.completions.create(model=MODEL, messages=HELLO)
             assert caught.value.status_code == 503 and int(caught.value.response.headers["retry-after"]) > 1
+
+
+def test_a_trace_of_what_is_served(tmp_path):
+    (tmp_path / "admin").write_text("admin\n")
+    engine = FakeEngine()
+    settings = dict(admin_key_file=str(tmp_path / "admin"), profile_dir=str(tmp_path / "traces"))
+    headers = {"Authorization": "Bearer admin"}
+    with serving(engine, **settings) as url, httpx.Client(base_url=url, headers=headers, timeout=60) as http:
+        for wrong in (
+            {},
+            {"seconds": 0},
+            {"seconds": 61},
+            {"seconds": True},
+            {"seconds": "1"},
+            {"seconds": 1, "x": 1},
+            1,
+        ):
+            assert http.post("/admin/profile", json=wrong).status_code == 400, wrong
+        broken = http.post("/admin/profile", content="{", headers={"Content-Type": "application/json"})
+        assert broken.status_code == 400 and not (tmp_path / "traces").exists() and not engine.metrics.profiled
+        assert httpx.post(f"{url}/admin/profile", json={"seconds": 1}).status_code == 401
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            first = pool.submit(http.post, "/admin/profile", json={"seconds": 1.5})
+            while not engine.metrics.profiled:
+                time.sleep(0.01)
+            assert http.post("/admin/profile", json={"seconds": 1}).status_code == 409
+            assert httpx.get(f"{url}/health").status_code == 200
+            answer = first.result().json()
+        note = json.loads((Path(answer["folder"]) / "capture.json").read_text())
+        assert note["kind"] == "serve" and note["seconds"] >= 1.5 and note["absolute_numbers_count"] is False
+        files = [path.name for path in Path(answer["folder"]).rglob("*") if path.is_file()]
+        assert any(name.endswith(".xplane.pb") for name in files) and "perfetto_trace.json.gz" in files
+        assert "profiles_total 1.0" in http.get("/metrics").text
 
 
 def test_without_an_admin_key_there_is_no_admin(client: openai.OpenAI):

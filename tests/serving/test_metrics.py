@@ -39,6 +39,7 @@ def test_every_series_is_there_from_the_start():
         "decode_mbu",
         "prefill_mfu",
         "compiles_after_ready_total",
+        "profiles_total",
         "time_to_first_token_seconds_count",
         "inter_token_latency_seconds_count",
         "e2e_request_latency_seconds_count",

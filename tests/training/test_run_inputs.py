@@ -46,6 +46,14 @@ def unboxed(text: str) -> str:
 @pytest.mark.parametrize(
     ("base", "changes", "message"),
     [
+        # Windows to profile.
+        (
+            "random",
+            {"profile": "1:3"},
+            r"profile=1:3 must lie between step 3, since the first ones warm up, and steps=12",
+        ),
+        ("random", {"profile": "6:13"}, r"profile=6:13 must lie between step 3"),
+        ("random", {"profile": "6"}, r"profile='6' must be FIRST:LAST"),
         # Axes that do not divide.
         (
             "moe",

@@ -1,0 +1,55 @@
+"""The profiled window of a training run."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import jax
+
+from parallel import distributed
+from perf.capture import Capture, parse_window
+
+WARMUP_STEPS = 2
+"""After a start: the first steps load what was compiled, and fill the input's queues."""
+
+
+class ProfiledWindow:
+    """Captures the steps of `TrainRun.profile`, once, and knows which steps its cost falls on."""
+
+    def __init__(self, profile: str | None, run_dir: Path) -> None:
+        self.steps = range(0) if profile is None else parse_window(profile)
+        process = distributed.process_info()
+        name = f"steps-{self.steps.start}-{self.steps.stop - 1}"
+        folder = run_dir / "profiles" / name
+        self._capture = Capture(folder if process.count == 1 else folder / f"process-{process.index}")
+        self.captured: Path | None = None
+        """Where the trace is, once there is one."""
+
+    def opens(self, step: int, *, start: int) -> bool:
+        """Whether the capture begins before `step`, in an attempt that began after `start` steps. A window that an
+        earlier attempt was in is not captured again by halves."""
+        return bool(self.steps) and step == self.steps.start and step > start + WARMUP_STEPS and not self.captured
+
+    def open(self) -> None:
+        self._capture.start()
+
+    def closes(self, step: int) -> bool:
+        """Whether the capture ends after `step`."""
+        return self._capture.active and step == self.steps.stop - 1
+
+    def close(self, **facts: str) -> None:
+        """Ends a capture that is under way, of the whole window or of what came of it."""
+        if self._capture.active:
+            self._capture.stop(kind="train", first_step=self.steps.start, last_step=self.steps.stop - 1, **facts)
+            self.captured = self._capture.folder
+
+    def covers(self, step: int) -> bool:
+        """Whether the time of `step` is one with the profiler's own."""
+        return step in self.steps and (self._capture.active or self.captured is not None)
+
+    def annotation(self, step: int) -> contextlib.AbstractContextManager:
+        """Marks a step on the trace's timeline."""
+        if not self._capture.active:
+            return contextlib.nullcontext()
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
