@@ -21,10 +21,12 @@ class Capture:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Raises ValueError if `folder` has a capture already: two in one can't be told apart."""
-        if (folder / NOTE_FILE).exists():
-            raise ValueError(f"{folder} holds a capture already; choose another folder, or move that one")
-        self.folder, self._began = folder, None
+        """`folder` with a number after it where it is taken: two traces in one can't be told apart."""
+        self.folder, number = folder, 0
+        while self.folder.exists():
+            number += 1
+            self.folder = folder.with_name(f"{folder.name}.{number}")
+        self._began: float | None = None
 
     @property
     def active(self) -> bool:
@@ -36,7 +38,7 @@ class Capture:
         What runs on the devices already is in the trace: wait for it before, for a window with a clear beginning.
         """
         assert not self.active
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True)
         jax.profiler.start_trace(str(self.folder), create_perfetto_trace=True)
         self._began = time.time()
 

@@ -19,10 +19,8 @@ class ProfiledWindow:
 
     def __init__(self, profile: str | None, run_dir: Path) -> None:
         self.steps = range(0) if profile is None else parse_window(profile)
-        process = distributed.process_info()
-        name = f"steps-{self.steps.start}-{self.steps.stop - 1}"
-        folder = run_dir / "profiles" / name
-        self._capture = Capture(folder if process.count == 1 else folder / f"process-{process.index}")
+        self._folder = run_dir / "profiles"
+        self._capture: Capture | None = None
         self.captured: Path | None = None
         """Where the trace is, once there is one."""
 
@@ -32,24 +30,26 @@ class ProfiledWindow:
         return bool(self.steps) and step == self.steps.start and step > start + WARMUP_STEPS and not self.captured
 
     def open(self) -> None:
+        process, name = distributed.process_info(), f"steps-{self.steps.start}-{self.steps.stop - 1}"
+        self._capture = Capture(self._folder / (name if process.count == 1 else f"{name}-process-{process.index}"))
         self._capture.start()
 
     def closes(self, step: int) -> bool:
         """Whether the capture ends after `step`."""
-        return self._capture.active and step == self.steps.stop - 1
+        return self._capture is not None and step == self.steps.stop - 1
 
     def close(self, **facts: str) -> None:
         """Ends a capture that is under way, of the whole window or of what came of it."""
-        if self._capture.active:
+        if self._capture is not None:
             self._capture.stop(kind="train", first_step=self.steps.start, last_step=self.steps.stop - 1, **facts)
-            self.captured = self._capture.folder
+            self.captured, self._capture = self._capture.folder, None
 
     def covers(self, step: int) -> bool:
         """Whether the time of `step` is one with the profiler's own."""
-        return step in self.steps and (self._capture.active or self.captured is not None)
+        return step in self.steps and (self._capture is not None or self.captured is not None)
 
     def annotation(self, step: int) -> contextlib.AbstractContextManager:
         """Marks a step on the trace's timeline."""
-        if not self._capture.active:
+        if self._capture is None:
             return contextlib.nullcontext()
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
