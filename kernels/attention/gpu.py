@@ -61,6 +61,11 @@ class _Statics:
         return self.tiles.block
 
     @property
+    def narrows(self) -> bool:
+        """Whether outputs are narrower than the queries whose place they take."""
+        return self.value_dim < self.key_dim
+
+    @property
     def num_marks(self) -> int:
         """Blocks of segments and positions in shared memory. One more than of keys, whose buffer is free when they are
         multiplied: marks are read after that, but before the keys of the next block are multiplied."""
@@ -73,7 +78,8 @@ class _Shared(NamedTuple):
     `free`: all warpgroups are done with it. `turn`: the matrix unit is left to a warpgroup.
     """
 
-    q_and_out: Any
+    q: Any
+    out: Any
     columns: Any
     k: Any
     v: Any
@@ -190,10 +196,11 @@ def _call(statics: _Statics, inputs: _Inputs, interpret):
     shared = {name: scratch for name, scratch in _scratch(statics, dtype)._asdict().items() if scratch is not None}
 
     def body(*refs):
-        parts = refs[: len(given)], refs[len(given) : len(given) + 2], refs[len(given) + 2 :]
-        by_name = dict(zip(given, parts[0], strict=True)), dict(zip(shared, parts[2], strict=True))
-        arrays = _Inputs(**(dict.fromkeys(_Inputs._fields) | by_name[0]))
-        _body(statics, arrays, *parts[1], _Shared(**(dict.fromkeys(_Shared._fields) | by_name[1])))
+        arrays, results, memory = refs[: len(given)], refs[len(given) : len(given) + 2], refs[len(given) + 2 :]
+        arrays = dict.fromkeys(_Inputs._fields) | dict(zip(given, arrays, strict=True))
+        memory = dict.fromkeys(_Shared._fields) | dict(zip(shared, memory, strict=True))
+        memory["q"], memory["out"] = memory["q"] if statics.narrows else (memory["q"], memory["q"])
+        _body(statics, _Inputs(**arrays), *results, _Shared(**memory))
 
     run = plgpu.kernel(
         body,
@@ -226,7 +233,8 @@ def _scratch(statics: _Statics, dtype) -> _Shared:
     queries, outs = tiled(*places, WARPGROUP_ROWS, statics.key_dim), tiled(*places, rows, statics.value_dim)
     marks = plgpu.SMEM((statics.num_marks, tiles.block), jnp.int32)
     return _Shared(
-        q_and_out=plgpu.RefUnion(queries, outs),
+        q=plgpu.RefUnion(queries, outs) if statics.narrows else queries,
+        out=None,
         columns=plgpu.SMEM((tiles.block,), jnp.int32),
         k=tiled(tiles.num_buffers, tiles.block, statics.key_dim),
         v=tiled(tiles.num_buffers, tiles.block, statics.value_dim),
@@ -271,9 +279,8 @@ def _body(statics: _Statics, inputs: _Inputs, out_ref, lse_ref, shared: _Shared)
             work = _work_of(statics, inputs, number, start, warpgroup)
             place = _slot(number, tiles.num_queries)
             plgpu.barrier_wait(shared.q_arrived.at[place])
-            queries, outs = shared.q_and_out
-            softmax = _attend(statics, work, warpgroup, queries.at[place, warpgroup], inputs, shared)
-            _store(work, softmax, outs.at[place, warpgroup, pl.ds(0, WARPGROUP_ROWS)], out_ref, lse_ref)
+            softmax = _attend(statics, work, warpgroup, shared.q.at[place, warpgroup], inputs, shared)
+            _store(work, softmax, shared.out.at[place, warpgroup, pl.ds(0, WARPGROUP_ROWS)], out_ref, lse_ref)
             plgpu.barrier_arrive(shared.q_free.at[place])
             return start + work.count
 
@@ -325,10 +332,9 @@ def _extent(statics: _Statics, inputs: _Inputs, row, tile, base, rows) -> Extent
 def _copy_queries(statics: _Statics, work: _Work, number, inputs: _Inputs, shared: _Shared) -> None:
     place = _slot(number, statics.tiles.num_queries)
     pl.when(number >= statics.tiles.num_queries)(lambda: plgpu.barrier_wait(shared.q_free.at[place]))
-    queries, _ = shared.q_and_out
     for i in range(statics.tiles.num_warpgroups):
         source = inputs.q.at[work.row, pl.ds(work.base + i * WARPGROUP_ROWS, WARPGROUP_ROWS), work.head]
-        plgpu.copy_gmem_to_smem(source, queries.at[place, i], shared.q_arrived.at[place])
+        plgpu.copy_gmem_to_smem(source, shared.q.at[place, i], shared.q_arrived.at[place])
 
 
 def _copy_blocks(statics: _Statics, work: _Work, inputs: _Inputs, shared: _Shared) -> None:
