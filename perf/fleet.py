@@ -117,6 +117,23 @@ def _tax(group: Group, among: Sequence[Group], by: By) -> float | None:
     return 1 - group.middle.value / known[0].middle.value
 
 
+def scaling_tax(records: Iterable[RunRecord], work: Work, num_devices: int, mfu: float) -> dict[str, float] | None:
+    """What a run of `num_devices` lost against the smallest size that the same work was recorded on: the tax,
+    1 - mfu / median of that size, its size, median and number of runs. None without a record on fewer devices."""
+    alike = [record for record in countable(records) if work_of(record) == work and record.mfu]
+    smallest = min((record.num_devices for record in alike), default=num_devices)
+    if smallest >= num_devices:
+        return None
+    known = values((record for record in alike if record.num_devices == smallest), "mfu")
+    base = median(known).value
+    return {
+        "scaling_tax": 1 - mfu / base,
+        "scaling_tax_base_devices": smallest,
+        "scaling_tax_base_mfu": base,
+        "scaling_tax_base_runs": len(known),
+    }
+
+
 def goodput_shares(records: Iterable[RunRecord]) -> dict[str, float]:
     """Share of the runs' wall time in each bucket (`step` is goodput), each device's hour counting alike.
 

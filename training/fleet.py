@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoint.provenance import code_version
 from parallel import distributed
 from perf.chips import chip_name
+from perf.fleet import Work, scaling_tax
 from perf.fleet_store import open_store
 from perf.records import config_hash, distribution, from_summary, software_versions, work_per_device
 from training.config import TrainRun
@@ -71,6 +73,30 @@ def run_facts(trainer: Trainer) -> dict[str, Any]:
         "profiled": trainer.profile.captured is not None,
         "step_times": times,
     }
+
+
+def scaling_facts(path: Path | None, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The run's scaling tax against what the store at `path` has of the same work on fewer devices of the chip; None,
+    with the reason, where there is nothing to compare."""
+    if path is None:
+        return _no_tax("no store of runs is named: --fleet")
+    if not distributed.is_primary():
+        return _no_tax("the first process alone reads the store")
+    if summary["mfu"] is None:
+        return _no_tax("the run has no mfu")
+    try:
+        # A new store is made when its first record is written.
+        records = open_store(path).read().records if path.exists() else ()
+    # The run itself is complete: that its baseline can't be read is no reason to lose its figures.
+    except (OSError, ValueError) as error:
+        return _no_tax(f"{path} can't be read: {error}")
+    work = Work(summary["workload"], summary["config_hash"], summary["chip"])
+    found = scaling_tax(records, work, summary["num_devices"], summary["mfu"])
+    return found or _no_tax(f"{path} has no run of this config on fewer devices of this chip")
+
+
+def _no_tax(reason: str) -> dict[str, Any]:
+    return {"scaling_tax": None, "scaling_tax_reason": reason}
 
 
 def check_store(path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from perf.flops import count_params
-from training.fleet import run_facts
+from training.fleet import run_facts, scaling_facts
 
 if TYPE_CHECKING:
     from training.loop import Trainer
@@ -28,11 +28,10 @@ def summarize(trainer: Trainer, *, stopped: str | None) -> dict[str, Any]:
         "loss_last": losses[-1] if losses else None,
         **_evaluation(trainer, stopped),
         **trainer.goodput.summary().record(),
-        "scaling_tax": None,
-        "scaling_tax_reason": "no baseline of this config on fewer devices of this chip is recorded",
         "checkpoint": str(latest.path) if latest else None,
         **run_facts(trainer),
     }
+    record |= scaling_facts(config.fleet, record)
     if not losses:
         reason = "the run was already complete: no step was left"
         record |= {"loss_first_reason": reason, "loss_last_reason": reason}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from perf import baseline
 from perf.baseline import MAX_RECORDS, MIN_RECORDS, judge, limit_factor, median, qn_scale
 from perf.command import main
-from perf.fleet import budget, check, gate_metrics, goodput_shares, groups, work_of
+from perf.fleet import budget, check, gate_metrics, goodput_shares, groups, scaling_tax, work_of
 from perf.fleet_store import FolderStore, open_store
 from perf.records import RunRecord, config_hash
 from serving.bench import Bench
@@ -556,3 +556,25 @@ def test_a_server_refuses_a_store_that_can_not_be_before_it_starts(tmp_path: Pat
     with pytest.raises(ValueError, match="is neither"):
         FleetRecorder(tmp_path / "x.json")
     assert baseline.MIN_RECORDS >= 6
+
+
+def test_the_scaling_tax_is_against_the_smallest_size_of_the_same_work():
+    records = [
+        *runs(0.5, 3, noise=0.0, size=8),
+        *runs(0.4, 3, noise=0.0, size=16, hour=9),
+        *runs(0.9, 1, size=4, chip="H200"),
+        record(mfu=0.1, size=4, profiled=True),
+        record(mfu=None, size=2),
+    ]
+    work = work_of(records[0])
+    found = scaling_tax(records, work, 32, 0.3)
+    assert found == {
+        "scaling_tax": pytest.approx(0.4),
+        "scaling_tax_base_devices": 8,
+        "scaling_tax_base_mfu": pytest.approx(0.5),
+        "scaling_tax_base_runs": 3,
+    }
+    # A run that is faster than its base has a tax below zero; one of the smallest size, or of other work, has none.
+    assert scaling_tax(records, work, 16, 0.6)["scaling_tax"] == pytest.approx(-0.2)
+    assert scaling_tax(records, work, 8, 0.5) is None
+    assert scaling_tax(records, dataclasses.replace(work, config_hash="other"), 32, 0.3) is None

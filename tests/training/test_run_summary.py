@@ -14,6 +14,7 @@ import pytest
 from checkpoint.store import CheckpointReader
 from data import load_tokenizer
 from data.sources import is_heldout
+from perf.fleet_store import open_store
 from perf.flops import count_params
 from perf.goodput import BUCKETS, read_goodput
 from tests.training import runs
@@ -174,3 +175,18 @@ def test_a_finished_run_is_complete_and_says_so(finished: Finished, capsys: pyte
     assert summary["eval_loss"] == finished.summary["eval_loss"]
     printed = runs.summary_in(capsys.readouterr().out)
     assert all(f"{name}_reason" in printed for name, value in printed.items() if value is None)
+
+
+def test_the_scaling_tax_comes_from_the_store_of_the_fleet(tmp_path):
+    store = tmp_path / "fleet.sqlite"
+    settings = runs.prepare(tmp_path, {**runs.DENSE, "steps": 6, "data.source": "random", "fleet": store})
+    alone = runs.train_here(settings)
+    assert alone["scaling_tax"] is None and "no run of this config on fewer devices" in alone["scaling_tax_reason"]
+    (made,) = open_store(store).read().records
+    open_store(store).append(dataclasses.replace(made, id="smaller", num_devices=4, mfu=0.5))
+    taxed = runs.train_here({**settings, "name": "again"})
+    assert taxed["scaling_tax"] == pytest.approx(1 - taxed["mfu"] / 0.5)
+    assert (taxed["scaling_tax_base_devices"], taxed["scaling_tax_base_runs"]) == (4, 1)
+    assert [record.scaling_tax for record in open_store(store).read().records if record.config == "again"] == [
+        pytest.approx(taxed["scaling_tax"])
+    ]
