@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from kernels.attention import cudnn, reference, xla
+from kernels.attention import cudnn, reference, tiles, xla
 from kernels.target import Target, default_target
 
-Impl = Literal["auto", "reference", "xla", "cudnn"]
+Impl = Literal["auto", "reference", "xla", "cudnn", "pallas"]
+
+# What "auto" takes on a GPU: the first of these that can compute the case, and else xla. Each with its measurement.
+_PREFERRED: tuple[tuple[Impl, str], ...] = (
+    ("cudnn", "fastest measured on an H100 (forward 548-608 TFLOP/s causal, T 4096-16384)"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +59,8 @@ def supports(impl: Impl, case: AttentionCase, target: Target) -> str | None:
             return None
         case "cudnn":
             return cudnn.unsupported(case, target)
+        case "pallas":
+            return tiles.unsupported(case, target)
         case _:
             raise ValueError(f"attention impl={impl!r} is unknown; choose one of {', '.join(get_args(Impl))}")
 
@@ -68,10 +77,13 @@ def choose(impl: Impl, case: AttentionCase, target: Target) -> tuple[Impl, str]:
         return impl, "asked for by name"
     if target.platform != "gpu":
         return "xla", f"the only fast implementation for {target.platform}"
-    reason = supports("cudnn", case, target)
-    if reason is None:
-        return "cudnn", "fastest measured on an H100 (forward 548-608 TFLOP/s causal, T 4096-16384)"
-    return "xla", f"cudnn can't: {reason}"
+    reasons = []
+    for preferred, measured in _PREFERRED:
+        reason = supports(preferred, case, target)
+        if reason is None:
+            return preferred, measured
+        reasons.append(f"{preferred} can't: {reason}")
+    return "xla", "; ".join(reasons)
 
 
 def attention(
@@ -123,15 +135,14 @@ def attention(
     q_positions, kv_positions = _pair("positions", q_positions, kv_positions, q_BTNH, k_BSKH)
     if sinks is not None and sinks.shape != (case.num_heads,):
         raise ValueError(f"sinks has shape {sinks.shape}; it needs one logit per query head, ({case.num_heads},)")
-    if impl in ("auto", "cudnn"):
+    if impl in ("auto", "cudnn", "pallas"):
         impl, _ = choose(impl, case, default_target() if target is None else target)
     with jax.named_scope("attention"):
         match impl:
             case "cudnn":
                 return cudnn.attention(q_BTNH, k_BSKH, v_BSKH, scale=scale, causal=causal, window=window)
-            case "reference" | "xla":
-                implementation = reference.attention if impl == "reference" else xla.attention
-                out, lse = implementation(
+            case "reference" | "xla" | "pallas":
+                out, lse = _implementation(impl, case)(
                     q_BTNH,
                     k_BSKH,
                     v_BSKH,
@@ -148,6 +159,19 @@ def attention(
                 return (out, lse) if return_lse else out
             case _:
                 raise ValueError(f"attention impl={impl!r} is unknown; choose one of {', '.join(get_args(Impl))}")
+
+
+def _implementation(impl: Impl, call: AttentionCase) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """What gives (out, lse)."""
+    match impl:
+        case "reference":
+            return reference.attention
+        case "xla":
+            return xla.attention
+    # Not at import: Pallas's GPU module takes half a second, and only Hopper needs it.
+    from kernels.attention import gpu
+
+    return functools.partial(gpu.attention, tiles=tiles.choose_tiles(call))
 
 
 def _case(q, k, v, causal, window, q_segments, q_positions, soft_cap, sinks, return_lse) -> AttentionCase:

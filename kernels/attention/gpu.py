@@ -21,7 +21,9 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
+from kernels.attention import gpu_backward
 from kernels.attention.blocks import Extent, Masks, extent_by_index, extents_by_data
 from kernels.attention.tiles import NUM_PROCESSORS, WARPGROUP_ROWS, Tiles, swizzle
 
@@ -134,6 +136,80 @@ class _Softmax(NamedTuple):
     weights: jax.Array
 
 
+class _Marks(NamedTuple):
+    """Integers [B, T] and [B, S], or None, that have no gradient."""
+
+    q_segments: jax.Array | None
+    kv_segments: jax.Array | None
+    q_positions: jax.Array | None
+    kv_positions: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What a call and its gradient share; `interpret`: parameters of Pallas's interpreter."""
+
+    scale: float
+    causal: bool
+    window: int | None
+    soft_cap: float | None
+    tiles: Tiles
+    interpret: Any
+
+    def features(self) -> dict[str, Any]:
+        names = ("scale", "causal", "window", "soft_cap", "interpret")
+        return {name: value for name, value in vars(self).items() if name in names}
+
+
+def attention(
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    q_segments,
+    kv_segments,
+    q_positions,
+    kv_positions,
+    soft_cap: float | None,
+    sinks,
+    tiles: Tiles,
+    interpret=None,
+) -> tuple[jax.Array, jax.Array]:
+    """(out_BTNH in q's dtype, lse_BTN in float32); arguments as in `kernels.attention.attention`, with its tiles.
+
+    Differentiable, by `gpu_backward`. A remat policy may save the named values "attention_out" and "attention_lse" to
+    skip the forward pass's repeat. `interpret`: parameters of Pallas's interpreter, which tests give.
+    """
+    call = _Call(scale, causal, window, soft_cap, tiles, interpret)
+    marks = _Marks(q_segments, kv_segments, q_positions, kv_positions)
+    return _attention(call, q_BTNH, k_BSKH, v_BSKH, sinks, marks)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(call: _Call, q, k, v, sinks, marks: _Marks):
+    return forward(q, k, v, **call.features(), **marks._asdict(), sinks=sinks, tiles=call.tiles)
+
+
+def _attention_fwd(call: _Call, q, k, v, sinks, marks: _Marks):
+    out, lse = _attention(call, q, k, v, sinks, marks)
+    out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
+    return (out, lse), (q, k, v, sinks, marks, out, lse)
+
+
+def _attention_bwd(call: _Call, saved, gradients):
+    q, k, v, sinks, marks, out, lse = saved
+    d_inputs = gpu_backward.attention_gradients(
+        q, k, v, out, lse, *gradients, **call.features(), **marks._asdict(), sinks=sinks
+    )
+    return *d_inputs, None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
 # A jit of its own, so that a model's layers are built once.
 @functools.partial(jax.jit, static_argnames=("scale", "causal", "window", "soft_cap", "tiles", "interpret"))
 def forward(
@@ -153,7 +229,7 @@ def forward(
     tiles: Tiles,
     interpret=None,
 ) -> tuple[jax.Array, jax.Array]:
-    """(out_BTNH in q's dtype, lse_BTN in float32); arguments as in `kernels.attention.attention`, with the tiles chosen.
+    """(out_BTNH in q's dtype, lse_BTN in float32); arguments as in `kernels.attention.attention`, with its tiles.
 
     `interpret`: parameters of Pallas's interpreter, which tests give.
     """
@@ -357,9 +433,7 @@ def _copy_blocks(statics: _Statics, work: _Work, inputs: _Inputs, shared: _Share
         if shared.positions is not None:
             plgpu.copy_gmem_to_smem(inputs.kv_positions.at[work.row, keys], shared.positions.at[mark], arrived)
         await_free(shared.v_free)
-        plgpu.copy_gmem_to_smem(
-            inputs.v.at[work.row, keys, kv_head], shared.v.at[buffer], shared.v_arrived.at[buffer]
-        )
+        plgpu.copy_gmem_to_smem(inputs.v.at[work.row, keys, kv_head], shared.v.at[buffer], shared.v_arrived.at[buffer])
 
 
 def _await_all(statics: _Statics, rounds, count, shared: _Shared) -> None:
@@ -513,7 +587,6 @@ def _masked(statics: _Statics, work: _Work, rows, shared: _Shared, i, scores) ->
     masks, shape = statics.masks, scores.shape
     base, mark = (work.last - i) * statics.block, _slot(work.start + i, statics.num_marks)
     segments, positions = rows
-
 
     def load_columns(ref):
         # From shared memory, also what could be counted: that would be hoisted out of the loop, and registers with it.
