@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.attention import AttentionCase
+from kernels.attention import tiles as attention_tiles
 from kernels.paged_attention import PagedAttentionCase, tiles
 
 # XLA's description of the device, in the text form of its GpuTargetConfigProto. Figures of an H100 SXM.
@@ -56,6 +58,16 @@ CASES = {
     "prefill, 64, pages of 16": PagedAttentionCase("float16", 16, 128, 32, 8, 64, 16, 1024),
     "prefill, 256, pages of 128": PagedAttentionCase("bfloat16", 16, 128, 16, 4, 256, 128, 1024),
     "20 drafts, heads of 256": PagedAttentionCase("bfloat16", 1, 20, 16, 4, 256, 64, 8192),
+    "forward": AttentionCase("bfloat16", 8192, 8192, 32, 8, 128, 128),
+    "forward, full, ragged": AttentionCase("float16", 1001, 777, 32, 8, 128, 128, causal=False),
+    **{
+        f"forward, {key}/{value}, all masks": AttentionCase(
+            "bfloat16", 4096, 4096, 32, 8, key, value, True, 1000, segments=True, soft_cap=True, sinks=True
+        )
+        for key, value in attention_tiles.WIDTHS
+    },
+    "forward, 64, causal": AttentionCase("bfloat16", 4096, 4096, 32, 8, 64, 64),
+    "forward, 256, positions": AttentionCase("bfloat16", 4096, 4096, 16, 4, 256, 256, True, 1000, True, True, True),
 }
 
 
@@ -101,7 +113,9 @@ def _parse(output: str) -> Iterator[Report]:
         yield Report(name, max(registers), max(spilled), _shared_bytes(case))
 
 
-def _shared_bytes(case: PagedAttentionCase) -> int:
+def _shared_bytes(case: PagedAttentionCase | AttentionCase) -> int:
+    if isinstance(case, AttentionCase):
+        return attention_tiles.shared_bytes(case, attention_tiles.choose_tiles(case))
     if tiles.few_queries(case):
         return tiles.shared_bytes(case, tiles.choose_tiles(case).num_buffers)
     return tiles.prefill_shared_bytes(case, tiles.choose_prefill_tiles(case))
@@ -117,7 +131,8 @@ def _compile_all() -> None:
     mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("device",))
     for name, case in CASES.items():
         print(f"kernel: {name}", flush=True)
-        _compile(case, mesh)
+        compile_case = _compile_attention if isinstance(case, AttentionCase) else _compile
+        compile_case(case, mesh)
 
 
 def _compile(case: PagedAttentionCase, mesh: jax.sharding.Mesh) -> None:
@@ -149,6 +164,31 @@ def _compile(case: PagedAttentionCase, mesh: jax.sharding.Mesh) -> None:
     lowered.compile()
 
 
+def _compile_attention(case: AttentionCase, mesh: jax.sharding.Mesh) -> None:
+    from kernels.attention import gpu
+
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    B, T, S = 2, case.query_length, case.kv_length
+    heads = ((T, case.num_heads, case.key_dim), (S, case.num_kv_heads, case.key_dim))
+    heads = (*heads, (S, case.num_kv_heads, case.value_dim))
+    floats = [jax.ShapeDtypeStruct((B, *shape), jnp.dtype(case.dtype), sharding=whole) for shape in heads]
+    integers = [jax.ShapeDtypeStruct((B, length), jnp.int32, sharding=whole) for length in (T, S)]
+
+    def attend(q, k, v, of_queries, of_keys):
+        segments = (of_queries, of_keys) if case.segments else (None, None)
+        positions = (of_queries, of_keys) if case.positions else (None, None)
+        marks = dict(
+            zip(("q_segments", "kv_segments", "q_positions", "kv_positions"), segments + positions, strict=True)
+        )
+        soft_cap, sinks = (30.0 if case.soft_cap else None), (jnp.zeros(case.num_heads) if case.sinks else None)
+        statics = {"scale": 0.1, "causal": case.causal, "window": case.window, "soft_cap": soft_cap, "sinks": sinks}
+        return gpu.forward(q, k, v, **statics, **marks, tiles=attention_tiles.choose_tiles(case))
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(attend).trace(*floats, *integers).lower(lowering_platforms=("cuda",))
+    lowered.compile()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--compile", action="store_true", help="compile in this process (what the command itself runs)")
@@ -158,9 +198,9 @@ def main() -> None:
     lacking = missing()
     if lacking is not None:
         parser.exit(2, f"python -m kernels.aot {lacking}\n")
-    print(f"{'kernel':<28}{'registers':>10}{'spilled':>9}{'shared':>9}")
+    print(f"{'kernel':<32}{'registers':>10}{'spilled':>9}{'shared':>9}")
     for report in reports():
-        print(f"{report.name:<28}{report.registers:>10}{report.spilled_bytes:>9}{report.shared_bytes:>9}")
+        print(f"{report.name:<32}{report.registers:>10}{report.spilled_bytes:>9}{report.shared_bytes:>9}")
 
 
 if __name__ == "__main__":
