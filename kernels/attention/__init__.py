@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from kernels.attention import cudnn, reference, tiles, xla
+from kernels.attention import cudnn, reference, tiles, tpu_tiles, xla
 from kernels.target import Target, default_target
 
 Impl = Literal["auto", "reference", "xla", "cudnn", "pallas"]
@@ -60,7 +60,7 @@ def supports(impl: Impl, case: AttentionCase, target: Target) -> str | None:
         case "cudnn":
             return cudnn.unsupported(case, target)
         case "pallas":
-            return tiles.unsupported(case, target)
+            return (tpu_tiles if target.platform == "tpu" else tiles).unsupported(case, target)
         case _:
             raise ValueError(f"attention impl={impl!r} is unknown; choose one of {', '.join(get_args(Impl))}")
 
@@ -75,6 +75,8 @@ def choose(impl: Impl, case: AttentionCase, target: Target) -> tuple[Impl, str]:
         if reason is not None:
             raise ValueError(f"attention impl={impl!r} can't run: {reason}; set the attention impl to 'auto' or 'xla'")
         return impl, "asked for by name"
+    if target.platform == "tpu":
+        return "xla", "pallas has been compiled for TPU, and not measured there"
     if target.platform != "gpu":
         return "xla", f"the only fast implementation for {target.platform}"
     reasons = []
@@ -136,13 +138,14 @@ def attention(
     if sinks is not None and sinks.shape != (case.num_heads,):
         raise ValueError(f"sinks has shape {sinks.shape}; it needs one logit per query head, ({case.num_heads},)")
     if impl in ("auto", "cudnn", "pallas"):
-        impl, _ = choose(impl, case, default_target() if target is None else target)
+        target = default_target() if target is None else target
+        impl, _ = choose(impl, case, target)
     with jax.named_scope("attention"):
         match impl:
             case "cudnn":
                 return cudnn.attention(q_BTNH, k_BSKH, v_BSKH, scale=scale, causal=causal, window=window)
             case "reference" | "xla" | "pallas":
-                out, lse = _implementation(impl, case)(
+                out, lse = _implementation(impl, case, target)(
                     q_BTNH,
                     k_BSKH,
                     v_BSKH,
@@ -161,14 +164,20 @@ def attention(
                 raise ValueError(f"attention impl={impl!r} is unknown; choose one of {', '.join(get_args(Impl))}")
 
 
-def _implementation(impl: Impl, call: AttentionCase) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def _implementation(
+    impl: Impl, call: AttentionCase, target: Target | None
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """What gives (out, lse)."""
     match impl:
         case "reference":
             return reference.attention
         case "xla":
             return xla.attention
-    # Not at import: Pallas's GPU module takes half a second, and only Hopper needs it.
+    # Not at import: Pallas's modules take half a second, and only Hopper or a TPU needs its own.
+    if target is not None and target.platform == "tpu":
+        from kernels.attention import tpu
+
+        return tpu.attention
     from kernels.attention import gpu
 
     return functools.partial(gpu.attention, tiles=tiles.choose_tiles(call))
