@@ -355,7 +355,7 @@ def _scratch(statics: _Statics, dtype) -> _Shared:
         keys_arrived=plgpu.Barrier(num_arrivals=2 + sum(used) // 2, num_barriers=1),
         arrived=plgpu.Barrier(num_arrivals=4 + sum(used) // 2, num_barriers=buffers),
         free=plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
-        ds_ready=plgpu.Barrier(num_arrivals=2, num_barriers=2),
+        ds_ready=both,
         dq_ready=both,
         dq_free=once,
     )
@@ -385,19 +385,25 @@ def _body(statics: _Statics, *refs):
         plgpu.set_max_registers(_REGISTERS, action="increase")
         work = _work(statics, inputs)
         dk, dv = _multiply_all(statics, work, warpgroup, shared)
-        rows = pl.ds(work.key_block * statics.tiles.block_keys + warpgroup * 64, 64)
-        dk_ref[work.row, rows, work.kv_head] = (dk * statics.scale).astype(dk_ref.dtype)
-        dv_ref[work.row, rows, work.kv_head] = dv.astype(dv_ref.dtype)
+        # Computed again, so that nothing is kept in registers for it.
+        row, kv_head, key_block = _coordinates(statics, lax.axis_index("item") + _origin(work.steps))
+        rows = pl.ds(key_block * statics.tiles.block_keys + warpgroup * 64, 64)
+        dk_ref[row, rows, kv_head] = (dk * statics.scale).astype(dk_ref.dtype)
+        dv_ref[row, rows, kv_head] = dv.astype(dv_ref.dtype)
 
 
 def _work(statics: _Statics, inputs: _Inputs) -> _Work:
-    """The last block of keys first, as the turns go; the blocks of one kv head run together, and add to the same dq."""
-    item = lax.axis_index("item")
-    key_block = statics.key_blocks - 1 - _remainder(item, statics.key_blocks)
+    row, kv_head, key_block = _coordinates(statics, lax.axis_index("item"))
+    runs = [inputs.runs[_table_row(inputs.runs, row), key_block, i] * statics.group for i in range(3)]
+    return _Work(row, kv_head, key_block, *runs)
+
+
+def _coordinates(statics: _Statics, item):
+    """(row, kv head, block of keys) of a block of threads. The last keys come first, as the turns go; the blocks of one
+    kv head run together, and add to the same dq."""
     head = _floor(item, statics.key_blocks)
-    row = _floor(head, statics.num_kv_heads)
-    begin, end, steps = (inputs.runs[_table_row(inputs.walk, row), key_block, i] * statics.group for i in range(3))
-    return _Work(row, _remainder(head, statics.num_kv_heads), key_block, begin, end, steps)
+    key_block = statics.key_blocks - 1 - _remainder(item, statics.key_blocks)
+    return _floor(head, statics.num_kv_heads), _remainder(head, statics.num_kv_heads), key_block
 
 
 def _table_row(table, row):
@@ -519,7 +525,7 @@ def _multiply_all(statics: _Statics, work: _Work, warpgroup, shared: _Shared):
     @pl.when(work.steps > 0)
     def _():
         last = work.steps - 1
-        plgpu.barrier_wait(shared.ds_ready.at[_remainder(last, 2)])
+        plgpu.barrier_wait(shared.ds_ready.at[0])
         dq_operands = _dq_operands(statics, warpgroup, shared, last)
         zeros = plgpu.layout_cast(jnp.zeros((64, dq_operands[1].shape[1]), jnp.float32), _MATRIX)
         dq = _product(zeros, *dq_operands)
@@ -543,7 +549,7 @@ def _step(statics: _Statics, work: _Work, warpgroup, shared: _Shared, step, sums
     if first:
         scores = _product(start, *scores_operands)
     else:
-        plgpu.barrier_wait(shared.ds_ready.at[_remainder(before, 2)])
+        plgpu.barrier_wait(shared.ds_ready.at[0])
         dq_operands = _dq_operands(statics, warpgroup, shared, before)
         scores = _two_products(dq_operands, functools.partial(_store_dq, shared, warpgroup, before), start, scores_operands)
     shape = (64, statics.tiles.block_queries)
@@ -563,7 +569,7 @@ def _step(statics: _Statics, work: _Work, warpgroup, shared: _Shared, step, sums
     def publish():
         shared.ds[_remainder(step, 2), mine] = d_scores
         plgpu.commit_smem()
-        plgpu.barrier_arrive(shared.ds_ready.at[_remainder(step, 2)])
+        plgpu.barrier_arrive(shared.ds_ready.at[0])
 
     sums = _accumulate(*sums, d_scores, q_smem, weights, d_out_smem, publish)
     plgpu.barrier_arrive(shared.free.at[buffer])

@@ -1,0 +1,184 @@
+"""Gradients of attention on Hopper: the kernel in Pallas's interpreter, held to float64 and to the XLA route."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.attention import reference, xla
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    T: int
+    S: int | None = None
+    B: int = 1
+    N: int = 2
+    K: int = 1
+    H: int = 64
+    V: int | None = None
+    dtype: str = "bfloat16"
+    scale: float = 0.2
+    causal: bool = True
+    window: int | None = None
+    soft_cap: float | None = None
+    sinks: bool = False
+    # Lengths of the documents of each row, the rest padding; how far apart the positions of each row start.
+    documents: tuple[tuple[int, ...], ...] | None = None
+    positions: tuple[int, ...] | None = None
+    d_lse: bool = False
+
+    @property
+    def keys(self) -> int:
+        return self.T if self.S is None else self.S
+
+
+def operands(case: Case):
+    """(q, k, v, d_out) in the case's dtype, d_lse, the masks and sinks."""
+    rng = np.random.default_rng(7)
+    B, T, S, V = case.B, case.T, case.keys, case.V or case.H
+    shapes = [(B, T, case.N, case.H), (B, S, case.K, case.H), (B, S, case.K, V), (B, T, case.N, V)]
+    arrays = [jnp.asarray(rng.normal(size=shape), case.dtype) for shape in shapes]
+    masks = dict.fromkeys(("q_segments", "kv_segments", "q_positions", "kv_positions", "sinks"))
+    if case.documents is not None:
+        segments = np.zeros((B, max(T, S)), np.int32)
+        for row, lengths in enumerate(case.documents):
+            ends = np.cumsum(lengths)
+            for i, (length, end) in enumerate(zip(lengths, ends, strict=True)):
+                segments[row, end - length : end] = i + 1
+        masks |= {"q_segments": jnp.asarray(segments[:, :T]), "kv_segments": jnp.asarray(segments[:, :S])}
+    if case.positions is not None:
+        starts = np.asarray(case.positions, np.int32)[:, None]
+        masks |= {"q_positions": jnp.asarray(starts + np.arange(T)), "kv_positions": jnp.asarray(0 * starts + np.arange(S))}
+        masks = {key: value if value is None else value.astype(jnp.int32) for key, value in masks.items()}
+    if case.sinks:
+        masks["sinks"] = jnp.asarray(rng.normal(size=case.N) + 1, jnp.float32)
+    d_lse = jnp.asarray(rng.normal(size=(B, T, case.N)), jnp.float32) if case.d_lse else None
+    return arrays, d_lse, masks
+
+
+def statics(case: Case):
+    return {"scale": case.scale, "causal": case.causal, "window": case.window, "soft_cap": case.soft_cap}
+
+
+def gradients_of(attention, case, q, k, v, d_out, d_lse, masks):
+    """(dq, dk, dv, dsinks) by JAX's derivative of an implementation, with (out, lse)."""
+    masks = dict(masks)
+    sinks = masks.pop("sinks")
+
+    def run(q, k, v, sinks):
+        return attention(q, k, v, **statics(case), **masks, sinks=sinks)
+
+    (out, lse), pull = jax.vjp(run, q, k, v, sinks)
+    d_lse = jnp.zeros_like(lse) if d_lse is None else d_lse.astype(lse.dtype)
+    return pull((d_out.astype(out.dtype), d_lse)), (out, lse)
+
+
+def exact(case, arrays, d_lse, masks):
+    """The definition, in float64."""
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in arrays]
+        masks = dict(masks)
+        if masks["sinks"] is not None:
+            masks["sinks"] = jnp.asarray(np.asarray(masks["sinks"], np.float64))
+        q, k, v, d_out = wide
+        gradients, _ = gradients_of(reference.attention, case, q, k, v, d_out, d_lse, masks)
+        return [None if x is None else np.asarray(x) for x in gradients]
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    """The kernel's module, with plain products and sums wherever the interpreter has none."""
+    if jax.__version_info__ < (0, 11):
+        pytest.skip(f"JAX {jax.__version__} can't interpret casts of layouts; 0.11 can")
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    from kernels.attention import gpu_backward
+
+    def dot(a, b):
+        a, b = (x[...].astype(jnp.float32) for x in (a, b))
+        # The interpreter asks it between a read into registers and the next copy to that place; wgmma has none.
+        plgpu.commit_smem()
+        return jnp.dot(a, b)
+
+    def product(start, a, b):
+        return start + dot(a, b)
+
+    def two_products(first, with_first, start, second):
+        with_first(dot(*first))
+        return start + dot(*second)
+
+    def product_beside(start, a, b, x, meanwhile):
+        return start + dot(a, b), *meanwhile(x)
+
+    def accumulate(dk, dv, d_scores, q_smem, weights, d_out_smem, meanwhile):
+        meanwhile()
+        return dk + dot(d_scores, q_smem), dv + dot(weights, d_out_smem)
+
+    def add(smem, place):
+        # One thread of the interpreter's has both to itself, in its turn.
+        place[...] = place[...] + smem[...]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_backward, "_product", product)
+        patch.setattr(gpu_backward, "_two_products", two_products)
+        patch.setattr(gpu_backward, "_product_beside", product_beside)
+        patch.setattr(gpu_backward, "_accumulate", accumulate)
+        patch.setattr(gpu_backward, "_add", add)
+        # Blocks of threads run one after another here, in the order that the turns ask for.
+        patch.setattr(gpu_backward, "_turns", lambda statics: None)
+        patch.setattr(gpu_backward, "_await_turn", lambda turns, place, turn: None)
+        patch.setattr(gpu_backward, "_end_turn", lambda turns, place: None)
+        yield gpu_backward
+
+
+def interpreted(kernel, case, arrays, out, lse, d_lse, masks, tiles=None):
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    q, k, v, d_out = arrays
+    return kernel.attention_gradients(
+        *(q, k, v, out, lse, d_out, d_lse),
+        **statics(case),
+        **masks,
+        tiles=tiles,
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
+    )
+
+
+def check(kernel, case: Case, tiles=None):
+    """Errors of each gradient, at most 1.5 times those of the XLA route in the same precision."""
+    # Private, and what the interpreter's own documentation points to.
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    arrays, d_lse, masks = operands(case)
+    expected = exact(case, arrays, d_lse, masks)
+    peers, (out, lse) = gradients_of(xla.attention, case, *arrays, d_lse, masks)
+    actual = interpreted(kernel, case, arrays, out, lse, d_lse, masks, tiles)
+    assert not gpu_callbacks.get_races().races_found
+    for name, array, peer, right in zip(("dq", "dk", "dv", "dsinks"), actual, peers, expected, strict=True):
+        if right is None:
+            assert array is None and not case.sinks
+            continue
+        assert array.dtype == peer.dtype and array.shape == right.shape, name
+        array, peer = (np.asarray(x).astype(np.float64) for x in (array, peer))
+        assert np.isfinite(array).all(), name
+        size = np.linalg.norm(right)
+        error, peer_error = (np.linalg.norm(x - right) / max(size, 1e-30) for x in (array, peer))
+        # Sums in another order differ in the last bits of float32, which is all that an exact peer leaves.
+        assert error <= 1.5 * peer_error + 1e-5, (name, error, peer_error)
+    return actual
+
+
+# One case for each way through the kernel; an interpreted one takes seconds.
+CASES = {
+    "causal, a group of heads": Case(T=192, N=2, dtype="float16"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_equal_the_definition(kernel, name):
+    check(kernel, CASES[name])
