@@ -67,7 +67,7 @@ def extents_by_data(masks: Masks, rows: int, block: int, q_segments, kv_segments
     Whether a tile and a block can meet is judged by the least and greatest segment and position of each. All blocks
     from the first that can to the last are computed, and of those that need no mask the first run is taken as such.
     """
-    visible = full = jnp.bool_(True)
+    visible = full = jnp.ones((1, -(-masks.num_queries // rows), -(-masks.num_keys // block)), bool)
     if masks.segments:
         query, key = _Range.of(q_segments, rows, q_segments != 0), _Range.of(kv_segments, block, kv_segments != 0)
         query, key = query.rows(), key.columns()
@@ -79,7 +79,7 @@ def extents_by_data(masks: Masks, rows: int, block: int, q_segments, kv_segments
         kv_positions = jnp.arange(masks.num_keys, dtype=jnp.int32)[None]
     query, key = _Range.of(q_positions, rows).rows(), _Range.of(kv_positions, block).columns()
     # Keys past the last are none, and need a mask; queries past the last may see what they like.
-    full &= (jnp.arange(key.least.shape[-1]) + 1) * block <= masks.num_keys
+    full &= (jnp.arange(full.shape[-1]) + 1) * block <= masks.num_keys
     if masks.causal:
         visible &= key.least <= query.greatest
         full &= key.greatest <= query.least
