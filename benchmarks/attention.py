@@ -1,0 +1,232 @@
+"""Attention's implementations side by side on one GPU: `python -m benchmarks.attention --out FILE`.
+
+Ours (Pallas), cuDNN through JAX, tokamax where it is installed, and XLA; forward, and forward with backward. TFLOP/s
+count two products over the pairs of query and key that are seen (causal as half of all) forward, and 2.5 times that
+backward. Errors are relative to float32 of the same inputs, over the first kv head of the first row; memory
+is what the compiler takes beside arguments and results. The last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import importlib
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.ceilings import matmul_flops_per_second, median_seconds
+from kernels.attention import AttentionCase, attention, reference, supports
+from kernels.target import Target, default_target
+
+IMPLS = ("pallas", "cudnn", "tokamax", "xla")
+# A backward pass has five products of the size of the forward pass's two.
+BACKWARD = 2.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """`document`: length of the packed documents, which become segments; `features`: a window that hides nothing, a
+    soft cap and sinks, so that the work is that of the plain mask."""
+
+    name: str
+    batch: int
+    length: int
+    heads: int = 32
+    kv_heads: int = 8
+    key_dim: int = 128
+    value_dim: int = 128
+    causal: bool = True
+    document: int | None = None
+    features: bool = False
+    dtype: str = "bfloat16"
+
+    def case(self) -> AttentionCase:
+        heads = (self.heads, self.kv_heads, self.key_dim, self.value_dim)
+        segments, window = self.document is not None, self.length if self.features else None
+        sizes = (self.dtype, self.length, self.length, *heads)
+        return AttentionCase(*sizes, self.causal, window, segments, soft_cap=self.features, sinks=self.features)
+
+    def flops(self) -> float:
+        """Of the forward pass."""
+        seen = self.length * (self.length if self.document is None else self.document) * (0.5 if self.causal else 1)
+        return 2 * self.batch * self.heads * seen * (self.key_dim + self.value_dim)
+
+
+WORKS = (
+    Work("causal 512", 16, 512),
+    Work("causal 512, one row", 1, 512),
+    Work("causal 1024", 16, 1024),
+    Work("causal 2048", 8, 2048),
+    Work("causal 4096", 4, 4096),
+    Work("causal 8192", 2, 8192),
+    Work("causal 16384", 1, 16384),
+    Work("full 8192", 2, 8192, causal=False),
+    Work("heads of 64", 2, 8192, 64, 8, 64, 64),
+    Work("heads of 256", 2, 8192, 16, 4, 256, 256),
+    Work("keys of 192, values of 128", 2, 8192, 32, 32, 192, 128),
+    Work("segments, window, soft cap, sinks; all is seen", 2, 8192, document=8192, features=True),
+    Work("documents of 1024", 2, 8192, document=1024),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    d_out: jax.Array
+    arguments: dict[str, Any]
+
+    def first_group(self) -> Operands:
+        """Of one kv head of one row, in float32."""
+        group = self.q.shape[2] // self.k.shape[2]
+        heads = ((self.q, group), (self.k, 1), (self.v, 1), (self.d_out, group))
+        arguments = dict(self.arguments)
+        if arguments["sinks"] is not None:
+            arguments["sinks"] = arguments["sinks"][:group]
+        for name in ("q_segments", "kv_segments"):
+            arguments[name] = None if arguments[name] is None else arguments[name][:1]
+        return Operands(*(x[:1, :, :count].astype(jnp.float32) for x, count in heads), arguments)
+
+
+def operands(work: Work) -> Operands:
+    keys = iter(jax.random.split(jax.random.key(0), 5))
+    shapes = ((work.heads, work.key_dim), (work.kv_heads, work.key_dim), (work.kv_heads, work.value_dim))
+    shapes = (*shapes, (work.heads, work.value_dim))
+    q, k, v, d_out = (jax.random.normal(next(keys), (work.batch, work.length, *shape), work.dtype) for shape in shapes)
+    segments = None
+    if work.document is not None:
+        segments = jnp.broadcast_to(jnp.arange(work.length) // work.document + 1, (work.batch, work.length))
+        segments = segments.astype(jnp.int32)
+    arguments = {
+        "scale": work.key_dim**-0.5,
+        "causal": work.causal,
+        "window": work.length if work.features else None,
+        "q_segments": segments,
+        "kv_segments": segments,
+        "q_positions": None,
+        "kv_positions": None,
+        "soft_cap": 30.0 if work.features else None,
+        "sinks": jax.random.normal(next(keys), (work.heads,)) if work.features else None,
+    }
+    return Operands(q, k, v, d_out, arguments)
+
+
+def lacking(impl: str, work: Work, target: Target) -> str | None:
+    """Why `impl` isn't measured on this work; None where it is."""
+    if impl != "tokamax":
+        return supports(impl, work.case(), target)
+    if importlib.util.find_spec("tokamax") is None:
+        return "not installed"
+    return "has no segments or sinks" if work.document is not None or work.features else None
+
+
+def function(impl: str, given: Operands) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    arguments = given.arguments
+    if impl != "tokamax":
+        return lambda q, k, v: attention(q, k, v, **arguments, impl=impl)
+    tokamax = importlib.import_module("tokamax")
+    options = {"scale": arguments["scale"], "is_causal": arguments["causal"], "implementation": "mosaic"}
+    return lambda q, k, v: tokamax.dot_product_attention(q, k, v, **options)
+
+
+def gradients(attend: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, ...]]:
+    """(out, dq, dk, dv) from (q, k, v, d_out)."""
+
+    def both(q, k, v, d_out):
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, *pull(d_out)
+
+    return both
+
+
+def exact(given: Operands) -> list[np.ndarray]:
+    """(out, dq, dk, dv) of the first group."""
+    group = given.first_group()
+
+    def attend(q, k, v):
+        return reference.attention(q, k, v, **group.arguments)[0]
+
+    return [np.asarray(x, np.float64) for x in jax.jit(gradients(attend))(group.q, group.k, group.v, group.d_out)]
+
+
+def measure(impl: str, work: Work, given: Operands, true: list[np.ndarray], repeats: int) -> dict[str, Any]:
+    inputs = (given.q, given.k, given.v)
+    attend = function(impl, given)
+    forward = jax.jit(attend).lower(*inputs).compile()
+    both = jax.jit(gradients(attend)).lower(*inputs, given.d_out).compile()
+    seconds = median_seconds(lambda: forward(*inputs), repeats=repeats, inner=10)
+    seconds_both = median_seconds(lambda: both(*inputs, given.d_out)[0], repeats=repeats, inner=5)
+    backward = seconds_both - seconds
+    results = [x[:1, :, : y.shape[2]] for x, y in zip(both(*inputs, given.d_out), true, strict=True)]
+    errors = [
+        np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(y) for x, y in zip(results, true, strict=True)
+    ]
+    return {
+        "forward_tflops": work.flops() / seconds / 1e12,
+        "forward_backward_tflops": (1 + BACKWARD) * work.flops() / seconds_both / 1e12,
+        "backward_tflops": BACKWARD * work.flops() / backward / 1e12,
+        "relative_errors": dict(zip(("out", "dq", "dk", "dv"), map(float, errors), strict=True)),
+        "forward_mib": forward.memory_analysis().temp_size_in_bytes / 2**20,
+        "forward_backward_mib": both.memory_analysis().temp_size_in_bytes / 2**20,
+    }
+
+
+def measure_all(works: list[Work], impls: list[str], repeats: int) -> list[dict[str, Any]]:
+    rows, target = [], default_target()
+    print(f"{'work':<48}{'impl':<9}{'fwd':>7}{'bwd':>7}{'both':>7} TFLOP/s{'err out':>10}{'MiB':>9}", flush=True)
+    for work in works:
+        given = operands(work)
+        true = exact(given)
+        for impl in impls:
+            row: dict[str, Any] = {"work": work.name, "impl": impl}
+            reason = lacking(impl, work, target)
+            row |= {"lacking": reason} if reason else measure(impl, work, given, true, repeats)
+            rows.append(row)
+            print(_line(row), flush=True)
+    return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    head = f"{row['work']:<48}{row['impl']:<9}"
+    if "lacking" in row:
+        return f"{head}{row['lacking']}"
+    speeds = "".join(f"{row[f'{name}_tflops']:7.0f}" for name in ("forward", "backward", "forward_backward"))
+    return f"{head}{speeds}{'':8}{row['relative_errors']['out']:10.1e}{row['forward_backward_mib']:9.0f}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__.splitlines()[0])
+    names = [work.name for work in WORKS]
+    parser.add_argument("--works", nargs="+", choices=names, default=names, metavar="WORK", help=f"of {names}")
+    parser.add_argument("--impls", nargs="+", choices=IMPLS, default=list(IMPLS))
+    parser.add_argument("--repeats", type=int, default=5, help="rows of calls, of which the median counts")
+    parser.add_argument("--out", type=Path, help="write the JSON here too")
+    options = parser.parse_args(arguments)
+    target = default_target()
+    if target.platform != "gpu":
+        parser.exit(2, f"python -m benchmarks.attention measures NVIDIA GPUs, and the default device is a {target}\n")
+    rows = measure_all([work for work in WORKS if work.name in options.works], options.impls, options.repeats)
+    record = {
+        "benchmark": "attention",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "matmul_tflops": matmul_flops_per_second() / 1e12,
+        "rows": rows,
+    }
+    if options.out is not None:
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
