@@ -28,6 +28,8 @@ import jax.numpy as jnp
 from jax import lax
 
 _LOG2_E = math.log2(math.e)
+# The log-sum-exp that a query which sees nothing is given: every exp(score - this) is 0, and it is finite.
+_NOTHING = 1e30
 _MATRIX = plgpu.Layout.WGMMA
 # Of a matrix [keys, queries]: a value for each key, and one for each query.
 _KEYS, _QUERIES = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -192,8 +194,10 @@ def attention_gradients(
     if sinks is not None:
         # lse is finite wherever there is a sink.
         d_sinks = -jnp.sum(jnp.exp(sinks.astype(jnp.float32) - lse_BTN) * delta_BTN, axis=(0, 1)).astype(sinks.dtype)
-    # A query that sees nothing has no weights: exp2(score - inf) is 0.
-    shift_BTN = -_unit(statics) * jnp.where(lse_BTN == -jnp.inf, jnp.inf, lse_BTN)
+    shift_BTN = -_unit(statics) * jnp.where(lse_BTN == -jnp.inf, _NOTHING, lse_BTN)
+    if soft_cap is not None:
+        # The largest score, from which the kernel subtracts.
+        shift_BTN = shift_BTN + soft_cap * _LOG2_E
     arrays = (q_BTNH, k_BSKH, v_BSKH, d_out_BTNH, shift_BTN, -delta_BTN)
     masks = _Masks(q_segments, kv_segments, q_positions, kv_positions)
     return *_gradients(statics, arrays, masks, interpret), d_sinks
@@ -218,7 +222,7 @@ def _gradients(statics: _Statics, arrays, masks: _Masks, interpret):
     q, d_out = (_padded(array, statics.query_padding) for array in (q, d_out))
     k, v = (_padded(array, statics.key_padding) for array in (k, v))
     # Queries that are padding are like those that see nothing.
-    shift = _padded(shift, statics.query_padding, math.copysign(math.inf, -_unit(statics))).transpose(0, 2, 1)
+    shift = _padded(shift, statics.query_padding, -_unit(statics) * _NOTHING).transpose(0, 2, 1)
     delta = _padded(delta, statics.query_padding).transpose(0, 2, 1)
     dq, dk, dv = _call(statics, _Inputs(q, k, v, d_out, shift, delta, runs, walk, turns, masks), interpret)
     # Nobody has written the queries that see no key.
@@ -555,15 +559,16 @@ def _step(statics: _Statics, work: _Work, warpgroup, shared: _Shared, step, sums
     shape = (64, statics.tiles.block_queries)
     delta = _along(plgpu.load(shared.delta.at[buffer], layout=_QUERIES), shape, 1)
     d_weights_operands, weigh = (shared.v.at[origin, mine], d_out_smem.T), functools.partial(_weights, statics, shared, buffer)
-    if masked and _can_mask(statics):
-        # One after the other, since the mask takes registers.
-        weights, *sloped = weigh(scores, functools.partial(_masked, statics, work, warpgroup, shared, buffer))
+    masked = masked and _can_mask(statics)
+    if masked or statics.soft_cap is not None:
+        # One after the other, since a mask and the soft cap take registers.
+        mask = functools.partial(_masked, statics, work, warpgroup, shared, buffer) if masked else None
+        weights = weigh(scores, mask)
         d_weights = _product(delta, *d_weights_operands)
     else:
-        beside = functools.partial(weigh, mask=None)
-        d_weights, weights, *sloped = _product_beside(delta, *d_weights_operands, scores, beside)
+        d_weights, weights = _product_beside(delta, *d_weights_operands, scores, functools.partial(weigh, mask=None))
     # Before the product with the weights begins, though it could go on meanwhile: the registers would not suffice.
-    d_scores = (d_weights * (sloped[0] if sloped else weights)).astype(shared.ds.dtype)
+    d_scores = (d_weights * _sloped(statics, shared, buffer, weights)).astype(shared.ds.dtype)
     weights = weights.astype(shared.ds.dtype)
 
     def publish():
@@ -602,20 +607,31 @@ def _start(statics: _Statics, shared: _Shared, buffer):
     shape = (64, statics.tiles.block_queries)
     if statics.soft_cap is not None:
         return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _MATRIX)
-    return _along(plgpu.load(shared.shift.at[buffer], layout=_QUERIES), shape, 1)
+    return _shift(statics, shared, buffer)
 
 
-def _weights(statics: _Statics, shared: _Shared, buffer, scores, mask) -> tuple[jax.Array, ...]:
-    """Softmax weights [keys, queries]; with a soft cap also those times its derivative."""
+def _weights(statics: _Statics, shared: _Shared, buffer, scores, mask) -> jax.Array:
+    """Softmax weights [keys, queries]."""
+    mask = (lambda exponent: exponent) if mask is None else mask
     if statics.soft_cap is None:
-        exponent, slope = scores * (statics.scale * _LOG2_E), None
-    else:
-        # tanh(x) = 1 - 2 / (1 + exp(2x)), by the exponential that the hardware has.
-        capped = 1 - 2 / (1 + jnp.exp2(scores * (2 * statics.scale / statics.soft_cap * _LOG2_E)))
-        lse = _along(plgpu.load(shared.shift.at[buffer], layout=_QUERIES), scores.shape, 1)
-        exponent, slope = capped * (statics.soft_cap * _LOG2_E) + lse, 1 - capped * capped
-    weights = jnp.exp2(exponent if mask is None else mask(exponent))
-    return (weights,) if slope is None else (weights, weights * slope)
+        return jnp.exp2(mask(scores * (statics.scale * _LOG2_E)))
+    # tanh(x) = 1 - 2 r, with r = 1 / (1 + exp(2x)) by the exponential that the hardware has.
+    r = 1 / (1 + jnp.exp2(scores * (2 * statics.scale / statics.soft_cap * _LOG2_E)))
+    return jnp.exp2(mask(r * (-2 * statics.soft_cap * _LOG2_E) + _shift(statics, shared, buffer)))
+
+
+def _sloped(statics: _Statics, shared: _Shared, buffer, weights) -> jax.Array:
+    """Weights times the derivative of the soft cap, 1 - tanh² = 4 (r - r²). From the weights, for want of registers
+    to keep r in; where a weight is 0, any finite derivative does."""
+    if statics.soft_cap is None:
+        return weights
+    r = (_shift(statics, shared, buffer) - jnp.log(weights) * _LOG2_E) * (1 / (2 * statics.soft_cap * _LOG2_E))
+    r = jnp.minimum(r, 1)
+    return weights * (r * (4 - 4 * r))
+
+
+def _shift(statics: _Statics, shared: _Shared, buffer) -> jax.Array:
+    return _along(plgpu.load(shared.shift.at[buffer], layout=_QUERIES), (64, statics.tiles.block_queries), 1)
 
 
 def _can_mask(statics: _Statics) -> bool:
@@ -673,16 +689,15 @@ def _two_products(first, with_first, start, second) -> jax.Array:
     return pl.run_state(products)((plgpu.ACC.init(zeros), plgpu.ACC.init(start)))[1]
 
 
-def _product_beside(start, a, b, x, meanwhile) -> tuple[jax.Array, ...]:
-    """(start + a · b, *meanwhile(x))."""
+def _product_beside(start, a, b, x, meanwhile) -> tuple[jax.Array, jax.Array]:
+    """(start + a · b, meanwhile(x), of the shape of x)."""
 
     def product(refs):
-        acc, *values = refs
+        acc, value = refs
         plgpu.wgmma(acc, a, b)
-        for ref, value in zip(values, meanwhile(values[0][...]), strict=True):
-            ref[...] = value
+        value[...] = meanwhile(value[...])
 
-    return pl.run_state(product)((plgpu.ACC.init(start), *[x] * len(jax.eval_shape(meanwhile, x))))
+    return pl.run_state(product)((plgpu.ACC.init(start), x))
 
 
 def _accumulate(dk, dv, d_scores, q_smem, weights, d_out_smem, meanwhile) -> tuple[jax.Array, jax.Array]:

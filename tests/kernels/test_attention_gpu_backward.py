@@ -113,7 +113,7 @@ def kernel():
         return start + dot(*second)
 
     def product_beside(start, a, b, x, meanwhile):
-        return start + dot(a, b), *meanwhile(x)
+        return start + dot(a, b), meanwhile(x)
 
     def accumulate(dk, dv, d_scores, q_smem, weights, d_out_smem, meanwhile):
         meanwhile()
