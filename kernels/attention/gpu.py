@@ -328,44 +328,68 @@ def _scratch(statics: _Statics, dtype) -> _Shared:
 
 
 def _body(statics: _Statics, inputs: _Inputs, out_ref, lse_ref, shared: _Shared):
-    warpgroup = lax.axis_index("warpgroup")
-    tiles, num_items, num_programs = statics.tiles, math.prod(statics.items), statics.num_programs
-    rounds = -(-num_items // num_programs)
-    rounds = rounds - (_item(statics, rounds - 1) >= num_items).astype(jnp.int32)
+    warpgroup, tiles = lax.axis_index("warpgroup"), statics.tiles
     for_products, for_copies = tiles.registers
+    num_items = math.prod(statics.items)
+    rounds = -(-num_items // statics.num_programs)
+    rounds = rounds - (_item(statics, rounds - 1) >= num_items).astype(jnp.int32)
 
     @pl.when(warpgroup == tiles.num_warpgroups)
     def _():
         plgpu.set_max_registers(for_copies, action="decrease")
-        plgpu.copy_gmem_to_smem(inputs.columns, shared.columns, shared.columns_arrived.at[0])
-
-        def copy(number, start):
-            work = _work_of(statics, inputs, number, start)
-            _copy_queries(statics, work, number, inputs, shared)
-            _copy_blocks(statics, work, inputs, shared)
-            return start + work.count
-
-        _await_all(statics, rounds, lax.fori_loop(0, rounds, copy, jnp.int32(0)), shared)
+        _copy_all(statics, rounds, inputs, shared)
 
     @pl.when(warpgroup < tiles.num_warpgroups)
     def _():
         plgpu.set_max_registers(for_products, action="increase")
+        _attend_all(statics, rounds, warpgroup, inputs, out_ref, lse_ref, shared)
 
-        def attend(number, start):
-            work = _work_of(statics, inputs, number, start, warpgroup)
-            place = _slot(number, tiles.num_queries)
-            plgpu.barrier_wait(shared.q_arrived.at[place])
-            softmax = _attend(statics, work, warpgroup, shared.q.at[place, warpgroup], inputs, shared)
-            _store(work, softmax, shared.out.at[place, warpgroup, pl.ds(0, WARPGROUP_ROWS)], out_ref, lse_ref)
-            plgpu.barrier_arrive(shared.q_free.at[place])
-            return start + work.count
 
-        plgpu.barrier_wait(shared.columns_arrived.at[0])
-        # The first turn is the first warpgroup's.
-        last = tiles.num_warpgroups - 1
-        pl.when(warpgroup == last)(lambda: plgpu.barrier_arrive(shared.turn.at[0]))
-        lax.fori_loop(0, rounds, attend, jnp.int32(0))
-        pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(shared.turn.at[0]))
+def _copy_all(statics: _Statics, rounds, inputs: _Inputs, shared: _Shared) -> None:
+    """The copies of all items of the program."""
+    plgpu.copy_gmem_to_smem(inputs.columns, shared.columns, shared.columns_arrived.at[0])
+
+    def copy(number, start):
+        work = _work_of(statics, inputs, number, start)
+        _copy_queries(statics, work, number, inputs, shared)
+        _copy_blocks(statics, work, inputs, shared)
+        return start + work.count
+
+    _await_all(statics, rounds, lax.fori_loop(0, rounds, copy, jnp.int32(0)), shared)
+
+
+def _attend_all(statics: _Statics, rounds, warpgroup, inputs: _Inputs, out_ref, lse_ref, shared: _Shared) -> None:
+    """One warpgroup's rows of all items of the program."""
+    places = statics.tiles.num_queries
+
+    def release(number):
+        """Leaves the place of an item's queries to others, when its outputs have been copied from there."""
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(shared.q_free.at[_slot(number, places)])
+
+    def attend(number, start):
+        work, place = _work_of(statics, inputs, number, start, warpgroup), _slot(number, places)
+        plgpu.barrier_wait(shared.q_arrived.at[place])
+
+        def under_way():
+            # Only now, so that nothing waits for the copies of the item before.
+            if places > 1:
+                pl.when(number > 0)(functools.partial(release, number - 1))
+
+        softmax = _attend(statics, work, warpgroup, shared.q.at[place, warpgroup], inputs, shared, under_way)
+        _store(work, softmax, shared.out.at[place, warpgroup, pl.ds(0, WARPGROUP_ROWS)], out_ref, lse_ref)
+        if places == 1:
+            release(number)
+        return start + work.count
+
+    plgpu.barrier_wait(shared.columns_arrived.at[0])
+    # The first turn is the first warpgroup's.
+    last = statics.tiles.num_warpgroups - 1
+    pl.when(warpgroup == last)(lambda: plgpu.barrier_arrive(shared.turn.at[0]))
+    lax.fori_loop(0, rounds, attend, jnp.int32(0))
+    if places > 1:
+        release(rounds - 1)
+    pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(shared.turn.at[0]))
 
 
 def _item(statics: _Statics, number):
@@ -449,13 +473,14 @@ def _await_all(statics: _Statics, rounds, count, shared: _Shared) -> None:
         pl.when(place < rounds)(functools.partial(plgpu.barrier_wait, shared.q_free.at[place]))
 
 
-def _attend(statics: _Statics, work: _Work, warpgroup, q_smem, inputs: _Inputs, shared: _Shared) -> _Softmax:
-    """The softmax of a warpgroup's 64 rows over the work's blocks of keys."""
+def _attend(statics: _Statics, work: _Work, warpgroup, q_smem, inputs: _Inputs, shared: _Shared, under_way) -> _Softmax:
+    """The softmax of a warpgroup's 64 rows over the work's blocks of keys; `under_way` is called after the first."""
     rows = _load_rows(work, inputs)
     soften = functools.partial(_soften, statics, work, rows, shared)
     softmax = _nothing_yet(statics, work, inputs, shared.v.dtype)
     first = functools.partial(_first, statics, work, q_smem, shared, soften)
     softmax = lax.fori_loop(0, jnp.minimum(work.count, 1), first, softmax)
+    under_way()
     step = functools.partial(_step, statics, work, warpgroup, q_smem, shared, soften)
     softmax = lax.fori_loop(1, work.count, step, softmax)
     last = functools.partial(_last, statics, work, shared)
@@ -614,7 +639,7 @@ def _masked(statics: _Statics, work: _Work, rows, shared: _Shared, i, scores) ->
 
 
 def _store(work: _Work, softmax: _Softmax, out_smem, out_ref, lse_ref) -> None:
-    """Normalised outputs, by way of the queries' place; and the log-sum-exp. Returns when that place is free."""
+    """Starts the copy of the normalised outputs from the queries' place, and writes the log-sum-exp."""
     highest, total, out, _ = softmax
     seen = total > 0
     out = out * _along_rows(jnp.where(seen, 1 / total, 0.0), out.shape)
@@ -625,7 +650,6 @@ def _store(work: _Work, softmax: _Softmax, out_smem, out_ref, lse_ref) -> None:
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(out_smem, out_ref.at[work.row, rows, work.head])
     lse_ref[work.row, work.head, rows] = jnp.where(seen, highest / _LOG2_E + jnp.log(total), -jnp.inf)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _floor(x, divisor: int):
