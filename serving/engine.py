@@ -192,6 +192,9 @@ class Engine:
                     self._land(self._flights[0])
                 else:
                     self._sleep()
+            # What is under way ends in order, and gives its pages back.
+            while self._flights:
+                self._land(self._flights[0])
             reason = "cancelled"
         # Nobody may wait for an engine that is gone: /health says that it is.
         except Exception:
@@ -251,7 +254,8 @@ class Engine:
         """Starts rounds that follow a flight's last, so that some are always with the device before the host has seen
         what the first of them gave."""
         most = _REVIEW if self._controller is not None else math.inf
-        if flight.plan.tiles:
+        # Once the cache is lost, no round finds what it should read.
+        if flight.plan.tiles or self._cache_lost:
             return
         try:
             while len(flight.begun) < self._rounds_ahead and flight.rounds < most:
