@@ -33,6 +33,8 @@ _NOTHING = 1e30
 _MATRIX = plgpu.Layout.WGMMA
 # Of a matrix [keys, queries]: a value for each key, and one for each query.
 _KEYS, _QUERIES = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+# (of keys, of values). Wider ones have more sums than the registers hold: 64 keys of 256 take them all.
+WIDTHS = ((64, 64), (128, 128))
 _COPIER, _ADDER = 2, 3
 # Registers of a thread: four warpgroups start with 128 each, and share them out anew.
 _REGISTERS, _FEW_REGISTERS = 232, 24
@@ -184,7 +186,14 @@ def attention_gradients(
     """
     B, T, N, H = q_BTNH.shape
     S, K, V = v_BSKH.shape[1:]
-    tiles = choose_backward_tiles(H, V) if tiles is None else tiles
+    if (H, V) not in WIDTHS:
+        raise ValueError(
+            f"the gradient of attention with impl 'pallas' on a GPU takes widths {_listed(WIDTHS)} of keys and values, "
+            f"and these are {H} and {V}; set the attention impl to 'auto', 'cudnn' or 'xla'"
+        )
+    if scale == 0:
+        raise ValueError("scale=0 gives every key the same score; it must be another number for impl 'pallas'")
+    tiles = choose_backward_tiles(H) if tiles is None else tiles
     features = (q_segments is not None, q_positions is not None)
     statics = _Statics(B, T, S, K, N // K, H, V, scale, causal, window, soft_cap, *features, tiles)
     delta_BTN = jnp.sum(d_out_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1)
@@ -208,9 +217,13 @@ def _unit(statics: _Statics) -> float:
     return 1 / statics.scale if statics.soft_cap is None else _LOG2_E
 
 
-def choose_backward_tiles(key_dim: int, value_dim: int) -> BackwardTiles:
+def choose_backward_tiles(head_dim: int) -> BackwardTiles:
     """By the compiler's report of registers: `python -m kernels.aot`."""
-    return BackwardTiles(64, 128, 2) if max(key_dim, value_dim) > 64 else BackwardTiles(128, 128, 2)
+    return BackwardTiles(128 if head_dim == 64 else 64, 128, 2)
+
+
+def _listed(widths) -> str:
+    return ", ".join(f"({key}, {value})" for key, value in widths)
 
 
 # A jit of its own, so that a model's layers are built once.
@@ -260,13 +273,13 @@ def _walks(statics: _Statics, masks: _Masks):
 
     A pair of blocks is left out where the bounds of its positions and segments show that nothing is seen.
     """
-    I, J = statics.query_blocks, statics.key_blocks
-    (q_low, q_high), (k_low, k_high) = _bounds(masks.q_positions, I), _bounds(masks.kv_positions, J)
+    num_q, num_k = statics.query_blocks, statics.key_blocks
+    (q_low, q_high), (k_low, k_high) = _bounds(masks.q_positions, num_q), _bounds(masks.kv_positions, num_k)
     q_low, q_high, k_low, k_high = q_low[:, None], q_high[:, None], k_low[..., None], k_high[..., None]
-    shape = (q_low.shape[0], J, I)
+    shape = (q_low.shape[0], num_k, num_q)
     some, whole = jnp.ones(shape, bool), jnp.ones(shape, bool)
     if statics.key_padding:
-        whole = whole & (jnp.arange(J) < J - 1)[:, None]
+        whole = whole & (jnp.arange(num_k) < num_k - 1)[:, None]
     if statics.causal:
         some, whole = some & (k_low <= q_high), whole & (k_high <= q_low)
     if statics.window is not None:
@@ -274,11 +287,11 @@ def _walks(statics: _Statics, masks: _Masks):
         if not statics.causal:
             some, whole = some & (k_low - q_high < statics.window), whole & (k_high - q_low < statics.window)
     if statics.segments:
-        meet, same = _segments_meet(masks, I, J)
+        meet, same = _segments_meet(masks, num_q, num_k)
         some, whole = some & meet, whole & same
     # The visited ones first, in order.
-    order = jnp.sort(jnp.where(some, jnp.arange(I), I), axis=-1)
-    order = jnp.minimum(order, I - 1)
+    order = jnp.sort(jnp.where(some, jnp.arange(num_q), num_q), axis=-1)
+    order = jnp.minimum(order, num_q - 1)
     after = jnp.cumsum(some[:, ::-1], axis=1)[:, ::-1] - some
     turns = jnp.take_along_axis(after, order, axis=-1)
     runs = _runs(jnp.sum(some, axis=-1), jnp.take_along_axis(whole, order, axis=-1))
@@ -355,7 +368,9 @@ def _scratch(statics: _Statics, dtype) -> _Shared:
         delta=plgpu.SMEM((buffers, queries), jnp.float32),
         ds=plgpu.SMEM((2, keys, queries), dtype, transforms=tiled),
         dq=plgpu.SMEM((1, 2, 64, 64), jnp.float32, transforms=wide),
-        masks=_Masks(*(None if not used else plgpu.SMEM(shape, jnp.int32) for used, shape in zip(used, shapes, strict=True))),
+        masks=_Masks(
+            *(None if not used else plgpu.SMEM(shape, jnp.int32) for used, shape in zip(used, shapes, strict=True))
+        ),
         keys_arrived=plgpu.Barrier(num_arrivals=2 + sum(used) // 2, num_barriers=1),
         arrived=plgpu.Barrier(num_arrivals=4 + sum(used) // 2, num_barriers=buffers),
         free=plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
@@ -515,7 +530,7 @@ def _multiply_all(statics: _Statics, work: _Work, warpgroup, shared: _Shared):
     dk = plgpu.layout_cast(jnp.zeros((64, statics.key_dim), jnp.float32), _MATRIX)
     dv = plgpu.layout_cast(jnp.zeros((64, statics.value_dim), jnp.float32), _MATRIX)
     pl.when(work.steps > 0)(functools.partial(plgpu.barrier_wait, shared.keys_arrived.at[0]))
-    step = functools.partial(_step, statics, work, warpgroup, shared)
+    step = functools.partial(_step, statics, work, shared)
     second = jnp.minimum(work.steps, 1)
     sums = lax.fori_loop(0, second, functools.partial(step, first=True), (dk, dv))
     if _can_mask(statics):
@@ -539,9 +554,11 @@ def _multiply_all(statics: _Statics, work: _Work, warpgroup, shared: _Shared):
     return sums
 
 
-def _step(statics: _Statics, work: _Work, warpgroup, shared: _Shared, step, sums, first=False, masked=True):
+def _step(statics: _Statics, work: _Work, shared: _Shared, step, sums, first=False, masked=True):
     """(dk, dv) with one step more. dq of the step before is multiplied here, beside this step's scores: by then the
     other warpgroup has its half of dS ready."""
+    # Asked for anew at each step: kept from the start, it would be the one value too many for the registers.
+    warpgroup = lax.axis_index("warpgroup")
     buffer, mine = _remainder(step, statics.tiles.num_buffers), pl.ds(warpgroup * 64, 64)
     q_smem, d_out_smem = shared.q.at[buffer], shared.d_out.at[buffer]
     origin = _origin(step)
@@ -555,10 +572,15 @@ def _step(statics: _Statics, work: _Work, warpgroup, shared: _Shared, step, sums
     else:
         plgpu.barrier_wait(shared.ds_ready.at[0])
         dq_operands = _dq_operands(statics, warpgroup, shared, before)
-        scores = _two_products(dq_operands, functools.partial(_store_dq, shared, warpgroup, before), start, scores_operands)
+        scores = _two_products(
+            dq_operands, functools.partial(_store_dq, shared, warpgroup, before), start, scores_operands
+        )
     shape = (64, statics.tiles.block_queries)
     delta = _along(plgpu.load(shared.delta.at[buffer], layout=_QUERIES), shape, 1)
-    d_weights_operands, weigh = (shared.v.at[origin, mine], d_out_smem.T), functools.partial(_weights, statics, shared, buffer)
+    d_weights_operands, weigh = (
+        (shared.v.at[origin, mine], d_out_smem.T),
+        functools.partial(_weights, statics, shared, buffer),
+    )
     masked = masked and _can_mask(statics)
     if masked or statics.soft_cap is not None:
         # One after the other, since a mask and the soft cap take registers.

@@ -53,7 +53,10 @@ def operands(case: Case):
         masks |= {"q_segments": jnp.asarray(segments[:, :T]), "kv_segments": jnp.asarray(segments[:, :S])}
     if case.positions is not None:
         starts = np.asarray(case.positions, np.int32)[:, None]
-        masks |= {"q_positions": jnp.asarray(starts + np.arange(T)), "kv_positions": jnp.asarray(0 * starts + np.arange(S))}
+        masks |= {
+            "q_positions": jnp.asarray(starts + np.arange(T)),
+            "kv_positions": jnp.asarray(0 * starts + np.arange(S)),
+        }
         masks = {key: value if value is None else value.astype(jnp.int32) for key, value in masks.items()}
     if case.sinks:
         masks["sinks"] = jnp.asarray(rng.normal(size=case.N) + 1, jnp.float32)
@@ -175,10 +178,82 @@ def check(kernel, case: Case, tiles=None):
 
 # One case for each way through the kernel; an interpreted one takes seconds.
 CASES = {
-    "causal, a group of heads": Case(T=192, N=2, dtype="float16"),
+    "causal, a group of heads, ragged": Case(T=190, N=2, dtype="float16"),
+    "widths of 128, window, soft cap, sinks, lse": Case(
+        T=150, N=1, H=128, window=70, soft_cap=3.0, sinks=True, d_lse=True, scale=-0.1
+    ),
+    "segments, padding, positions, more keys": Case(
+        T=70, S=140, H=128, N=1, documents=((30, 60, 20),), positions=(60,), window=50, causal=False
+    ),
+    "queries that see nothing, kv heads, rows": Case(
+        T=64, S=128, B=2, N=2, K=2, H=128, positions=(-40, 30), d_lse=True, sinks=False
+    ),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_equal_the_definition(kernel, name):
     check(kernel, CASES[name])
+
+
+@st.composite
+def masked_cases(draw):
+    T, S = draw(st.integers(1, 300)), draw(st.integers(1, 400))
+    documents = st.lists(st.integers(1, 200), min_size=1, max_size=4).map(tuple)
+    return Case(
+        T=T,
+        S=S,
+        B=2,
+        H=draw(st.sampled_from([64, 128])),
+        causal=draw(st.booleans()),
+        window=draw(st.none() | st.integers(1, 300)),
+        documents=draw(st.none() | st.tuples(documents, documents)),
+        positions=draw(st.none() | st.tuples(st.integers(-200, 200), st.integers(-200, 200))),
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(masked_cases())
+def test_walks_visit_what_is_seen(case):
+    """No pair of blocks with anything to see is left out, none in a run without a mask has anything hidden, and the
+    turns of a block of queries count from 0, the last keys first."""
+    if jax.__version_info__ < (0, 11):
+        pytest.skip(f"JAX {jax.__version__} lacks what the module imports; 0.11 has it")
+    from kernels.attention import gpu_backward as backward
+
+    _, _, masks = operands(case)
+    masks.pop("sinks")
+    tiles = backward.choose_backward_tiles(case.H)
+    features = (case.documents is not None, case.positions is not None)
+    fixed = (case.B, case.T, case.keys, case.K, case.N // case.K, case.H, case.H)
+    statics = backward._Statics(*fixed, case.scale, case.causal, case.window, None, *features, tiles)
+    padded = backward._padded_masks(statics, backward._Masks(**masks))
+    visited, runs, walk, turns = (np.asarray(x) for x in backward._walks(statics, padded))
+    seen = np.asarray(reference.visible(case.B, case.T, case.keys, case.causal, case.window, *masks.values()))
+    queries, keys = tiles.block_queries, tiles.block_keys
+    for row in range(case.B):
+        of_row = 0 if len(walk) == 1 else row
+        next_turn = np.zeros(statics.query_blocks, int)
+        for j in reversed(range(statics.key_blocks)):
+            begin, end, count = runs[of_row, j]
+            visits = walk[of_row, j, :count]
+            assert (np.diff(visits) > 0).all() and 0 <= begin <= end <= count
+            for i in range(statics.query_blocks):
+                block = seen[row, i * queries : (i + 1) * queries, j * keys : (j + 1) * keys]
+                assert not block.any() or i in visits
+                if i in visits[begin:end]:
+                    assert block.all() and block.shape[1] == keys
+            assert (turns[of_row, j, :count] == next_turn[visits]).all()
+            next_turn[visits] += 1
+        assert (visited[of_row] == (next_turn > 0)).all()
+
+
+def test_widths_without_a_kernel_are_refused():
+    if jax.__version_info__ < (0, 11):
+        pytest.skip(f"JAX {jax.__version__} lacks what the module imports; 0.11 has it")
+    from kernels.attention import gpu_backward as backward
+
+    case = Case(T=64, H=256)
+    (q, k, v, d_out), d_lse, masks = operands(case)
+    with pytest.raises(ValueError, match="widths .64, 64., .128, 128. .* these are 256 and 256"):
+        backward.attention_gradients(q, k, v, d_out, d_out[..., 0], d_out, d_lse, **statics(case), **masks)
