@@ -20,7 +20,6 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels.attention import tpu_backward, tpu_steps
 from kernels.attention.tpu_scores import (
     LEAST,
-    LOG2_E,
     Specs,
     Statics,
     laid_out_marks,
@@ -103,7 +102,7 @@ def attention(
         (tiles.d_keys, d_keys_bytes),
     ):
         check(shape, tile, need)
-    statics = Statics(masks, N // K, H, V, scale, soft_cap, tiles, interpret)
+    statics = Statics(masks, N // K, H, V, scale, soft_cap, tiles, interpret, q_BTNH.dtype == jnp.float32)
     marks = Marks(q_segments, kv_segments, q_positions, kv_positions)
     return _attention(statics, q_BTNH, k_BSKH, v_BSKH, sinks, marks)
 
@@ -192,7 +191,7 @@ def _body(statics: Statics, number: int, outer, codes, refs: _Refs):
 
     @pl.when(is_first(code))
     def _():
-        _begin(program, tiles.heads, refs)
+        _begin(statics, program, refs)
 
     @pl.when(tpu_steps.kind(code) == tpu_steps.FULL)
     def _():
@@ -204,39 +203,39 @@ def _body(statics: Statics, number: int, outer, codes, refs: _Refs):
 
     @pl.when(is_last(code))
     def _():
-        _end(tiles.heads, refs)
+        _end(statics, refs)
 
 
-def _begin(program, heads: int, refs: _Refs):
+def _begin(statics: Statics, program, refs: _Refs):
     """A sink is a key with a weight and a value of zero."""
     refs.sums[...] = jnp.zeros_like(refs.sums)
-    shape = refs.highest.shape[1:]
+    shape, heads = refs.highest.shape[1:], statics.tiles.forward.heads
     for head in range(heads):
         if refs.sinks is None:
             highest, total = jnp.full(shape, LEAST, jnp.float32), jnp.zeros(shape, jnp.float32)
         else:
-            sink = jnp.full(shape, refs.sinks[program * heads + head] * LOG2_E, jnp.float32)
+            sink = jnp.full(shape, refs.sinks[program * heads + head] * statics.unit, jnp.float32)
             highest = jnp.maximum(sink, LEAST)
-            total = jnp.exp2(sink - highest)
+            total = statics.power(sink - highest)
         refs.highest[head], refs.total[head] = highest, total
 
 
 def _add(statics: Statics, refs: _Refs, seen):
     k, v = refs.k[...], refs.v[...]
     for head in range(statics.tiles.forward.heads):
-        scores = scores_of(statics, refs.q[head], k, seen).base2
+        scores = scores_of(statics, refs.q[head], k, seen).exponent
         before = refs.highest[head]
         highest = jnp.maximum(before, jnp.max(scores, axis=0, keepdims=True))
-        weights, shrink = jnp.exp2(scores - highest), jnp.exp2(before - highest)
+        weights, shrink = statics.power(scores - highest), statics.power(before - highest)
         refs.highest[head] = highest
         refs.total[head] = refs.total[head] * shrink + jnp.sum(weights, axis=0, keepdims=True)
         refs.sums[head] = refs.sums[head] * shrink + product(v, weights.astype(v.dtype), over=(1, 0))
 
 
-def _end(heads: int, refs: _Refs):
-    for head in range(heads):
+def _end(statics: Statics, refs: _Refs):
+    for head in range(statics.tiles.forward.heads):
         total = refs.total[head]
         nothing = total == 0
         divisor = jnp.where(nothing, 1, total)
         refs.out[head] = (refs.sums[head] / divisor).astype(refs.out.dtype)
-        refs.lse[head] = jnp.where(nothing, -jnp.inf, refs.highest[head] / LOG2_E + jnp.log(divisor))
+        refs.lse[head] = jnp.where(nothing, -jnp.inf, refs.highest[head] / statics.unit + jnp.log(divisor))

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 
 from kernels.attention import tpu_steps
 from kernels.attention.tpu_scores import (
-    LOG2_E,
     Specs,
     Statics,
     laid_out_marks,
@@ -32,13 +31,13 @@ from kernels.attention.tpu_scores import (
 from kernels.attention.tpu_steps import Marks, Steps, code_of, is_first, is_last, steps_of
 from kernels.attention.tpu_tiles import VMEM_BYTES, Tiles
 
-# Of a query that sees nothing, or that fills up a tile: its weights are 2 ** (score - this) = 0.
+# Of a query that sees nothing, or that fills up a tile: its weights are powers of (score - this), 0.
 _NOTHING_SEEN = 1e30
 
 
 class _Refs(NamedTuple):
-    """Blocks in vector memory. `lse` in base 2 and `delta`, rows of the queries; `k_across` only for dq, `dk` and `dv`
-    (in float32 scratch `dk_sum` and `dv_sum`) only for keys."""
+    """Blocks in vector memory, or None. `lse` (times `Statics.unit`) and `delta` are rows of the queries; `k_across`,
+    `dq` and `dq_sum` of the kernel for queries, `dk`, `dv` and their sums of the other. Sums are in float32."""
 
     q: Any
     d_out: Any
@@ -69,8 +68,8 @@ def backward(statics: Statics, q_BTNH, k_BSKH, v_BSKH, sinks, marks: Marks, out_
     wide = jnp.float32
     # A score's gradient is weight · (d_out·v - d_out·out + d_lse).
     delta_BTN = jnp.sum(d_out.astype(wide) * out_BTNH.astype(wide), axis=-1) - d_lse
-    base2_BTN = jnp.where(lse_BTN == -jnp.inf, _NOTHING_SEEN, lse_BTN * LOG2_E)
-    arrays = (q_BTNH, k_BSKH, v_BSKH, d_out, base2_BTN, delta_BTN, marks)
+    scaled_BTN = jnp.where(lse_BTN == -jnp.inf, _NOTHING_SEEN, lse_BTN * statics.unit)
+    arrays = (q_BTNH, k_BSKH, v_BSKH, d_out, scaled_BTN, delta_BTN, marks)
     dq = _d_queries(statics, *arrays)
     dk, dv = _d_keys(statics, *arrays)
     d_sinks = None
@@ -81,24 +80,24 @@ def backward(statics: Statics, q_BTNH, k_BSKH, v_BSKH, sinks, marks: Marks, out_
     return dq, dk, dv, d_sinks
 
 
-def _query_inputs(tiles: Tiles, q_BTNH, d_out, base2_BTN, delta_BTN) -> dict[str, jax.Array]:
+def _query_inputs(tiles: Tiles, q_BTNH, d_out, scaled_BTN, delta_BTN) -> dict[str, jax.Array]:
     """Filled up to whole tiles with queries whose weights are 0."""
     fill = -q_BTNH.shape[1] % tiles.queries
-    base2_BTN = jnp.pad(base2_BTN, ((0, 0), (0, fill), (0, 0)), constant_values=_NOTHING_SEEN)
+    scaled_BTN = jnp.pad(scaled_BTN, ((0, 0), (0, fill), (0, 0)), constant_values=_NOTHING_SEEN)
     return {
         "q": laid_out_queries(q_BTNH, tiles),
         "d_out": laid_out_queries(d_out, tiles),
-        "lse": laid_out_rows(base2_BTN, tiles),
+        "lse": laid_out_rows(scaled_BTN, tiles),
         "delta": laid_out_rows(padded(delta_BTN, 1, tiles.queries), tiles),
     }
 
 
-def _d_queries(statics: Statics, q_BTNH, k_BSKH, v_BSKH, d_out, base2_BTN, delta_BTN, marks: Marks):
+def _d_queries(statics: Statics, q_BTNH, k_BSKH, v_BSKH, d_out, scaled_BTN, delta_BTN, marks: Marks):
     """dq_BTNH in q's dtype."""
     tiles, (B, T, N, H) = statics.tiles.d_queries, q_BTNH.shape
     steps = steps_of(statics.masks, tiles.queries, tiles.keys, "queries", marks)
     k, v = (padded(array, 1, tiles.keys) for array in (k_BSKH, v_BSKH))
-    inputs = _query_inputs(tiles, q_BTNH, d_out, base2_BTN, delta_BTN)
+    inputs = _query_inputs(tiles, q_BTNH, d_out, scaled_BTN, delta_BTN)
     programs, heads, filled = inputs["q"].shape[1:4]
     inputs |= {"k": k.transpose(0, 2, 1, 3), "k_across": k.transpose(0, 2, 3, 1), "v": v.transpose(0, 2, 1, 3)}
     inputs |= laid_out_marks(marks, tiles)._asdict()
@@ -116,13 +115,13 @@ def _d_queries(statics: Statics, q_BTNH, k_BSKH, v_BSKH, d_out, base2_BTN, delta
     return dq.reshape(B, N, H, -1)[..., :T].transpose(0, 3, 1, 2)
 
 
-def _d_keys(statics: Statics, q_BTNH, k_BSKH, v_BSKH, d_out, base2_BTN, delta_BTN, marks: Marks):
+def _d_keys(statics: Statics, q_BTNH, k_BSKH, v_BSKH, d_out, scaled_BTN, delta_BTN, marks: Marks):
     """(dk_BSKH, dv_BSKH) in the dtypes of k and v."""
     tiles, (B, S, K, H), V = statics.tiles.d_keys, k_BSKH.shape, statics.value_dim
     steps = steps_of(statics.masks, tiles.queries, tiles.keys, "keys", marks)
     parts = statics.share // tiles.heads
     k, v = (padded(array, 1, tiles.keys).transpose(0, 2, 1, 3) for array in (k_BSKH, v_BSKH))
-    inputs = _query_inputs(tiles, q_BTNH, d_out, base2_BTN, delta_BTN) | {"k": k, "v": v}
+    inputs = _query_inputs(tiles, q_BTNH, d_out, scaled_BTN, delta_BTN) | {"k": k, "v": v}
     inputs |= laid_out_marks(marks, tiles)._asdict()
 
     def place(b, head, step, part, outer, codes):
@@ -233,6 +232,6 @@ def _by_kind(statics: Statics, tiles: Tiles, code, tile, block, refs: _Refs, add
 def _weights(statics: Statics, refs: _Refs, head: int, seen):
     """(weights, gradient of the scores without its factor `scale`), float32 [keys, queries]."""
     scores = scores_of(statics, refs.q[head], refs.k[...], seen)
-    weights = jnp.exp2(scores.base2 - refs.lse[head])
+    weights = statics.power(scores.exponent - refs.lse[head])
     d_scores = weights * (product(refs.v[...], refs.d_out[head], over=(1, 1)) - refs.delta[head])
     return weights, d_scores if scores.slope is None else d_scores * scores.slope

@@ -20,7 +20,6 @@ from jax import lax
 from kernels.attention.tpu_steps import Marks, Masks, code_of, inner
 from kernels.attention.tpu_tiles import LANES, AllTiles, Tiles
 
-LOG2_E = math.log2(math.e)
 # Of a hidden key: its weight is 0 whatever the maximum, which is never below _LEAST.
 _HIDDEN = -1e30
 LEAST = -5e29
@@ -40,13 +39,23 @@ class Statics:
     soft_cap: float | None
     tiles: AllTiles
     interpret: bool
+    exact: bool
+    """Of float32 inputs: exponents to the base e. To the base 2 a weight takes one product less, the scale's and the
+    base's being one, and the error of a rounded log2(e) more, which is nothing beside that of bfloat16 weights."""
+
+    @property
+    def unit(self) -> float:
+        """Scores and log-sum-exps are kept times this."""
+        return 1.0 if self.exact else math.log2(math.e)
+
+    def power(self, exponent):
+        return jnp.exp(exponent) if self.exact else jnp.exp2(exponent)
 
 
 class Scores(NamedTuple):
-    """`base2` float32 [keys, queries]: scores times log2(e), so that weights are powers of 2. `slope`: derivative of
-    the soft cap, or None."""
+    """`exponent` float32 [keys, queries]: scores times `unit`. `slope`: derivative of the soft cap, or None."""
 
-    base2: jax.Array
+    exponent: jax.Array
     slope: jax.Array | None
 
 
@@ -61,11 +70,11 @@ def scores_of(statics: Statics, q, k, seen) -> Scores:
     """Of q [queries, H] and k [keys, H]; `seen` bool [keys, queries], or None."""
     raw, slope = product(k, q, over=(1, 1)), None
     if statics.soft_cap is None:
-        base2 = raw * (statics.scale * LOG2_E)
+        exponent = raw * (statics.scale * statics.unit)
     else:
         capped = jnp.tanh(raw * (statics.scale / statics.soft_cap))
-        base2, slope = capped * (statics.soft_cap * LOG2_E), 1 - capped * capped
-    return Scores(base2 if seen is None else jnp.where(seen, base2, _HIDDEN), slope)
+        exponent, slope = capped * (statics.soft_cap * statics.unit), 1 - capped * capped
+    return Scores(exponent if seen is None else jnp.where(seen, exponent, _HIDDEN), slope)
 
 
 def seen_by(masks: Masks, tiles: Tiles, tile, block, marks: Marks):
