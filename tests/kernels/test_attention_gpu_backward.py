@@ -37,12 +37,8 @@ class Case:
         return self.T if self.S is None else self.S
 
 
-def operands(case: Case):
-    """(q, k, v, d_out) in the case's dtype, d_lse, the masks and sinks."""
-    rng = np.random.default_rng(7)
-    B, T, S, V = case.B, case.T, case.keys, case.V or case.H
-    shapes = [(B, T, case.N, case.H), (B, S, case.K, case.H), (B, S, case.K, V), (B, T, case.N, V)]
-    arrays = [jnp.asarray(rng.normal(size=shape), case.dtype) for shape in shapes]
+def masks_of(case: Case) -> dict:
+    B, T, S = case.B, case.T, case.keys
     masks = dict.fromkeys(("q_segments", "kv_segments", "q_positions", "kv_positions", "sinks"))
     if case.documents is not None:
         segments = np.zeros((B, max(T, S)), np.int32)
@@ -58,6 +54,16 @@ def operands(case: Case):
             "kv_positions": jnp.asarray(0 * starts + np.arange(S)),
         }
         masks = {key: value if value is None else value.astype(jnp.int32) for key, value in masks.items()}
+    return masks
+
+
+def operands(case: Case):
+    """(q, k, v, d_out) in the case's dtype, d_lse, the masks and sinks."""
+    rng = np.random.default_rng(7)
+    B, T, S, V = case.B, case.T, case.keys, case.V or case.H
+    shapes = [(B, T, case.N, case.H), (B, S, case.K, case.H), (B, S, case.K, V), (B, T, case.N, V)]
+    arrays = [jnp.asarray(rng.normal(size=shape), case.dtype) for shape in shapes]
+    masks = masks_of(case)
     if case.sinks:
         masks["sinks"] = jnp.asarray(rng.normal(size=case.N) + 1, jnp.float32)
     d_lse = jnp.asarray(rng.normal(size=(B, T, case.N)), jnp.float32) if case.d_lse else None
@@ -180,13 +186,10 @@ def check(kernel, case: Case, tiles=None):
 CASES = {
     "causal, a group of heads, ragged": Case(T=190, N=2, dtype="float16"),
     "widths of 128, window, soft cap, sinks, lse": Case(
-        T=150, N=1, H=128, window=70, soft_cap=3.0, sinks=True, d_lse=True, scale=-0.1
+        T=140, N=1, H=128, window=70, soft_cap=3.0, sinks=True, d_lse=True, scale=-0.1
     ),
-    "segments, padding, positions, more keys": Case(
-        T=70, S=140, H=128, N=1, documents=((30, 60, 20),), positions=(60,), window=50, causal=False
-    ),
-    "queries that see nothing, kv heads, rows": Case(
-        T=64, S=128, B=2, N=2, K=2, H=128, positions=(-40, 30), d_lse=True, sinks=False
+    "segments, positions, queries that see nothing, rows and kv heads": Case(
+        T=64, S=140, B=2, N=2, K=2, H=128, documents=((30, 60, 20), (64, 76)), positions=(60, -40), d_lse=True
     ),
 }
 
@@ -198,13 +201,14 @@ def test_gradients_equal_the_definition(kernel, name):
 
 @st.composite
 def masked_cases(draw):
-    T, S = draw(st.integers(1, 300)), draw(st.integers(1, 400))
+    # Few shapes, since each is compiled.
+    T, S = draw(st.sampled_from([1, 150, 256])), draw(st.sampled_from([100, 384]))
     documents = st.lists(st.integers(1, 200), min_size=1, max_size=4).map(tuple)
     return Case(
         T=T,
         S=S,
         B=2,
-        H=draw(st.sampled_from([64, 128])),
+        H=128,
         causal=draw(st.booleans()),
         window=draw(st.none() | st.integers(1, 300)),
         documents=draw(st.none() | st.tuples(documents, documents)),
@@ -212,7 +216,7 @@ def masked_cases(draw):
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(masked_cases())
 def test_walks_visit_what_is_seen(case):
     """No pair of blocks with anything to see is left out, none in a run without a mask has anything hidden, and the
@@ -221,7 +225,7 @@ def test_walks_visit_what_is_seen(case):
         pytest.skip(f"JAX {jax.__version__} lacks what the module imports; 0.11 has it")
     from kernels.attention import gpu_backward as backward
 
-    _, _, masks = operands(case)
+    masks = masks_of(case)
     masks.pop("sinks")
     tiles = backward.choose_backward_tiles(case.H)
     features = (case.documents is not None, case.positions is not None)
@@ -255,5 +259,5 @@ def test_widths_without_a_kernel_are_refused():
 
     case = Case(T=64, H=256)
     (q, k, v, d_out), d_lse, masks = operands(case)
-    with pytest.raises(ValueError, match="widths .64, 64., .128, 128. .* these are 256 and 256"):
+    with pytest.raises(ValueError, match=r"widths .64, 64., .128, 128. .* these are 256 and 256"):
         backward.attention_gradients(q, k, v, d_out, d_out[..., 0], d_out, d_lse, **statics(case), **masks)
