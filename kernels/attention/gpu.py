@@ -63,6 +63,11 @@ class _Statics:
         return self.tiles.block
 
     @property
+    def shift(self) -> float:
+        """The highest logit that a soft cap lets by, in base 2: what the softmax and its sum are relative to."""
+        return 0.0 if self.soft_cap is None else self.soft_cap * _LOG2_E
+
+    @property
     def narrows(self) -> bool:
         """Whether outputs are narrower than the queries whose place they take."""
         return self.value_dim < self.key_dim
@@ -377,7 +382,7 @@ def _attend_all(statics: _Statics, rounds, warpgroup, inputs: _Inputs, out_ref, 
                 pl.when(number > 0)(functools.partial(release, number - 1))
 
         softmax = _attend(statics, work, warpgroup, shared.q.at[place, warpgroup], inputs, shared, under_way)
-        _store(work, softmax, shared.out.at[place, warpgroup, pl.ds(0, WARPGROUP_ROWS)], out_ref, lse_ref)
+        _store(statics, work, softmax, shared.out.at[place, warpgroup, pl.ds(0, WARPGROUP_ROWS)], out_ref, lse_ref)
         if places == 1:
             release(number)
         return start + work.count
@@ -501,7 +506,7 @@ def _nothing_yet(statics: _Statics, work: _Work, inputs: _Inputs, dtype) -> _Sof
     """The softmax before any key: with a sink, that of a key which carries no value."""
     highest, total = jnp.float32(_LOWEST), jnp.float32(0)
     if inputs.sinks is not None:
-        highest, total = inputs.sinks[work.head] * _LOG2_E, jnp.float32(1)
+        highest, total = inputs.sinks[work.head] * _LOG2_E - statics.shift, jnp.float32(1)
     highest, total = (
         plgpu.layout_cast(lax.broadcast_in_dim(x, (WARPGROUP_ROWS,), ()), _ROWS) for x in (highest, total)
     )
@@ -596,11 +601,13 @@ def _soften(statics, work, rows, shared, scores, i, highest, total):
 
 
 def _capped(statics: _Statics, scores) -> tuple[jax.Array, float]:
-    """(scores, positive factor): their product is the logits in base 2. The factor is left for a later fused step."""
+    """(scores, positive factor): their product is the logits in base 2, less the statics' `shift`. The factor is left
+    for a later fused step."""
     if statics.soft_cap is not None:
-        # tanh(x) = 1 - 2 / (1 + exp(2x)), by the exponential that the hardware has.
-        grown = jnp.exp2(scores * (2 * statics.scale / statics.soft_cap * _LOG2_E))
-        return 1 - 2 / (1 + grown), statics.soft_cap * _LOG2_E
+        # tanh(x) = 1 - 2 / (1 + exp(2x)), of which the 1 is the shift. Squaring the hardware's reciprocal root takes
+        # two instructions, and its division about eight.
+        root = lax.rsqrt(1 + jnp.exp2(scores * (2 * statics.scale / statics.soft_cap * _LOG2_E)))
+        return -root * root, 2 * statics.shift
     if statics.scale < 0:
         scores = -scores
     # Not 0, which would make NaN of what a mask hides.
@@ -638,7 +645,7 @@ def _masked(statics: _Statics, work: _Work, rows, shared: _Shared, i, scores) ->
     return jnp.where(functools.reduce(jnp.logical_and, conditions), scores, -jnp.inf)
 
 
-def _store(work: _Work, softmax: _Softmax, out_smem, out_ref, lse_ref) -> None:
+def _store(statics: _Statics, work: _Work, softmax: _Softmax, out_smem, out_ref, lse_ref) -> None:
     """Starts the copy of the normalised outputs from the queries' place, and writes the log-sum-exp."""
     highest, total, out, _ = softmax
     seen = total > 0
@@ -649,7 +656,8 @@ def _store(work: _Work, softmax: _Softmax, out_smem, out_ref, lse_ref) -> None:
     out_smem[...] = out.astype(out_ref.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(out_smem, out_ref.at[work.row, rows, work.head])
-    lse_ref[work.row, work.head, rows] = jnp.where(seen, highest / _LOG2_E + jnp.log(total), -jnp.inf)
+    lse = (highest + statics.shift) / _LOG2_E + jnp.log(total)
+    lse_ref[work.row, work.head, rows] = jnp.where(seen, lse, -jnp.inf)
 
 
 def _floor(x, divisor: int):
