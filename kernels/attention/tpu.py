@@ -181,6 +181,7 @@ def _call(statics: Statics, steps: Steps, q, k, v, sinks, marks: Marks):
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         interpret=statics.interpret,
+        name="attention_forward",
     )(*steps, *arrays)
 
 

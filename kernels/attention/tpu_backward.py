@@ -103,6 +103,7 @@ def _d_queries(statics: Statics, q_BTNH, k_BSKH, v_BSKH, d_out, scaled_BTN, delt
     inputs |= laid_out_marks(marks, tiles)._asdict()
     specs = Specs(tiles, place_by_queries(statics, tiles, steps.number))
     (dq,) = _call(
+        "attention_d_queries",
         _d_queries_body,
         statics,
         steps,
@@ -129,6 +130,7 @@ def _d_keys(statics: Statics, q_BTNH, k_BSKH, v_BSKH, d_out, scaled_BTN, delta_B
 
     specs = Specs(tiles, place)
     dk, dv = _call(
+        "attention_d_keys",
         _d_keys_body,
         statics,
         steps,
@@ -141,15 +143,15 @@ def _d_keys(statics: Statics, q_BTNH, k_BSKH, v_BSKH, d_out, scaled_BTN, delta_B
     return dk[:, :, :S].transpose(0, 2, 1, 3), dv[:, :, :S].transpose(0, 2, 1, 3)
 
 
-def _call(body_fn, statics: Statics, steps: Steps, specs: Specs, inputs, *, grid, results, sums):
+def _call(name: str, body_fn, statics: Statics, steps: Steps, specs: Specs, inputs, *, grid, results, sums):
     """`results`: shape, dtype and spec by name; `sums`: shapes of float32 scratch by name."""
     H, V = statics.key_dim, statics.value_dim
     in_specs = {"q": specs.queries(H), "d_out": specs.queries(V)}
     in_specs |= {"lse": specs.queries_across(1), "delta": specs.queries_across(1)}
     in_specs |= {"k": specs.keys(H), "k_across": specs.keys_across(H), "v": specs.keys(V)}
-    in_specs |= specs.marks(Marks(*(inputs[name] for name in Marks._fields)))._asdict()
-    given = [name for name, array in inputs.items() if array is not None]
-    arrays = [inputs[name] for name in given]
+    in_specs |= specs.marks(Marks(*(inputs[field] for field in Marks._fields)))._asdict()
+    given = [field for field, array in inputs.items() if array is not None]
+    arrays = [inputs[field] for field in given]
 
     def body(outer, codes, *refs):
         named = dict(zip((*given, *results, *sums), refs, strict=True))
@@ -160,7 +162,7 @@ def _call(body_fn, statics: Statics, steps: Steps, specs: Specs, inputs, *, grid
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=grid,
-            in_specs=[in_specs[name] for name in given],
+            in_specs=[in_specs[field] for field in given],
             out_specs=[spec for _, _, spec in results.values()],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in sums.values()],
         ),
@@ -169,6 +171,7 @@ def _call(body_fn, statics: Statics, steps: Steps, specs: Specs, inputs, *, grid
             dimension_semantics=("parallel", "parallel", *["arbitrary"] * (len(grid) - 2)), vmem_limit_bytes=VMEM_BYTES
         ),
         interpret=statics.interpret,
+        name=name,
     )(*steps, *arrays)
 
 

@@ -93,7 +93,7 @@ def segments(lengths):
 DOCUMENTS = jnp.concatenate([segments([(1, 60), (2, 100), (0, 40)]), segments([(0, 140), (3, 60)])])
 FEATURES = {
     "causal": ({}, {}),
-    # Whole tiles, since XLA's products on a CPU are less exact there than at 200 (1.45e-7 and 0.84e-7), ours and its own.
+    # Whole tiles: XLA's products on a CPU are less exact there than at 200 (1.45e-7, 0.84e-7), its own as ours.
     "full, wide values": ({"causal": False}, {"T": 256, "H": 64, "V": 80, "N": 4, "K": 2}),
     "window": ({"window": 70}, {"H": 96, "S": 333}),
     "everything": (
@@ -196,8 +196,8 @@ def test_steps_cover_what_is_seen(lengths, tiles, outer, causal, window, marks, 
     numbers = [np.sort(rng.integers(0, spread, (2, n)), axis=1).astype(np.int32) for n in (T, S, T, S)]
     data = Marks(*(jnp.asarray(x) if on else None for x, on in zip(numbers, np.repeat(marks, 2), strict=True)))
     masks = Masks(T, S, causal, window, segmented, positioned and (causal or window is not None))
-    steps = steps_of(masks, queries, keys, outer, data)
-    seen = np.asarray(reference.visible(2, T, S, causal, window, *data))
+    steps = jax.jit(functools.partial(steps_of, masks, queries, keys, outer))(data)
+    seen = np.asarray(jax.jit(lambda data: reference.visible(2, T, S, causal, window, *data))(data))
     outers = np.asarray(steps.outer)
     assert (np.diff(outers) >= 0).all() and set(outers) == set(
         range(-(-(T if outer == "queries" else S) // tiles[outer == "keys"]))
