@@ -30,8 +30,8 @@ _CACHED_BYTES = 32 * 2**20
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """num_warpgroups: those that multiply, with 64 rows of queries each; block: keys of one block; num_buffers: blocks
-    of keys and of values in shared memory; num_queries: tiles of queries there; num_heads: query heads whose tiles come
-    in turn, before those of other heads."""
+    of keys and of values in shared memory; num_queries: tiles of queries there; num_heads: kv heads, of whatever rows,
+    whose tiles come in turn, before those of other heads (about)."""
 
     num_warpgroups: int
     block: int
@@ -57,18 +57,16 @@ def choose_tiles(case: AttentionCase) -> Tiles:
     """
     num_warpgroups = 3 if case.key_dim <= 64 else 2
     block = 64 if case.value_dim > 128 else 128
-    heads = _heads_together(case)
+    heads = _cached_heads(case)
     # The next tile's queries arrive while one is multiplied, where there is room, and then as many blocks as fit.
     options = [Tiles(num_warpgroups, block, buffers, queries, heads) for queries in (2, 1) for buffers in (4, 3, 2)]
     return next(tiles for tiles in options if shared_bytes(case, tiles) <= SHARED_BYTES)
 
 
-def _heads_together(case: AttentionCase) -> int:
-    """Query heads of as many kv heads as the cache holds: each key is read from memory once, and then from there."""
+def _cached_heads(case: AttentionCase) -> int:
+    """Of one row each: as many as the cache holds, so that each key is read from memory once, and then from there."""
     span = case.kv_length if case.window is None else min(case.kv_length, 2 * case.window)
-    fits = max(1, _CACHED_BYTES // (2 * span * (case.key_dim + case.value_dim)))
-    kv_heads = max(n for n in range(1, case.num_kv_heads + 1) if case.num_kv_heads % n == 0 and n <= fits)
-    return kv_heads * (case.num_heads // case.num_kv_heads)
+    return max(1, _CACHED_BYTES // (2 * span * (case.key_dim + case.value_dim)))
 
 
 def shared_bytes(case: AttentionCase, tiles: Tiles) -> int:

@@ -87,13 +87,13 @@ def documents(lengths, total):
 
 
 SINKS = np.array([1.5, -3.0, 6.0], np.float32)
-PACKED = documents([50, 100, 137], 297)
+PACKED = np.concatenate([documents([50, 100, 47], 200), documents([170, 20], 200)])
 # One case for each way through the kernel; an interpreted one takes seconds.
 CASES = {
-    "causal, whole blocks, wide, more items than processors": dict(T=384, H=128, processors=2),
+    "causal, whole blocks, wide, more items than processors": dict(B=2, T=256, H=128, processors=2),
     "full, ragged, fewer queries than keys": dict(T=130, S=300, causal=False),
     "packed documents, window, soft cap, sinks": dict(
-        T=297, N=3, segments=(PACKED, PACKED), window=60, soft_cap=2.0, sinks=SINKS, processors=2
+        B=2, T=200, segments=(PACKED, PACKED), window=60, soft_cap=2.0, sinks=SINKS[:2], processors=2
     ),
     "positions, group of heads, float16": dict(
         T=130, S=270, N=4, K=2, positions=(2, 1), window=90, dtype="float16", chosen=Tiles(2, 64, 3, 1, 2)
@@ -129,7 +129,7 @@ def test_forward_error_is_bounded(gpu, monkeypatch, name):
     assert_error_is_bounded(actual, q, k, v, **arguments)
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     cuts=st.lists(st.integers(0, 150), min_size=2, max_size=4),
     numbers=st.lists(st.integers(-2, 2), min_size=3, max_size=5),
@@ -232,15 +232,15 @@ def test_tiles_fit_the_chip(newer_jax, widths):
         assert chosen.block * 64 // 128 * 1.5 + widths[1] * 64 // 128 < chosen.registers[0] - 24
         # The column tile of values in shared memory asks it.
         assert chosen.block % 64 == 0 and chosen.num_buffers >= 2
-        assert heads[0] % chosen.num_heads == 0 and chosen.num_heads % (heads[0] // heads[1]) == 0
+        assert chosen.num_heads == 1 or 2 * chosen.num_heads * min(length, 2 * (window or length)) * sum(widths) < 40e6
 
 
 def test_heads_whose_keys_fit_the_cache_come_together():
     def together(**changes):
         return choose_tiles(dataclasses.replace(PLAIN, **changes)).num_heads
 
-    assert [together(kv_length=length) for length in (2048, 8192, 16384, 131072)] == [32, 32, 16, 4]
-    assert together(kv_length=131072, window=4096) == 32
+    assert [together(kv_length=length) for length in (2048, 8192, 16384, 131072)] == [32, 8, 4, 1]
+    assert together(kv_length=131072, window=4096) == 8
 
 
 @pytest.mark.parametrize(
