@@ -41,6 +41,14 @@ dnn_version_info { major: 9 minor: 10 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
+
+@dataclasses.dataclass(frozen=True)
+class GradientsCase:
+    """The backward pass of a case of attention."""
+
+    forward: AttentionCase
+
+
 # llama3-8b in decode (many rows, one row, one long row), verification and prefill, and the edges of what the kernels
 # take.
 CASES = {
@@ -68,6 +76,15 @@ CASES = {
     },
     "forward, 64, causal": AttentionCase("bfloat16", 4096, 4096, 32, 8, 64, 64),
     "forward, 256, positions": AttentionCase("bfloat16", 4096, 4096, 16, 4, 256, 256, True, 1000, True, True, True),
+    "backward": GradientsCase(AttentionCase("bfloat16", 8192, 8192, 32, 8, 128, 128)),
+    "backward, full, ragged": GradientsCase(AttentionCase("float16", 1001, 777, 32, 8, 128, 128, causal=False)),
+    "backward, window, segments": GradientsCase(
+        AttentionCase("bfloat16", 4096, 4096, 32, 8, 128, 128, True, 1000, segments=True)
+    ),
+    "backward, all masks": GradientsCase(
+        AttentionCase("bfloat16", 4096, 4096, 32, 8, 128, 128, True, 1000, True, True, True, True)
+    ),
+    "backward, 64, full": GradientsCase(AttentionCase("bfloat16", 4096, 4096, 32, 8, 64, 64, causal=False)),
 }
 
 
@@ -113,7 +130,11 @@ def _parse(output: str) -> Iterator[Report]:
         yield Report(name, max(registers), max(spilled), _shared_bytes(case))
 
 
-def _shared_bytes(case: PagedAttentionCase | AttentionCase) -> int:
+def _shared_bytes(case: PagedAttentionCase | AttentionCase | GradientsCase) -> int:
+    if isinstance(case, GradientsCase):
+        from kernels.attention import gpu_backward
+
+        return gpu_backward.shared_bytes(case.forward.key_dim)
     if isinstance(case, AttentionCase):
         return attention_tiles.shared_bytes(case, attention_tiles.choose_tiles(case))
     if tiles.few_queries(case):
@@ -131,7 +152,7 @@ def _compile_all() -> None:
     mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("device",))
     for name, case in CASES.items():
         print(f"kernel: {name}", flush=True)
-        compile_case = _compile_attention if isinstance(case, AttentionCase) else _compile
+        compile_case = _compile if isinstance(case, PagedAttentionCase) else _compile_attention
         compile_case(case, mesh)
 
 
@@ -164,9 +185,10 @@ def _compile(case: PagedAttentionCase, mesh: jax.sharding.Mesh) -> None:
     lowered.compile()
 
 
-def _compile_attention(case: AttentionCase, mesh: jax.sharding.Mesh) -> None:
-    from kernels.attention import gpu
+def _compile_attention(case: AttentionCase | GradientsCase, mesh: jax.sharding.Mesh) -> None:
+    from kernels.attention import gpu, gpu_backward
 
+    backward, case = isinstance(case, GradientsCase), case.forward if isinstance(case, GradientsCase) else case
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     B, T, S = 2, case.query_length, case.kv_length
     heads = ((T, case.num_heads, case.key_dim), (S, case.num_kv_heads, case.key_dim))
@@ -182,6 +204,9 @@ def _compile_attention(case: AttentionCase, mesh: jax.sharding.Mesh) -> None:
         )
         soft_cap, sinks = (30.0 if case.soft_cap else None), (jnp.zeros(case.num_heads) if case.sinks else None)
         statics = {"scale": 0.1, "causal": case.causal, "window": case.window, "soft_cap": soft_cap, "sinks": sinks}
+        if backward:
+            out, lse = jnp.zeros(q.shape, q.dtype), jnp.zeros(q.shape[:3])
+            return gpu_backward.attention_gradients(q, k, v, out, lse, out, None, **statics, **marks)
         return gpu.forward(q, k, v, **statics, **marks, tiles=attention_tiles.choose_tiles(case))
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

@@ -222,6 +222,14 @@ def choose_backward_tiles(head_dim: int) -> BackwardTiles:
     return BackwardTiles(128 if head_dim == 64 else 64, 128, 2)
 
 
+def shared_bytes(head_dim: int) -> int:
+    """Shared memory of a block of threads, of both widths alike: keys and values, the ring of queries and output
+    gradients with two numbers and two marks of each query, dS twice, dq, the marks of the keys, and the barriers."""
+    queries, keys, buffers = dataclasses.astuple(choose_backward_tiles(head_dim))
+    ring = buffers * queries * (2 * 2 * head_dim + 4 * 4)
+    return 2 * 2 * keys * head_dim + ring + 2 * 2 * keys * queries + 2 * 4 * 64 * 64 + 2 * 4 * keys + 256
+
+
 def _listed(widths) -> str:
     return ", ".join(f"({key}, {value})" for key, value in widths)
 
@@ -535,9 +543,15 @@ def _multiply_all(statics: _Statics, work: _Work, warpgroup, shared: _Shared):
     sums = lax.fori_loop(0, second, functools.partial(step, first=True), (dk, dv))
     if _can_mask(statics):
         begin, end = jnp.maximum(work.begin, second), jnp.maximum(work.end, second)
-        sums = lax.fori_loop(second, begin, step, sums)
-        sums = lax.fori_loop(begin, end, functools.partial(step, masked=False), sums)
-        sums = lax.fori_loop(end, work.steps, step, sums)
+
+        def run(i, sums):
+            """Steps with a mask and then without; the second time those that are left, with one. A third loop in a row
+            would have the compiler move the sums to other registers, of which there are none."""
+            low, middle = jnp.where(i == 0, second, end), jnp.where(i == 0, begin, work.steps)
+            sums = lax.fori_loop(low, middle, step, sums)
+            return lax.fori_loop(middle, end, functools.partial(step, masked=False), sums)
+
+        sums = lax.fori_loop(0, 2, run, sums)
     else:
         sums = lax.fori_loop(second, work.steps, functools.partial(step, masked=False), sums)
 
