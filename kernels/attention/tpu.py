@@ -198,9 +198,11 @@ def _body(statics: Statics, number: int, outer, codes, refs: _Refs):
     def _():
         _add(statics, refs, None)
 
-    @pl.when(tpu_steps.kind(code) == tpu_steps.MASKED)
-    def _():
-        _add(statics, refs, seen_by(statics.masks, tiles, tile, block, refs.marks))
+    if statics.masks.hide(tiles.keys):
+
+        @pl.when(tpu_steps.kind(code) == tpu_steps.MASKED)
+        def _():
+            _add(statics, refs, seen_by(statics.masks, tiles, tile, block, refs.marks))
 
     @pl.when(is_last(code))
     def _():

@@ -31,7 +31,7 @@ from kernels.attention.tpu_scores import (
 from kernels.attention.tpu_steps import Marks, Steps, code_of, is_first, is_last, steps_of
 from kernels.attention.tpu_tiles import VMEM_BYTES, Tiles
 
-# Of a query that sees nothing, or that fills up a tile: its weights are powers of (score - this), 0.
+# Of a query that sees nothing: its weights are powers of (score - this), 0.
 _NOTHING_SEEN = 1e30
 
 
@@ -81,13 +81,11 @@ def backward(statics: Statics, q_BTNH, k_BSKH, v_BSKH, sinks, marks: Marks, out_
 
 
 def _query_inputs(tiles: Tiles, q_BTNH, d_out, scaled_BTN, delta_BTN) -> dict[str, jax.Array]:
-    """Filled up to whole tiles with queries whose weights are 0."""
-    fill = -q_BTNH.shape[1] % tiles.queries
-    scaled_BTN = jnp.pad(scaled_BTN, ((0, 0), (0, fill), (0, 0)), constant_values=_NOTHING_SEEN)
+    """Filled up to whole tiles with queries whose output has no gradient, so that they add zeros."""
     return {
         "q": laid_out_queries(q_BTNH, tiles),
         "d_out": laid_out_queries(d_out, tiles),
-        "lse": laid_out_rows(scaled_BTN, tiles),
+        "lse": laid_out_rows(padded(scaled_BTN, 1, tiles.queries), tiles),
         "delta": laid_out_rows(padded(delta_BTN, 1, tiles.queries), tiles),
     }
 
@@ -226,6 +224,9 @@ def _by_kind(statics: Statics, tiles: Tiles, code, tile, block, refs: _Refs, add
     @pl.when(tpu_steps.kind(code) == tpu_steps.FULL)
     def _():
         add(None)
+
+    if not statics.masks.hide(tiles.keys):
+        return
 
     @pl.when(tpu_steps.kind(code) == tpu_steps.MASKED)
     def _():

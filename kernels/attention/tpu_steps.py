@@ -34,6 +34,10 @@ class Masks:
     def by_data(self) -> bool:
         return self.segments or self.positions
 
+    def hide(self, block: int) -> bool:
+        """Whether a block of keys may hold one that a query must not see, or one past the last."""
+        return self.causal or self.window is not None or self.segments or self.num_keys % block != 0
+
 
 class Marks(NamedTuple):
     """int32 [B, T] and [B, S], or None. Segment 0 sees nothing and is seen by none."""
