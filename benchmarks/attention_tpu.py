@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -64,9 +63,9 @@ def schedule(chip: str) -> dict[str, dict[str, int]]:
     """Bundles and what they use, by kernel. Raises RuntimeError where the compiler fails, with the end of its words."""
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        command = [sys.executable, "-m", "benchmarks.attention_tpu", *sys.argv[1:], "--compile", chip]
-        environment = {**os.environ, "LIBTPU_INIT_ARGS": flags, "JAX_PLATFORMS": "cpu"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        settings = ["env", f"LIBTPU_INIT_ARGS={flags}", "JAX_PLATFORMS=cpu"]
+        command = [*settings, sys.executable, "-m", "benchmarks.attention_tpu", *sys.argv[1:], "--compile", chip]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"compiling for {chip} failed:\n{done.stderr[-2000:]}")
         tables = sorted(Path(folder).glob("*-final_hlo-static-per-bundle-utilization.txt"))
