@@ -36,6 +36,9 @@ STOPPED = "the engine stopped"
 IDLE_SECONDS = 0.05
 """How long an idle engine sleeps before it looks for deadlines."""
 
+_FEW = 8
+"""Sequences that are told what they got in less time (20 to 50 µs each) than the next calls take to start."""
+
 _REVIEW = 16
 """Rounds after which the length of drafts is chosen anew."""
 
@@ -182,8 +185,9 @@ class Engine:
         reason: FinishReason = "error"
         try:
             while not self._stopping:
-                # While the device works is a good time for everything that need not be done before.
-                if self._flights:
+                # While the device works is a good time for everything that need not be done before; and a first token
+                # should not wait until what follows it is started.
+                if self._flights or len(self._untold) <= _FEW:
                     self._tell()
                 self._begin()
                 self._tell()

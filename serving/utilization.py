@@ -32,18 +32,19 @@ more; the next call then seems short. Over this time the device's own pace shows
 
 @dataclasses.dataclass
 class _Window:
-    """Work and its time, until there is enough of them to divide."""
+    """Work of several calls and its time, until there is enough of them to divide."""
 
     amount: int = 0
     seconds: float = 0.0
+    calls: int = 0
 
-    def add(self, amount: int, seconds: float) -> tuple[int, float] | None:
+    def add(self, amount: int, seconds: float, calls: int) -> tuple[int, float, int] | None:
         """What came together, once it is enough."""
-        self.amount, self.seconds = self.amount + amount, self.seconds + seconds
+        self.amount, self.seconds, self.calls = self.amount + amount, self.seconds + seconds, self.calls + calls
         if self.seconds < _WINDOW_SECONDS:
             return None
-        whole = self.amount, self.seconds
-        self.amount, self.seconds = 0, 0.0
+        whole = self.amount, self.seconds, self.calls
+        self.amount, self.seconds, self.calls = 0, 0.0, 0
         return whole
 
 
@@ -72,13 +73,13 @@ class UtilizationMeter:
         self.totals.decode_rounds += sum(record.rounds for record in decodes)
         self.totals.prefill_flops += flops
         # The host learns when the last call of a step ended, and not when the first did: a step of one kind is timed.
-        seconds = sum(record.seconds for record in records)
-        if moved and len(decodes) == len(records) and (window := self._decode.add(moved, seconds)) is not None:
+        seconds, count = sum(record.seconds for record in records), len(records)
+        if moved and len(decodes) == count and (window := self._decode.add(moved, seconds, count)) is not None:
             mbu = self.mbu(*window)
             if mbu is not None:
                 self._metrics.set_mbu(mbu)
-        if flops and len(prefills) == len(records) and (window := self._prefill.add(flops, seconds)) is not None:
-            mfu = self.mfu(*window)
+        if flops and len(prefills) == count and (window := self._prefill.add(flops, seconds, count)) is not None:
+            mfu = self.mfu(*window[:2])
             if mfu is not None:
                 self._metrics.set_mfu(mfu)
 
@@ -94,9 +95,9 @@ class UtilizationMeter:
     def _flops(self, record: CallRecord) -> int:
         return prefill_flops(self._model, record.spans, record.draws)
 
-    def mbu(self, moved: int, seconds: float) -> float | None:
+    def mbu(self, moved: int, seconds: float, rounds: int = 1) -> float | None:
         """Share of the bandwidth; None where it is not known (`bandwidth.reason`)."""
-        return decode_mbu(moved, seconds, self.bandwidth, num_devices=self._count).value
+        return decode_mbu(moved, seconds, self.bandwidth, steps=rounds, num_devices=self._count).value
 
     def mfu(self, flops: int, seconds: float) -> float | None:
         """Share of the peak; None where it is not known (`peak.reason`)."""

@@ -1,5 +1,7 @@
 """How near the limit a server says it comes, from records of calls."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -70,3 +72,11 @@ def test_steps_of_two_kinds_and_drafts_are_not_timed(meter):
         meter.observe([a_round(0.001, drafts=2)])
     assert shown(meter) == 0
     assert meter.totals.decode_rounds == 100 and meter.totals.prefill_flops > 0
+
+
+def test_what_stays_in_the_chips_caches_has_no_share_of_the_memory(meter):
+    """However many rounds are timed together."""
+    meter.bandwidth = dataclasses.replace(meter.bandwidth, cache_bytes=2 * round_bytes())
+    for _ in range(40):
+        meter.observe([a_round(0.007)] * 4)
+    assert shown(meter) == 0
