@@ -8,6 +8,7 @@ after round as long as no prompt is computed. Every array is the executor's; eve
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -15,7 +16,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from serving.chat import ChatTemplate
 from serving.controller import DraftController, SpeculationStats
@@ -172,7 +173,7 @@ class Engine:
             return not self._answers
 
     def stop(self) -> None:
-        """Ends the thread after its step; what is unfinished ends as cancelled."""
+        """Ends the thread once what is under way has ended; what is unfinished then ends as cancelled."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -248,11 +249,8 @@ class Engine:
         matchers = {sequence: matcher for sequence, matcher in found.items() if matcher is not None}
         flight = _Flight(plan, drafts, matchers)
         self._flights.append(flight)
-        try:
+        with self._isolating(flight):
             flight.begun.append(self._executor.begin(plan, matchers, drafts))
-        # Whatever a request brings about must not end the others.
-        except Exception:
-            self._fail(flight)
 
     def _prolong(self, flight: _Flight) -> None:
         """Starts rounds that follow a flight's last, so that some are always with the device before the host has seen
@@ -261,7 +259,7 @@ class Engine:
         # Once the cache is lost, no round finds what it should read.
         if flight.plan.tiles or self._cache_lost:
             return
-        try:
+        with self._isolating(flight):
             while len(flight.begun) < self._rounds_ahead and flight.rounds < most:
                 with self._changed:
                     if self._stopping or not self._scheduler.prolong(flight.plan, len(flight.begun)):
@@ -271,19 +269,26 @@ class Engine:
                     return
                 flight.begun.append(calls)
                 flight.rounds += 1
-        except Exception:
-            self._fail(flight)
 
     def _land(self, flight: _Flight) -> None:
         """Waits for the first calls of a flight, which ends if no others follow."""
+        # A flight that failed meanwhile has ended.
         if flight not in self._flights:
             return
+        ended = None
+        with self._isolating(flight):
+            ended = self._executor.end(flight.begun)
+        if ended is not None:
+            self._take_in(flight, *ended)
+
+    @contextlib.contextmanager
+    def _isolating(self, flight: _Flight) -> Iterator[None]:
+        """Whatever a request brings about must not end the others: after an exception, the flight ends with its
+        sequences run one by one."""
         try:
-            outcomes, records = self._executor.end(flight.begun)
+            yield
         except Exception:
             self._fail(flight)
-            return
-        self._take_in(flight, outcomes, records)
 
     def _fail(self, flight: _Flight) -> None:
         """After an exception: the sequences of a flight are run one by one, so that the one at fault fails alone."""
