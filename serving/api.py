@@ -174,12 +174,16 @@ class Api:
         capture = Capture(Path(self.config.profile_dir) / now.strftime("%Y%m%d-%H%M%S-%f"))
         # A client that goes away leaves no profiler running.
         self._profile_task = asyncio.create_task(self._profile(capture, seconds))
-        await asyncio.shield(self._profile_task)
+        try:
+            await asyncio.shield(self._profile_task)
+        except OSError as error:
+            setting = f"api.profile_dir={self.config.profile_dir}"
+            raise HTTPException(503, f"{setting} can't be written: {error.strerror}") from error
         return json_response(responses.encode({"folder": str(capture.folder), "seconds": seconds}))
 
     async def _profile(self, capture: Capture, seconds: float) -> None:
-        self.engine.metrics.observe_profile()
         await asyncio.to_thread(capture.start)
+        self.engine.metrics.observe_profile()
         try:
             await asyncio.sleep(seconds)
         finally:

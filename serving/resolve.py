@@ -113,7 +113,8 @@ def _describe(cells: Sequence[Cell], engine: EngineConfig) -> str:
     decode = sorted({(cell.rows, cell.width) for cell in cells if cell.drafts is not None})
     rows, widths = (sorted({size[axis] for size in decode}) for axis in (0, 1))
     return (
-        f"programs: {len(cells)}, for batches of {rows} at contexts of {widths}, prefill by {engine.tile_counts} tiles"
+        f"programs of the model: {len(cells)}, for batches of {rows} at contexts of {widths}, prefill by "
+        f"{engine.tile_counts} tiles"
     )
 
 

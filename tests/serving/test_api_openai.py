@@ -369,6 +369,21 @@ def test_a_trace_of_what_is_served(tmp_path):
         assert "profiles_total 1.0" in http.get("/metrics").text
 
 
+def test_a_trace_that_can_not_be_written(tmp_path):
+    (tmp_path / "admin").write_text("admin\n")
+    (tmp_path / "file").write_text("")
+    engine = FakeEngine()
+    settings = dict(admin_key_file=str(tmp_path / "admin"), profile_dir=str(tmp_path / "file"))
+    with (
+        serving(engine, **settings) as url,
+        httpx.Client(base_url=url, headers={"Authorization": "Bearer admin"}) as http,
+    ):
+        for _ in range(2):
+            refused = http.post("/admin/profile", json={"seconds": 0.1})
+            assert refused.status_code == 503 and "api.profile_dir" in refused.json()["error"]["message"]
+        assert not engine.metrics.profiled and http.get("/health").status_code == 200
+
+
 def test_without_an_admin_key_there_is_no_admin(client: openai.OpenAI):
     url = str(client.base_url).removesuffix("/v1/")
     assert httpx.post(f"{url}/admin/drain").status_code == 404
