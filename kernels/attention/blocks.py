@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-
-@dataclasses.dataclass(frozen=True)
-class Masks:
-    """What hides a key from a query, and what is data of it: `segments`, `positions` (which only `causal` and `window`
-    read)."""
-
-    num_queries: int
-    num_keys: int
-    causal: bool
-    window: int | None
-    segments: bool
-    positions: bool
-
-    @property
-    def by_data(self) -> bool:
-        return self.segments or self.positions
-
-    def any(self, block: int) -> bool:
-        """Whether a block of keys may hold one that a query must not see, or one past the last."""
-        return self.causal or self.window is not None or self.by_data or self.num_keys % block != 0
+from kernels.attention.masks import Masks
 
 
 class Extent(NamedTuple):

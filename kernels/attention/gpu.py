@@ -23,16 +23,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from kernels import hopper
 from kernels.attention import gpu_backward
-from kernels.attention.blocks import Extent, Masks, extent_by_index, extents_by_data
+from kernels.attention.blocks import Extent, extent_by_index, extents_by_data
+from kernels.attention.masks import Marks, Masks
 from kernels.attention.tiles import NUM_PROCESSORS, WARPGROUP_ROWS, Tiles, swizzle
 
-_LOG2_E = math.log2(math.e)
-_MATRIX = plgpu.Layout.WGMMA
-_ROWS = plgpu.Layout.WGMMA.reduce(1)
-_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
-# Below any score, and finite: the difference of two of them is 0, not NaN.
-_LOWEST = -1e30
 # Segment 0 sees nothing, itself neither: among the queries it becomes a number that no segment of keys has.
 _NO_SEGMENT = -(2**31)
 # Without the barriers that Pallas would put around every load and store: all threads of a warpgroup arrive at the
@@ -69,7 +65,7 @@ class _Statics:
     @property
     def shift(self) -> float:
         """The highest logit that a soft cap lets by, in base 2: what the softmax and its sum are relative to."""
-        return 0.0 if self.soft_cap is None else self.soft_cap * _LOG2_E
+        return 0.0 if self.soft_cap is None else self.soft_cap * hopper.LOG2_E
 
     @property
     def narrows(self) -> bool:
@@ -145,15 +141,6 @@ class _Softmax(NamedTuple):
     weights: jax.Array
 
 
-class _Marks(NamedTuple):
-    """Integers [B, T] and [B, S], or None, that have no gradient."""
-
-    q_segments: jax.Array | None
-    kv_segments: jax.Array | None
-    q_positions: jax.Array | None
-    kv_positions: jax.Array | None
-
-
 @dataclasses.dataclass(frozen=True)
 class _Call:
     """What a call and its gradient share; `interpret`: parameters of Pallas's interpreter."""
@@ -194,16 +181,16 @@ def attention(
     `interpret`: parameters of Pallas's interpreter, which tests give.
     """
     call = _Call(scale, causal, window, soft_cap, tiles, interpret)
-    marks = _Marks(q_segments, kv_segments, q_positions, kv_positions)
+    marks = Marks(q_segments, kv_segments, q_positions, kv_positions)
     return _attention(call, q_BTNH, k_BSKH, v_BSKH, sinks, marks)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(call: _Call, q, k, v, sinks, marks: _Marks):
+def _attention(call: _Call, q, k, v, sinks, marks: Marks):
     return forward(q, k, v, **call.features(), **marks._asdict(), sinks=sinks, tiles=call.tiles)
 
 
-def _attention_fwd(call: _Call, q, k, v, sinks, marks: _Marks):
+def _attention_fwd(call: _Call, q, k, v, sinks, marks: Marks):
     out, lse = _attention(call, q, k, v, sinks, marks)
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
     return (out, lse), (q, k, v, sinks, marks, out, lse)
@@ -377,10 +364,10 @@ def _attend_all(statics: _Statics, rounds, warpgroup, inputs: _Inputs, out_ref, 
     def release(number):
         """Leaves the place of an item's queries to others, when its outputs have been copied from there."""
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.barrier_arrive(shared.q_free.at[_slot(number, places)])
+        plgpu.barrier_arrive(shared.q_free.at[hopper.remainder(number, places)])
 
     def attend(number, start):
-        work, place = _work_of(statics, inputs, number, start, warpgroup), _slot(number, places)
+        work, place = _work_of(statics, inputs, number, start, warpgroup), hopper.remainder(number, places)
         plgpu.barrier_wait(shared.q_arrived.at[place])
 
         def under_way():
@@ -416,11 +403,11 @@ def _work_of(statics: _Statics, inputs: _Inputs, number, start, warpgroup=None) 
     _, num_tiles, num_heads = statics.items
     item = _item(statics, number)
     # Heads run fastest: those that read the same keys run together.
-    section = _floor(item, num_tiles * num_heads)
-    head = section * num_heads + _slot(item, num_heads)
-    row, head = _floor(head, statics.num_heads), _slot(head, statics.num_heads)
+    section = hopper.floor(item, num_tiles * num_heads)
+    head = section * num_heads + hopper.remainder(item, num_heads)
+    row, head = hopper.floor(head, statics.num_heads), hopper.remainder(head, statics.num_heads)
     # The last tile has the most keys before it: the longest items are first.
-    tile = num_tiles - 1 - _slot(_floor(item, num_heads), num_tiles)
+    tile = num_tiles - 1 - hopper.remainder(hopper.floor(item, num_heads), num_tiles)
     base, rows = tile * statics.tiles.rows, statics.tiles.rows
     whole = _extent(statics, inputs, row, tile, base, rows)
     own = whole
@@ -442,7 +429,7 @@ def _extent(statics: _Statics, inputs: _Inputs, row, tile, base, rows) -> Extent
 
 
 def _copy_queries(statics: _Statics, work: _Work, number, inputs: _Inputs, shared: _Shared) -> None:
-    place = _slot(number, statics.tiles.num_queries)
+    place = hopper.remainder(number, statics.tiles.num_queries)
     pl.when(number >= statics.tiles.num_queries)(lambda: plgpu.barrier_wait(shared.q_free.at[place]))
     for i in range(statics.tiles.num_warpgroups):
         source = inputs.q.at[work.row, pl.ds(work.base + i * WARPGROUP_ROWS, WARPGROUP_ROWS), work.head]
@@ -451,11 +438,11 @@ def _copy_queries(statics: _Statics, work: _Work, number, inputs: _Inputs, share
 
 def _copy_blocks(statics: _Statics, work: _Work, inputs: _Inputs, shared: _Shared) -> None:
     """Every block of keys and of values to its buffer, as soon as that is free."""
-    kv_head = _floor(work.head, statics.share)
+    kv_head = hopper.floor(work.head, statics.share)
 
     @pl.loop(0, work.count)
     def _(i):
-        buffer, mark = _buffer(statics, work, i), _slot(work.start + i, statics.num_marks)
+        buffer, mark = _buffer(statics, work, i), hopper.remainder(work.start + i, statics.num_marks)
         keys = pl.ds((work.last - i) * statics.block, statics.block)
 
         def await_free(free):
@@ -504,21 +491,21 @@ def _load_rows(work: _Work, inputs: _Inputs) -> tuple[Any, Any]:
     rows = pl.ds(work.base, WARPGROUP_ROWS)
 
     def load(ref):
-        return None if ref is None else plgpu.load(ref.at[work.row, rows], layout=_ROWS, optimized=False)
+        return None if ref is None else plgpu.load(ref.at[work.row, rows], layout=hopper.ROWS, optimized=False)
 
     return load(inputs.q_segments), load(inputs.q_positions)
 
 
 def _nothing_yet(statics: _Statics, work: _Work, inputs: _Inputs, dtype) -> _Softmax:
     """The softmax before any key: with a sink, that of a key which carries no value."""
-    highest, total = jnp.float32(_LOWEST), jnp.float32(0)
+    highest, total = jnp.float32(hopper.LOWEST), jnp.float32(0)
     if inputs.sinks is not None:
-        highest, total = inputs.sinks[work.head] * _LOG2_E - statics.shift, jnp.float32(1)
+        highest, total = inputs.sinks[work.head] * hopper.LOG2_E - statics.shift, jnp.float32(1)
     highest, total = (
-        plgpu.layout_cast(lax.broadcast_in_dim(x, (WARPGROUP_ROWS,), ()), _ROWS) for x in (highest, total)
+        plgpu.layout_cast(lax.broadcast_in_dim(x, (WARPGROUP_ROWS,), ()), hopper.ROWS) for x in (highest, total)
     )
-    out = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, statics.value_dim), jnp.float32), _MATRIX)
-    weights = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, statics.block), dtype), _MATRIX)
+    out = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, statics.value_dim), jnp.float32), hopper.MATRIX)
+    weights = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, statics.block), dtype), hopper.MATRIX)
     return _Softmax(highest, total, out, weights)
 
 
@@ -526,7 +513,7 @@ def _first(statics, work, q_smem, shared, soften, i, softmax: _Softmax) -> _Soft
     """The softmax of the first block of keys, its weights not yet multiplied."""
     buffer = _buffer(statics, work, i)
     plgpu.barrier_wait(shared.k_arrived.at[buffer])
-    scores = _scores(q_smem, shared.k.at[buffer])
+    scores = hopper.product(q_smem, shared.k.at[buffer].T)
     plgpu.barrier_arrive(shared.k_free.at[buffer])
     highest, total, _, weights = soften(scores, i, softmax.highest, softmax.total)
     return _Softmax(highest, total, softmax.out, weights.astype(softmax.weights.dtype))
@@ -539,8 +526,8 @@ def _step(statics, work, warpgroup, q_smem, shared, soften, i, softmax: _Softmax
     plgpu.barrier_wait(shared.v_arrived.at[before])
 
     plgpu.barrier_wait(shared.turn.at[warpgroup])
-    after = _slot(warpgroup + 1, statics.tiles.num_warpgroups)
-    out, scores = _products(
+    after = hopper.remainder(warpgroup + 1, statics.tiles.num_warpgroups)
+    out, scores = hopper.weigh_and_score(
         softmax.out,
         softmax.weights,
         shared.v.at[before],
@@ -551,59 +538,26 @@ def _step(statics, work, warpgroup, q_smem, shared, soften, i, softmax: _Softmax
     plgpu.barrier_arrive(shared.k_free.at[buffer])
     plgpu.barrier_arrive(shared.v_free.at[before])
     highest, total, shrink, weights = soften(scores, i, softmax.highest, softmax.total)
-    return _Softmax(highest, total, out * _along_rows(shrink, out.shape), weights.astype(softmax.weights.dtype))
+    return _Softmax(highest, total, out * hopper.along(shrink, out.shape, 0), weights.astype(softmax.weights.dtype))
 
 
 def _last(statics, work, shared, i, softmax: _Softmax) -> _Softmax:
     buffer = _buffer(statics, work, i)
     plgpu.barrier_wait(shared.v_arrived.at[buffer])
-    out = _weigh(softmax.out, softmax.weights, shared.v.at[buffer])
+    out = hopper.weigh(softmax.out, softmax.weights, shared.v.at[buffer])
     plgpu.barrier_arrive(shared.v_free.at[buffer])
     return softmax._replace(out=out)
-
-
-def _products(out, weights, v_smem, q_smem, k_smem, issued):
-    """(out + weights · V, q · Kᵀ), one after the other without a wait between them; `issued` is called meanwhile."""
-
-    def products(refs):
-        out_acc, scores_acc = refs
-        plgpu.wgmma(out_acc, weights, v_smem)
-        plgpu.wgmma(scores_acc, q_smem, k_smem.T)
-        issued()
-
-    zeros = plgpu.layout_cast(jnp.zeros((q_smem.shape[0], k_smem.shape[0]), jnp.float32), _MATRIX)
-    return pl.run_state(products)((plgpu.ACC.init(out), plgpu.ACC.init(zeros)))
-
-
-def _scores(q_smem, k_smem) -> jax.Array:
-    """q · Kᵀ, float32."""
-
-    def product(acc):
-        plgpu.wgmma(acc, q_smem, k_smem.T)
-        return acc[...]
-
-    return pl.run_scoped(product, plgpu.ACC((q_smem.shape[0], k_smem.shape[0]), jnp.float32))
-
-
-def _weigh(out, weights, v_smem) -> jax.Array:
-    """out + weights · V, accumulated in place. Pallas's interpreter knows neither `run_state` nor a product of what
-    is in registers, and tests that use it put a plain one in this place."""
-
-    def product(acc):
-        plgpu.wgmma(acc, weights, v_smem)
-
-    return pl.run_state(product)(plgpu.ACC.init(out))
 
 
 def _soften(statics, work, rows, shared, scores, i, highest, total):
     """(highest, total, shrink, weights) with one block's scores more."""
     scores, factor = _capped(statics, scores)
-    if statics.masks.any(statics.block):
+    if statics.masks.hide(statics.block):
         masked = functools.partial(_masked, statics, work, rows, shared, i)
         scores = lax.cond((i < work.full) | (i >= work.left), masked, lambda scores: scores, scores)
     new_highest = jnp.maximum(highest, scores.max(axis=1) * factor)
     shrink = jnp.exp2(highest - new_highest)
-    weights = jnp.exp2(scores * factor - _along_rows(new_highest, scores.shape))
+    weights = jnp.exp2(scores * factor - hopper.along(new_highest, scores.shape, 0))
     return new_highest, total * shrink + weights.sum(axis=1), shrink, weights
 
 
@@ -613,42 +567,42 @@ def _capped(statics: _Statics, scores) -> tuple[jax.Array, float]:
     if statics.soft_cap is not None:
         # tanh(x) = 1 - 2 / (1 + exp(2x)), of which the 1 is the shift. Squaring the hardware's reciprocal root takes
         # two instructions, and its division about eight.
-        root = lax.rsqrt(1 + jnp.exp2(scores * (2 * statics.scale / statics.soft_cap * _LOG2_E)))
+        root = lax.rsqrt(1 + jnp.exp2(scores * (2 * statics.scale / statics.soft_cap * hopper.LOG2_E)))
         return -root * root, 2 * statics.shift
     if statics.scale < 0:
         scores = -scores
     # Not 0, which would make NaN of what a mask hides.
-    return scores, max(abs(statics.scale) * _LOG2_E, 1e-30)
+    return scores, max(abs(statics.scale) * hopper.LOG2_E, 1e-30)
 
 
 def _masked(statics: _Statics, work: _Work, rows, shared: _Shared, i, scores) -> jax.Array:
     """Scores, -inf where a query does not see a key."""
     masks, shape = statics.masks, scores.shape
-    base, mark = (work.last - i) * statics.block, _slot(work.start + i, statics.num_marks)
+    base, mark = (work.last - i) * statics.block, hopper.remainder(work.start + i, statics.num_marks)
     segments, positions = rows
 
     def load_columns(ref):
         # From shared memory, also what could be counted: that would be hoisted out of the loop, and registers with it.
-        return _along_columns(plgpu.load(ref, layout=_COLUMNS, optimized=False), shape)
+        return hopper.along(plgpu.load(ref, layout=hopper.COLUMNS, optimized=False), shape, 1)
 
     own = positions
     if masks.positions:
         key = load_columns(shared.positions.at[mark])
     elif masks.causal or masks.window is not None:
         key = load_columns(shared.columns)
-        own = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=_ROWS) + (work.base - base)
+        own = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=hopper.ROWS) + (work.base - base)
     conditions = []
     if masks.segments:
         # Past the last key, 0.
-        conditions.append(load_columns(shared.segments.at[mark]) == _along_rows(segments, shape))
+        conditions.append(load_columns(shared.segments.at[mark]) == hopper.along(segments, shape, 0))
     elif masks.num_keys % statics.block:
         conditions.append(load_columns(shared.columns) < masks.num_keys - base)
     if masks.causal:
-        conditions.append(key <= _along_rows(own, shape))
+        conditions.append(key <= hopper.along(own, shape, 0))
     elif masks.window is not None:
-        conditions.append(key < _along_rows(own + masks.window, shape))
+        conditions.append(key < hopper.along(own + masks.window, shape, 0))
     if masks.window is not None:
-        conditions.append(key > _along_rows(own - masks.window, shape))
+        conditions.append(key > hopper.along(own - masks.window, shape, 0))
     return jnp.where(functools.reduce(jnp.logical_and, conditions), scores, -jnp.inf)
 
 
@@ -656,33 +610,16 @@ def _store(statics: _Statics, work: _Work, softmax: _Softmax, out_smem, out_ref,
     """Starts the copy of the normalised outputs from the queries' place, and writes the log-sum-exp."""
     highest, total, out, _ = softmax
     seen = total > 0
-    out = out * _along_rows(jnp.where(seen, 1 / total, 0.0), out.shape)
+    out = out * hopper.along(jnp.where(seen, 1 / total, 0.0), out.shape, 0)
     rows = pl.ds(work.base, WARPGROUP_ROWS)
     # Every warp has multiplied its queries.
     plgpu.commit_smem()
     out_smem[...] = out.astype(out_ref.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(out_smem, out_ref.at[work.row, rows, work.head])
-    lse = (highest + statics.shift) / _LOG2_E + jnp.log(total)
+    lse = (highest + statics.shift) / hopper.LOG2_E + jnp.log(total)
     lse_ref[work.row, work.head, rows] = jnp.where(seen, lse, -jnp.inf)
 
 
-def _floor(x, divisor: int):
-    """x // divisor of what is not negative."""
-    return lax.div(x, jnp.int32(divisor)) if divisor > 1 else x
-
-
 def _buffer(statics: _Statics, work: _Work, i):
-    return _slot(work.start + i, statics.tiles.num_buffers)
-
-
-def _slot(number, size: int):
-    return lax.rem(number, jnp.int32(size))
-
-
-def _along_rows(x_R: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    return lax.broadcast_in_dim(x_R, shape, [0])
-
-
-def _along_columns(x_C: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    return lax.broadcast_in_dim(x_C, shape, [1])
+    return hopper.remainder(work.start + i, statics.tiles.num_buffers)

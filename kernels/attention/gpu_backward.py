@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -27,12 +26,13 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-_LOG2_E = math.log2(math.e)
+from kernels import hopper
+from kernels.attention.masks import Marks
+
 # The log-sum-exp that a query which sees nothing is given: every exp(score - this) is 0, and it is finite.
 _NOTHING = 1e30
-_MATRIX = plgpu.Layout.WGMMA
 # Of a matrix [keys, queries]: a value for each key, and one for each query.
-_KEYS, _QUERIES = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+_KEYS, _QUERIES = hopper.ROWS, hopper.COLUMNS
 # (of keys, of values). Wider ones have more sums than the registers hold: 64 keys of 256 take them all.
 WIDTHS = ((64, 64), (128, 128))
 _COPIER, _ADDER = 2, 3
@@ -81,7 +81,7 @@ class _Statics:
 
     @property
     def used_masks(self) -> tuple[bool, bool, bool, bool]:
-        """Of `_Masks`, what the kernel reads."""
+        """Of `Marks`, what the kernel reads."""
         bounded = self.causal or self.window is not None
         return self.segments, self.segments, bounded, bounded
 
@@ -92,16 +92,6 @@ class _Statics:
     @property
     def key_padding(self) -> int:
         return -self.num_keys % self.tiles.block_keys
-
-
-class _Masks(NamedTuple):
-    """int32 [B, T] or [B, S], padded to whole blocks. Segments are None where there are none; positions that were not
-    given are the indices, [1, T] and [1, S]."""
-
-    q_segments: Any
-    kv_segments: Any
-    q_positions: Any
-    kv_positions: Any
 
 
 class _Inputs(NamedTuple):
@@ -119,7 +109,7 @@ class _Inputs(NamedTuple):
     runs: Any
     walk: Any
     turns: Any
-    masks: _Masks
+    masks: Marks
 
 
 class _Shared(NamedTuple):
@@ -135,7 +125,7 @@ class _Shared(NamedTuple):
     delta: Any
     ds: Any
     dq: Any
-    masks: _Masks
+    masks: Marks
     keys_arrived: Any
     arrived: Any
     free: Any
@@ -206,15 +196,15 @@ def attention_gradients(
     shift_BTN = -_unit(statics) * jnp.where(lse_BTN == -jnp.inf, _NOTHING, lse_BTN)
     if soft_cap is not None:
         # The largest score, from which the kernel subtracts.
-        shift_BTN = shift_BTN + soft_cap * _LOG2_E
+        shift_BTN = shift_BTN + soft_cap * hopper.LOG2_E
     arrays = (q_BTNH, k_BSKH, v_BSKH, d_out_BTNH, shift_BTN, -delta_BTN)
-    masks = _Masks(q_segments, kv_segments, q_positions, kv_positions)
+    masks = Marks(q_segments, kv_segments, q_positions, kv_positions)
     return *_gradients(statics, arrays, masks, interpret), d_sinks
 
 
 def _unit(statics: _Statics) -> float:
     """Of what is added to a score: its own, or base 2 after the soft cap."""
-    return 1 / statics.scale if statics.soft_cap is None else _LOG2_E
+    return 1 / statics.scale if statics.soft_cap is None else hopper.LOG2_E
 
 
 def choose_backward_tiles(head_dim: int) -> BackwardTiles:
@@ -236,7 +226,7 @@ def _listed(widths) -> str:
 
 # A jit of its own, so that a model's layers are built once.
 @functools.partial(jax.jit, static_argnames=("statics", "interpret"))
-def _gradients(statics: _Statics, arrays, masks: _Masks, interpret):
+def _gradients(statics: _Statics, arrays, masks: Marks, interpret):
     q, k, v, d_out, shift, delta = arrays
     masks = _padded_masks(statics, masks)
     visited, runs, walk, turns = _walks(statics, masks)
@@ -258,8 +248,9 @@ def _padded(array, padding: int, value=0):
     return jnp.pad(array, widths, constant_values=value) if padding else array
 
 
-def _padded_masks(statics: _Statics, masks: _Masks) -> _Masks:
-    """Padding is of no segment, and at the last position of its row (for the least and the largest of a block)."""
+def _padded_masks(statics: _Statics, masks: Marks) -> Marks:
+    """Padded to whole blocks, of no segment and at the last position of its row (for the least and the largest of a
+    block). Positions that were not given are the indices, [1, T] and [1, S]."""
 
     def edge(array, padding):
         return jnp.pad(array, ((0, 0), (0, padding)), mode="edge") if padding else array
@@ -272,10 +263,10 @@ def _padded_masks(statics: _Statics, masks: _Masks) -> _Masks:
         q_positions, kv_positions = jnp.arange(statics.num_queries)[None], jnp.arange(statics.num_keys)[None]
     q_positions, kv_positions = edge(q_positions, q_padding), edge(kv_positions, kv_padding)
     masks = (q_segments, kv_segments, q_positions, kv_positions)
-    return _Masks(*(None if array is None else array.astype(jnp.int32) for array in masks))
+    return Marks(*(None if array is None else array.astype(jnp.int32) for array in masks))
 
 
-def _walks(statics: _Statics, masks: _Masks):
+def _walks(statics: _Statics, masks: Marks):
     """(visited [B, I], runs, walk and turns as in `_Inputs`): I blocks of queries, J of keys. The first axis is 1
     where the masks are known beforehand.
 
@@ -322,7 +313,7 @@ def _bounds(array, blocks: int):
     return array.min(axis=-1), array.max(axis=-1)
 
 
-def _segments_meet(masks: _Masks, query_blocks: int, key_blocks: int):
+def _segments_meet(masks: Marks, query_blocks: int, key_blocks: int):
     """bool [B, J, I]: whether the ranges of segments of two blocks overlap; whether both are one and the same."""
     sides = ((masks.q_segments, query_blocks), (masks.kv_segments, key_blocks))
     # 0 is padding, which sees nothing and is seen by nothing.
@@ -376,7 +367,7 @@ def _scratch(statics: _Statics, dtype) -> _Shared:
         delta=plgpu.SMEM((buffers, queries), jnp.float32),
         ds=plgpu.SMEM((2, keys, queries), dtype, transforms=tiled),
         dq=plgpu.SMEM((1, 2, 64, 64), jnp.float32, transforms=wide),
-        masks=_Masks(
+        masks=Marks(
             *(None if not used else plgpu.SMEM(shape, jnp.int32) for used, shape in zip(used, shapes, strict=True))
         ),
         keys_arrived=plgpu.Barrier(num_arrivals=2 + sum(used) // 2, num_barriers=1),
@@ -392,7 +383,7 @@ def _body(statics: _Statics, *refs):
     num_masks = sum(statics.used_masks)
     num_inputs = len(_Inputs._fields) - 1
     masks = iter(refs[num_inputs : num_inputs + num_masks])
-    inputs = _Inputs(*refs[:num_inputs], _Masks(*(next(masks) if used else None for used in statics.used_masks)))
+    inputs = _Inputs(*refs[:num_inputs], Marks(*(next(masks) if used else None for used in statics.used_masks)))
     dq_ref, dk_ref, dv_ref, *shared = refs[num_inputs + num_masks :]
     shared = _Shared(*shared)
     warpgroup = lax.axis_index("warpgroup")
@@ -428,9 +419,9 @@ def _work(statics: _Statics, inputs: _Inputs) -> _Work:
 def _coordinates(statics: _Statics, item):
     """(row, kv head, block of keys) of a block of threads. The last keys come first, as the turns go; the blocks of one
     kv head run together, and add to the same dq."""
-    head = _floor(item, statics.key_blocks)
-    key_block = statics.key_blocks - 1 - _remainder(item, statics.key_blocks)
-    return _floor(head, statics.num_kv_heads), _remainder(head, statics.num_kv_heads), key_block
+    head = hopper.floor(item, statics.key_blocks)
+    key_block = statics.key_blocks - 1 - hopper.remainder(item, statics.key_blocks)
+    return hopper.floor(head, statics.num_kv_heads), hopper.remainder(head, statics.num_kv_heads), key_block
 
 
 def _table_row(table, row):
@@ -439,12 +430,12 @@ def _table_row(table, row):
 
 
 def _query_block(statics: _Statics, work: _Work, inputs: _Inputs, step):
-    return inputs.walk[_table_row(inputs.walk, work.row), work.key_block, _floor(step, statics.group)]
+    return inputs.walk[_table_row(inputs.walk, work.row), work.key_block, hopper.floor(step, statics.group)]
 
 
 def _head(statics: _Statics, work: _Work, step):
     """Query head of a step: all heads of the group for a block of queries, then the next block."""
-    return work.kv_head * statics.group + _remainder(step, statics.group)
+    return work.kv_head * statics.group + hopper.remainder(step, statics.group)
 
 
 def _copy(statics: _Statics, work: _Work, inputs: _Inputs, shared: _Shared) -> None:
@@ -467,7 +458,7 @@ def _copy(statics: _Statics, work: _Work, inputs: _Inputs, shared: _Shared) -> N
     @pl.loop(0, work.steps)
     def _(step):
         query_block = _query_block(statics, work, inputs, step)
-        head, buffer = _head(statics, work, step), _remainder(step, buffers)
+        head, buffer = _head(statics, work, step), hopper.remainder(step, buffers)
         rows = pl.ds(query_block * queries, queries)
         arrived = shared.arrived.at[buffer]
         pl.when(step >= buffers)(functools.partial(plgpu.barrier_wait, shared.free.at[buffer]))
@@ -492,7 +483,7 @@ def _add_all(statics: _Statics, work: _Work, inputs: _Inputs, dq_ref, shared: _S
     def _(step):
         query_block = _query_block(statics, work, inputs, step)
         head = _head(statics, work, step)
-        turn = inputs.turns[_table_row(inputs.walk, work.row), work.key_block, _floor(step, statics.group)]
+        turn = inputs.turns[_table_row(inputs.walk, work.row), work.key_block, hopper.floor(step, statics.group)]
         plgpu.barrier_wait(shared.dq_ready.at[0])
         _await_turn(turns, (work.row, head, query_block), turn)
         for i in range(2):
@@ -535,8 +526,8 @@ def _add(smem, place) -> None:
 
 def _multiply_all(statics: _Statics, work: _Work, warpgroup, shared: _Shared):
     """(dk [64, H], dv [64, V]) of a warpgroup's keys, without the scale."""
-    dk = plgpu.layout_cast(jnp.zeros((64, statics.key_dim), jnp.float32), _MATRIX)
-    dv = plgpu.layout_cast(jnp.zeros((64, statics.value_dim), jnp.float32), _MATRIX)
+    dk = plgpu.layout_cast(jnp.zeros((64, statics.key_dim), jnp.float32), hopper.MATRIX)
+    dv = plgpu.layout_cast(jnp.zeros((64, statics.value_dim), jnp.float32), hopper.MATRIX)
     pl.when(work.steps > 0)(functools.partial(plgpu.barrier_wait, shared.keys_arrived.at[0]))
     step = functools.partial(_step, statics, work, shared)
     second = jnp.minimum(work.steps, 1)
@@ -560,7 +551,7 @@ def _multiply_all(statics: _Statics, work: _Work, warpgroup, shared: _Shared):
         last = work.steps - 1
         plgpu.barrier_wait(shared.ds_ready.at[0])
         dq_operands = _dq_operands(statics, warpgroup, shared, last)
-        zeros = plgpu.layout_cast(jnp.zeros((64, dq_operands[1].shape[1]), jnp.float32), _MATRIX)
+        zeros = plgpu.layout_cast(jnp.zeros((64, dq_operands[1].shape[1]), jnp.float32), hopper.MATRIX)
         dq = _product(zeros, *dq_operands)
         _store_dq(shared, warpgroup, last, dq)
         plgpu.barrier_wait(shared.dq_free.at[0])
@@ -573,7 +564,7 @@ def _step(statics: _Statics, work: _Work, shared: _Shared, step, sums, first=Fal
     other warpgroup has its half of dS ready."""
     # Asked for anew at each step: kept from the start, it would be the one value too many for the registers.
     warpgroup = lax.axis_index("warpgroup")
-    buffer, mine = _remainder(step, statics.tiles.num_buffers), pl.ds(warpgroup * 64, 64)
+    buffer, mine = hopper.remainder(step, statics.tiles.num_buffers), pl.ds(warpgroup * 64, 64)
     q_smem, d_out_smem = shared.q.at[buffer], shared.d_out.at[buffer]
     origin = _origin(step)
     plgpu.barrier_wait(shared.arrived.at[buffer])
@@ -590,7 +581,7 @@ def _step(statics: _Statics, work: _Work, shared: _Shared, step, sums, first=Fal
             dq_operands, functools.partial(_store_dq, shared, warpgroup, before), start, scores_operands
         )
     shape = (64, statics.tiles.block_queries)
-    delta = _along(plgpu.load(shared.delta.at[buffer], layout=_QUERIES), shape, 1)
+    delta = hopper.along(plgpu.load(shared.delta.at[buffer], layout=_QUERIES), shape, 1)
     d_weights_operands, weigh = (
         (shared.v.at[origin, mine], d_out_smem.T),
         functools.partial(_weights, statics, shared, buffer),
@@ -608,7 +599,7 @@ def _step(statics: _Statics, work: _Work, shared: _Shared, step, sums, first=Fal
     weights = weights.astype(shared.ds.dtype)
 
     def publish():
-        shared.ds[_remainder(step, 2), mine] = d_scores
+        shared.ds[hopper.remainder(step, 2), mine] = d_scores
         plgpu.commit_smem()
         plgpu.barrier_arrive(shared.ds_ready.at[0])
 
@@ -619,7 +610,7 @@ def _step(statics: _Statics, work: _Work, shared: _Shared, step, sums, first=Fal
 
 def _dq_operands(statics: _Statics, warpgroup, shared: _Shared, step):
     """dS [64 queries, keys] and K [keys, 64 columns]: a warpgroup has half of the columns, or half of the queries."""
-    ds_smem, k_smem = shared.ds.at[_remainder(step, 2)], shared.k.at[_origin(step)]
+    ds_smem, k_smem = shared.ds.at[hopper.remainder(step, 2)], shared.k.at[_origin(step)]
     mine = pl.ds(warpgroup * 64, 64)
     if statics.tiles.block_queries == 128:
         return ds_smem.at[:, mine].T, k_smem
@@ -642,7 +633,7 @@ def _start(statics: _Statics, shared: _Shared, buffer):
     """What a step's scores start from: the log-sum-exp, in units of scores, unless the soft cap comes before it."""
     shape = (64, statics.tiles.block_queries)
     if statics.soft_cap is not None:
-        return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _MATRIX)
+        return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), hopper.MATRIX)
     return _shift(statics, shared, buffer)
 
 
@@ -650,10 +641,10 @@ def _weights(statics: _Statics, shared: _Shared, buffer, scores, mask) -> jax.Ar
     """Softmax weights [keys, queries]."""
     mask = (lambda exponent: exponent) if mask is None else mask
     if statics.soft_cap is None:
-        return jnp.exp2(mask(scores * (statics.scale * _LOG2_E)))
+        return jnp.exp2(mask(scores * (statics.scale * hopper.LOG2_E)))
     # tanh(x) = 1 - 2 r, with r = 1 / (1 + exp(2x)) by the exponential that the hardware has.
-    r = 1 / (1 + jnp.exp2(scores * (2 * statics.scale / statics.soft_cap * _LOG2_E)))
-    return jnp.exp2(mask(r * (-2 * statics.soft_cap * _LOG2_E) + _shift(statics, shared, buffer)))
+    r = 1 / (1 + jnp.exp2(scores * (2 * statics.scale / statics.soft_cap * hopper.LOG2_E)))
+    return jnp.exp2(mask(r * (-2 * statics.soft_cap * hopper.LOG2_E) + _shift(statics, shared, buffer)))
 
 
 def _sloped(statics: _Statics, shared: _Shared, buffer, weights) -> jax.Array:
@@ -661,13 +652,15 @@ def _sloped(statics: _Statics, shared: _Shared, buffer, weights) -> jax.Array:
     to keep r in; where a weight is 0, any finite derivative does."""
     if statics.soft_cap is None:
         return weights
-    r = (_shift(statics, shared, buffer) - jnp.log(weights) * _LOG2_E) * (1 / (2 * statics.soft_cap * _LOG2_E))
+    r = (_shift(statics, shared, buffer) - jnp.log(weights) * hopper.LOG2_E) * (
+        1 / (2 * statics.soft_cap * hopper.LOG2_E)
+    )
     r = jnp.minimum(r, 1)
     return weights * (r * (4 - 4 * r))
 
 
 def _shift(statics: _Statics, shared: _Shared, buffer) -> jax.Array:
-    return _along(plgpu.load(shared.shift.at[buffer], layout=_QUERIES), (64, statics.tiles.block_queries), 1)
+    return hopper.along(plgpu.load(shared.shift.at[buffer], layout=_QUERIES), (64, statics.tiles.block_queries), 1)
 
 
 def _can_mask(statics: _Statics) -> bool:
@@ -682,23 +675,23 @@ def _masked(statics: _Statics, work: _Work, warpgroup, shared: _Shared, buffer, 
     conditions = []
     if statics.key_padding:
         count = statics.num_keys - work.key_block * statics.tiles.block_keys - warpgroup * 64
-        conditions.append(plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_MATRIX) < count)
+        conditions.append(plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=hopper.MATRIX) < count)
     if q_positions is not None:
         # Loaded even where they are the indices: from an iota, the compiler keeps a register for each score.
-        query = _along(plgpu.load(q_positions.at[buffer], layout=_QUERIES), shape, 1)
+        query = hopper.along(plgpu.load(q_positions.at[buffer], layout=_QUERIES), shape, 1)
         key = plgpu.load(kv_positions.at[mine], layout=_KEYS)
         if statics.causal:
-            conditions.append(query >= _along(key, shape, 0))
+            conditions.append(query >= hopper.along(key, shape, 0))
         if statics.window is not None:
-            conditions.append(query < _along(key + statics.window, shape, 0))
+            conditions.append(query < hopper.along(key + statics.window, shape, 0))
             if not statics.causal:
-                conditions.append(query > _along(key - statics.window, shape, 0))
+                conditions.append(query > hopper.along(key - statics.window, shape, 0))
     if q_segments is not None:
-        segment = _along(plgpu.load(q_segments.at[buffer], layout=_QUERIES), shape, 1)
+        segment = hopper.along(plgpu.load(q_segments.at[buffer], layout=_QUERIES), shape, 1)
         # Padding is 0 on both sides, and neither sees nor is seen.
         key_segment = plgpu.load(kv_segments.at[mine], layout=_KEYS)
         key_segment = jnp.where(key_segment == 0, -1, key_segment)
-        conditions.append(segment == _along(key_segment, shape, 0))
+        conditions.append(segment == hopper.along(key_segment, shape, 0))
     return jnp.where(functools.reduce(jnp.logical_and, conditions), exponent, -jnp.inf)
 
 
@@ -721,7 +714,7 @@ def _two_products(first, with_first, start, second) -> jax.Array:
         plgpu.wgmma(second_acc, *second)
         with_first(plgpu.wgmma_accumulator_load(first_acc, wait_n=1))
 
-    zeros = plgpu.layout_cast(jnp.zeros((first[0].shape[0], first[1].shape[1]), jnp.float32), _MATRIX)
+    zeros = plgpu.layout_cast(jnp.zeros((first[0].shape[0], first[1].shape[1]), jnp.float32), hopper.MATRIX)
     return pl.run_state(products)((plgpu.ACC.init(zeros), plgpu.ACC.init(start)))[1]
 
 
@@ -746,17 +739,3 @@ def _accumulate(dk, dv, d_scores, q_smem, weights, d_out_smem, meanwhile) -> tup
         plgpu.wgmma(dk_acc, d_scores, q_smem)
 
     return pl.run_state(products)((plgpu.ACC.init(dk), plgpu.ACC.init(dv)))
-
-
-def _floor(x, divisor: int):
-    """x // divisor of what is not negative."""
-    return lax.div(x, jnp.int32(divisor)) if divisor > 1 else x
-
-
-def _remainder(x, divisor: int):
-    return lax.rem(x, jnp.int32(divisor)) if divisor > 1 else jnp.int32(0)
-
-
-def _along(x, shape: tuple[int, int], axis: int) -> jax.Array:
-    """`x` of an axis, repeated along the other."""
-    return lax.broadcast_in_dim(x, shape, [axis])

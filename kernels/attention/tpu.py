@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels.attention import tpu_backward, tpu_steps
+from kernels.attention.masks import Marks, Masks
 from kernels.attention.tpu_scores import (
     LEAST,
     Specs,
@@ -30,7 +31,7 @@ from kernels.attention.tpu_scores import (
     scores_of,
     seen_by,
 )
-from kernels.attention.tpu_steps import Marks, Masks, Steps, code_of, is_first, is_last, steps_of
+from kernels.attention.tpu_steps import Steps, code_of, is_first, is_last, steps_of
 from kernels.attention.tpu_tiles import (
     VMEM_BYTES,
     AllTiles,

@@ -17,7 +17,8 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
-from kernels.attention.tpu_steps import Marks, Masks, code_of, inner
+from kernels.attention.masks import Marks, Masks
+from kernels.attention.tpu_steps import code_of, inner
 from kernels.attention.tpu_tiles import LANES, AllTiles, Tiles
 
 # Of a hidden key: its weight is 0 whatever the maximum, which is never below _LEAST.

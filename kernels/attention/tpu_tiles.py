@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from kernels.attention.tpu_steps import Masks, count
+from kernels.attention.masks import Masks
+from kernels.attention.tpu_steps import count
 from kernels.target import Target
 
 if TYPE_CHECKING:

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from kernels.attention.masks import Marks
+
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
@@ -25,13 +27,6 @@ class _Static:
     causal: bool
     window: int | None
     soft_cap: float | None
-
-
-class _Masks(NamedTuple):
-    q_segments: jax.Array | None
-    kv_segments: jax.Array | None
-    q_positions: jax.Array | None
-    kv_positions: jax.Array | None
 
 
 class _Block(NamedTuple):
@@ -68,7 +63,7 @@ def attention(
     # Query heads that share a kv head become a group axis G, so keys and values are never repeated.
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     sinks_KG = None if sinks is None else sinks.reshape(K, N // K)
-    masks = _Masks(q_segments, kv_segments, q_positions, kv_positions)
+    masks = Marks(q_segments, kv_segments, q_positions, kv_positions)
     out, lse_BKTG = _attention(static, q_BTKGH, k_BSKH, v_BSKH, sinks_KG, masks)
     return out.reshape(B, T, N, v_BSKH.shape[3]), lse_BKTG.transpose(0, 2, 1, 3).reshape(B, T, N)
 
@@ -100,7 +95,7 @@ def _blocks(static: _Static, num_queries: int, num_keys: int, positions: bool) -
     return blocks
 
 
-def _seen(static: _Static, masks: _Masks, block: _Block) -> jax.Array | None:
+def _seen(static: _Static, masks: Marks, block: _Block) -> jax.Array | None:
     """bool [B or 1, 1, queries, 1, keys] of a block; None where everything is seen."""
     start, stop, low, high = block
     if masks.q_positions is None:
@@ -127,7 +122,7 @@ def _seen(static: _Static, masks: _Masks, block: _Block) -> jax.Array | None:
     return seen[:, None, :, None]
 
 
-def _scores(static: _Static, masks: _Masks, block: _Block, q, k) -> tuple[jax.Array, jax.Array | None]:
+def _scores(static: _Static, masks: Marks, block: _Block, q, k) -> tuple[jax.Array, jax.Array | None]:
     """(scores [B,K,T,G,S] of a block, -inf where unseen; derivative of the soft cap or None).
 
     In float32 (as the softmax is): bfloat16 keeps 8 bits, so a score of 8 would carry an error of 0.03, which is 3%
@@ -151,7 +146,7 @@ def _after(array, previous):
     return array if previous is None else jax.lax.optimization_barrier((array, previous))[0]
 
 
-def _forward(static: _Static, q, k, v, sinks, masks: _Masks) -> tuple[jax.Array, jax.Array]:
+def _forward(static: _Static, q, k, v, sinks, masks: Marks) -> tuple[jax.Array, jax.Array]:
     outs, lses, previous = [], [], None
     for block in _blocks(static, q.shape[1], k.shape[1], masks.q_positions is not None):
         q_block = _after(q[:, block.start : block.stop], previous)
@@ -162,7 +157,7 @@ def _forward(static: _Static, q, k, v, sinks, masks: _Masks) -> tuple[jax.Array,
     return jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=2)
 
 
-def _forward_block(static: _Static, masks: _Masks, block: _Block, q, k, v, sinks):
+def _forward_block(static: _Static, masks: Marks, block: _Block, q, k, v, sinks):
     """(out [B,T,K,G,H], lse [B,K,T,G]) of one block of queries."""
     k, v = k[:, block.low : block.high], v[:, block.low : block.high]
     scores, _ = _scores(static, masks, block, q, k)
@@ -183,11 +178,11 @@ def _forward_block(static: _Static, masks: _Masks, block: _Block, q, k, v, sinks
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: _Static, q, k, v, sinks, masks: _Masks):
+def _attention(static: _Static, q, k, v, sinks, masks: Marks):
     return _forward(static, q, k, v, sinks, masks)
 
 
-def _attention_fwd(static: _Static, q, k, v, sinks, masks: _Masks):
+def _attention_fwd(static: _Static, q, k, v, sinks, masks: Marks):
     out, lse = _forward(static, q, k, v, sinks, masks)
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
     return (out, lse), (q, k, v, sinks, masks, out, lse)
@@ -221,7 +216,7 @@ def _add_keys(total, part, block: _Block):
     return jax.lax.dynamic_update_slice_in_dim(total, kept + part, block.low, axis=1)
 
 
-def _backward_block(static: _Static, masks: _Masks, block: _Block, q, k, v, d_out, delta, lse):
+def _backward_block(static: _Static, masks: Marks, block: _Block, q, k, v, d_out, delta, lse):
     """(dq in q's dtype, dk and dv in float32) of one block of queries."""
     queries, keys = slice(block.start, block.stop), slice(block.low, block.high)
     k, v, d_out, delta, lse = k[:, keys], v[:, keys], d_out[:, queries], delta[:, :, queries], lse[:, :, queries]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -21,14 +20,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from kernels import hopper
 from kernels.paged_attention.combine import combine_parts
 from kernels.paged_attention.tiles import Tiles
 
-_LOG2_E = math.log2(math.e)
-_MATRIX = plgpu.Layout.WGMMA
-_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
-# Below any score, and finite: the difference of two of them is 0, not NaN.
-_LOWEST = -1e30
 # Without the barriers that Pallas would put around every load, store and copy (they cost 1.5 us of 10.6 for one row of
 # 512 tokens on an H100). What they guard is guarded here already: warps meet in the reductions over keys and in
 # `commit_smem`, so between a warp's write to `weights` or to a buffer and another's last read of it lies at least one.
@@ -202,13 +197,13 @@ def _body(
         plgpu.barrier_wait(memory.keys_in.at[buffer])
         if statics.writes:
             _put_and_clear_past(memory.keys.at[buffer], length - base, new - base, memory.new.at[0])
-        scores = _product((statics.block, statics.columns), memory.keys.at[buffer], memory.queries.T)
+        scores = hopper.product(memory.keys.at[buffer], memory.queries.T)
         scores = _masked(statics, scores, base, length, start)
         new_highest = jnp.maximum(highest, scores.max(axis=0))
         shrink = jnp.exp2(highest - new_highest)
-        weights = jnp.exp2(scores - _along_columns(new_highest, scores.shape))
+        weights = jnp.exp2(scores - hopper.along(new_highest, scores.shape, 1))
         # Sums stay apart for each key row until the end: adding over rows takes shared memory and a barrier.
-        total = total * _along_columns(shrink, total.shape) + weights
+        total = total * hopper.along(shrink, total.shape, 1) + weights
         memory.weights.T[...] = plgpu.layout_cast(weights.astype(memory.weights.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.commit_smem()
         # All four warps passed the barrier just above, so none still reads the buffer of the block before.
@@ -218,22 +213,22 @@ def _body(
             _put_and_clear_past(memory.values.at[buffer], length - base, new - base, memory.new.at[1])
         else:
             _clear_past(memory.values.at[buffer], length - base)
-        update = _product((statics.head_dim, statics.columns), memory.values.at[buffer].T, memory.weights.T)
-        return new_highest, total, out * _along_columns(shrink, out.shape) + update
+        update = hopper.product(memory.values.at[buffer].T, memory.weights.T)
+        return new_highest, total, out * hopper.along(shrink, out.shape, 1) + update
 
-    highest = plgpu.layout_cast(jnp.full((statics.columns,), _LOWEST, jnp.float32), _COLUMNS)
-    total = plgpu.layout_cast(jnp.zeros((statics.block, statics.columns), jnp.float32), _MATRIX)
-    out = plgpu.layout_cast(jnp.zeros((statics.head_dim, statics.columns), jnp.float32), _MATRIX)
+    highest = plgpu.layout_cast(jnp.full((statics.columns,), hopper.LOWEST, jnp.float32), hopper.COLUMNS)
+    total = plgpu.layout_cast(jnp.zeros((statics.block, statics.columns), jnp.float32), hopper.MATRIX)
+    out = plgpu.layout_cast(jnp.zeros((statics.head_dim, statics.columns), jnp.float32), hopper.MATRIX)
     highest, total, out = lax.fori_loop(first, end, step, (highest, total, out))
     total = total.sum(axis=0)
     seen = total > 0
-    out = out * _along_columns(jnp.where(seen, 1 / total, 0.0), out.shape)
+    out = out * hopper.along(jnp.where(seen, 1 / total, 0.0), out.shape, 1)
     memory.out.T[...] = plgpu.layout_cast(out.astype(memory.out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
     plgpu.commit_smem()
     place = (part, row, head) if in_parts else (row, head)
     plgpu.copy_smem_to_gmem(memory.out.at[pl.ds(0, statics.rows)], outs[0].at[place])
     if in_parts:
-        outs[1][part, row, head] = jnp.where(seen, highest + jnp.log(total) * _LOG2_E, -jnp.inf)
+        outs[1][part, row, head] = jnp.where(seen, highest + jnp.log(total) * hopper.LOG2_E, -jnp.inf)
     if statics.writes:
         block = lax.div(new, jnp.int32(statics.block))
 
@@ -287,33 +282,21 @@ def _buffer(statics: _Statics, step):
     return lax.rem(step, jnp.int32(statics.tiles.num_buffers))
 
 
-def _product(shape: tuple[int, int], a_smem, b_smem) -> jax.Array:
-    def product(acc):
-        plgpu.wgmma(acc, a_smem, b_smem)
-        return acc[...]
-
-    return pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
-
-
-def _along_columns(x_R: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    return lax.broadcast_in_dim(x_R, shape, [1])
-
-
 def _masked(statics: _Statics, scores, base, length, start) -> jax.Array:
     """Scores [keys, queries] in base 2, -inf where a query does not see a key. The first key is at position `base`."""
     if statics.soft_cap is None:
-        scores = scores * (statics.scale * _LOG2_E)
+        scores = scores * (statics.scale * hopper.LOG2_E)
     else:
         # tanh(x) = 1 - 2 / (1 + exp(2x)), by the exponential that the hardware has.
-        grown = jnp.exp2(scores * (2 * statics.scale / statics.soft_cap * _LOG2_E))
-        scores = (1 - 2 / (1 + grown)) * (statics.soft_cap * _LOG2_E)
-    key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=_MATRIX)
+        grown = jnp.exp2(scores * (2 * statics.scale / statics.soft_cap * hopper.LOG2_E))
+        scores = (1 - 2 / (1 + grown)) * (statics.soft_cap * hopper.LOG2_E)
+    key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=hopper.MATRIX)
     if statics.num_tokens == 1:
         seen = key < jnp.minimum(length, start + 1) - base
         if statics.window is not None:
             seen = seen & (key > start - statics.window - base)
     else:
-        query = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=_MATRIX)
+        query = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=hopper.MATRIX)
         behind = lax.div(query, jnp.full_like(query, statics.group)) + (start - base) - key
         seen = (behind >= 0) & (key < length - base)
         if statics.window is not None:
@@ -326,8 +309,8 @@ def _clear_past(v_smem, count) -> None:
 
     @pl.when(count < v_smem.shape[0])
     def _():
-        values = plgpu.layout_cast(v_smem[...], _MATRIX)
-        key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=_MATRIX)
+        values = plgpu.layout_cast(v_smem[...], hopper.MATRIX)
+        key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=hopper.MATRIX)
         v_smem[...] = jnp.where(key < count, values, jnp.zeros_like(values))
         plgpu.commit_smem()
 
@@ -337,9 +320,9 @@ def _put_and_clear_past(smem, count, new, new_smem) -> None:
 
     @pl.when(count <= smem.shape[0])
     def _():
-        values = plgpu.layout_cast(smem[...], _MATRIX)
-        key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=_MATRIX)
+        values = plgpu.layout_cast(smem[...], hopper.MATRIX)
+        key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=hopper.MATRIX)
         values = jnp.where(key < count, values, jnp.zeros_like(values))
-        put = plgpu.load(new_smem, layout=_COLUMNS, optimized=False)
-        smem[...] = jnp.where(key == new, _along_columns(put, values.shape), values)
+        put = plgpu.load(new_smem, layout=hopper.COLUMNS, optimized=False)
+        smem[...] = jnp.where(key == new, hopper.along(put, values.shape, 1), values)
         plgpu.commit_smem()

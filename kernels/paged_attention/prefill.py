@@ -21,14 +21,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from kernels import hopper
 from kernels.paged_attention.combine import combine_parts
 from kernels.paged_attention.tiles import NUM_PROCESSORS, QUERY_ROWS, PrefillTiles
 
-_LOG2_E = math.log2(math.e)
-_MATRIX = plgpu.Layout.WGMMA
-_ROWS = plgpu.Layout.WGMMA.reduce(1)
-# Below any score, and finite: the difference of two of them is 0, not NaN.
-_LOWEST = -1e30
 # Rows of one matrix product of a warpgroup.
 _WARPGROUP_ROWS = QUERY_ROWS // 2
 _COPIER = 2
@@ -168,7 +164,7 @@ def paged_attention(
 
 def _sinks_of_rows(statics: _Statics, sinks_N, rows: int) -> jax.Array:
     """float32 [G, rows], base 2: the sink of each row of the queries' array."""
-    sinks_GR = (sinks_N.astype(jnp.float32) * _LOG2_E).reshape(-1, 1, statics.rows_per_token)
+    sinks_GR = (sinks_N.astype(jnp.float32) * hopper.LOG2_E).reshape(-1, 1, statics.rows_per_token)
     repeated = jnp.broadcast_to(sinks_GR, (sinks_GR.shape[0], rows, statics.rows_per_token))
     return repeated.reshape(sinks_GR.shape[0], -1)[:, :rows]
 
@@ -249,8 +245,8 @@ def _body(statics: _Statics, num_operands: int, *refs):
             sinks = None
             if sinks_ref:
                 rows = pl.ds(mine.base, _WARPGROUP_ROWS)
-                sinks = plgpu.load(sinks_ref[0].at[work.head, rows], layout=_ROWS, optimized=False)
-            place = _slot(number, statics.tiles.num_queries)
+                sinks = plgpu.load(sinks_ref[0].at[work.head, rows], layout=hopper.ROWS, optimized=False)
+            place = hopper.remainder(number, statics.tiles.num_queries)
             plgpu.barrier_wait(shared.q_arrived.at[place])
             q_smem = shared.q.at[place, warpgroup]
             softmax = _attend(statics, mine, warpgroup, q_smem, sinks, shared)
@@ -276,7 +272,7 @@ def _coordinates(statics: _Statics, item):
     coordinates = []
     for size in statics.items[:0:-1]:
         coordinates.append(lax.rem(item, jnp.int32(size)) if size > 1 else jnp.int32(0))
-        item = _floor(item, size)
+        item = hopper.floor(item, size)
     # Tiles of one sequence come in order, so that the last rows have the longest contexts: those are first.
     return statics.items[0] - 1 - item, *coordinates[::-1]
 
@@ -295,17 +291,17 @@ def _blocks_of(statics: _Statics, part, base, length, start):
     bottom = jnp.int32(0)
     if statics.window is not None:
         bottom = jnp.clip(start + _token(statics, base) - (statics.window - 1), 0, top)
-    first = _floor(bottom, statics.block)
-    end = _floor(top + (statics.block - 1), statics.block)
+    first = hopper.floor(bottom, statics.block)
+    end = hopper.floor(top + (statics.block - 1), statics.block)
     if statics.tiles.num_parts == 1:
         return first, end
-    share = _floor(end - first + (statics.tiles.num_parts - 1), statics.tiles.num_parts)
+    share = hopper.floor(end - first + (statics.tiles.num_parts - 1), statics.tiles.num_parts)
     first = jnp.minimum(first + part * share, end)
     return first, jnp.minimum(first + share, end)
 
 
 def _copy_queries(statics: _Statics, work: _Work, number, q_ref, shared: _Shared) -> None:
-    place = _slot(number, statics.tiles.num_queries)
+    place = hopper.remainder(number, statics.tiles.num_queries)
     pl.when(number >= statics.tiles.num_queries)(lambda: plgpu.barrier_wait(shared.q_free.at[place]))
     for i in range(2):
         rows = pl.ds(work.base + i * _WARPGROUP_ROWS, _WARPGROUP_ROWS)
@@ -318,15 +314,17 @@ def _copy_blocks(statics: _Statics, work: _Work, k_ref, v_ref, table_ref, shared
 
     def place_of(position):
         """Index in the pages, cut to `size`; past the table's width that of its last page, masked or not used."""
-        entry = jnp.minimum(_floor(position, statics.page_size), statics.table_width - 1)
+        entry = jnp.minimum(hopper.floor(position, statics.page_size), statics.table_width - 1)
         page = table_ref[work.row, entry]
         if size == statics.page_size:
             return page
-        return page * (statics.page_size // size) + _slot(_floor(position, size), statics.page_size // size)
+        return page * (statics.page_size // size) + hopper.remainder(
+            hopper.floor(position, size), statics.page_size // size
+        )
 
     @pl.loop(work.first, work.end)
     def _(block):
-        kv_head, buffer = _floor(work.head, statics.share), _buffer(statics, work, block)
+        kv_head, buffer = hopper.floor(work.head, statics.share), _buffer(statics, work, block)
         sides = ((k_ref, shared.k, shared.k_arrived, shared.k_free), (v_ref, shared.v, shared.v_arrived, shared.v_free))
         for pages_ref, smem, arrived, free in sides:
 
@@ -355,14 +353,17 @@ def _await_all(statics: _Statics, rounds, count, shared: _Shared) -> None:
 
 def _attend(statics: _Statics, work: _Work, warpgroup, q_smem, sinks, shared: _Shared) -> _Softmax:
     """The softmax of a warpgroup's 64 rows over the work's blocks of keys."""
-    highest, total = jnp.full((_WARPGROUP_ROWS,), _LOWEST, jnp.float32), jnp.zeros((_WARPGROUP_ROWS,), jnp.float32)
-    highest, total = plgpu.layout_cast(highest, _ROWS), plgpu.layout_cast(total, _ROWS)
+    highest, total = (
+        jnp.full((_WARPGROUP_ROWS,), hopper.LOWEST, jnp.float32),
+        jnp.zeros((_WARPGROUP_ROWS,), jnp.float32),
+    )
+    highest, total = plgpu.layout_cast(highest, hopper.ROWS), plgpu.layout_cast(total, hopper.ROWS)
     if sinks is not None:
         # A key of its own that carries no value, in the first part alone.
         counts = jnp.full_like(total, (work.part == 0).astype(jnp.float32))
         highest, total = jnp.where(counts > 0, sinks, highest), total + counts
-    out = plgpu.layout_cast(jnp.zeros((_WARPGROUP_ROWS, statics.head_dim), jnp.float32), _MATRIX)
-    weights = plgpu.layout_cast(jnp.zeros((_WARPGROUP_ROWS, statics.block), shared.q.dtype), _MATRIX)
+    out = plgpu.layout_cast(jnp.zeros((_WARPGROUP_ROWS, statics.head_dim), jnp.float32), hopper.MATRIX)
+    weights = plgpu.layout_cast(jnp.zeros((_WARPGROUP_ROWS, statics.block), shared.q.dtype), hopper.MATRIX)
     softmax = _Softmax(highest, total, out, weights)
     step = functools.partial(_step, statics, work, warpgroup, q_smem, shared)
     second = jnp.minimum(work.first + 1, work.end)
@@ -385,11 +386,11 @@ def _full_blocks(statics: _Statics, work: _Work, second):
     if statics.masks_all:
         return work.end, work.end
     lowest = work.start + jnp.minimum(_token(statics, work.base), statics.num_tokens - 1)
-    end = jnp.clip(_floor(jnp.minimum(lowest + 1, work.length), statics.block), second, work.end)
+    end = jnp.clip(hopper.floor(jnp.minimum(lowest + 1, work.length), statics.block), second, work.end)
     if statics.window is None:
         return second, end
     top = work.start + _token(statics, work.base + (_WARPGROUP_ROWS - 1))
-    first = _floor(jnp.maximum(top - statics.window + statics.block, 0), statics.block)
+    first = hopper.floor(jnp.maximum(top - statics.window + statics.block, 0), statics.block)
     return jnp.clip(first, second, end), end
 
 
@@ -397,7 +398,7 @@ def _first(statics, work, q_smem, shared, block, softmax: _Softmax) -> _Softmax:
     """The softmax of the first block of keys, its weights not yet multiplied."""
     buffer = _buffer(statics, work, block)
     plgpu.barrier_wait(shared.k_arrived.at[buffer])
-    scores = _scores(q_smem, shared.k.at[buffer])
+    scores = hopper.product(q_smem, shared.k.at[buffer].T)
     plgpu.barrier_arrive(shared.k_free.at[buffer])
     highest, total, _, weights = _soften(statics, work, scores, block, True, softmax.highest, softmax.total)
     return _Softmax(highest, total, softmax.out, weights.astype(softmax.weights.dtype))
@@ -410,7 +411,7 @@ def _step(statics, work, warpgroup, q_smem, shared, block, softmax: _Softmax, ma
     plgpu.barrier_wait(shared.v_arrived.at[before])
 
     plgpu.barrier_wait(shared.turn.at[warpgroup])
-    out, scores = _products(
+    out, scores = hopper.weigh_and_score(
         softmax.out,
         softmax.weights,
         shared.v.at[before],
@@ -421,27 +422,14 @@ def _step(statics, work, warpgroup, q_smem, shared, block, softmax: _Softmax, ma
     plgpu.barrier_arrive(shared.k_free.at[buffer])
     plgpu.barrier_arrive(shared.v_free.at[before])
     highest, total, shrink, weights = _soften(statics, work, scores, block, masked, softmax.highest, softmax.total)
-    return _Softmax(highest, total, out * _along_rows(shrink, out.shape), weights.astype(softmax.weights.dtype))
-
-
-def _products(out, weights, v_smem, q_smem, k_smem, issued):
-    """(out + weights · V, q · Kᵀ), one after the other without a wait between them; `issued` is called meanwhile."""
-
-    def products(refs):
-        out_acc, scores_acc = refs
-        plgpu.wgmma(out_acc, weights, v_smem)
-        plgpu.wgmma(scores_acc, q_smem, k_smem.T)
-        issued()
-
-    zeros = plgpu.layout_cast(jnp.zeros((q_smem.shape[0], k_smem.shape[0]), jnp.float32), _MATRIX)
-    return pl.run_state(products)((plgpu.ACC.init(out), plgpu.ACC.init(zeros)))
+    return _Softmax(highest, total, out * hopper.along(shrink, out.shape, 0), weights.astype(softmax.weights.dtype))
 
 
 def _last(statics, work, warpgroup, shared, block, softmax: _Softmax) -> _Softmax:
     buffer = _buffer(statics, work, block)
     plgpu.barrier_wait(shared.v_arrived.at[buffer])
     _clear_past(shared, shared.v.at[buffer], warpgroup, work.length - block * statics.block)
-    out = _weigh(softmax.out, softmax.weights, shared.v.at[buffer])
+    out = hopper.weigh(softmax.out, softmax.weights, shared.v.at[buffer])
     plgpu.barrier_arrive(shared.v_free.at[buffer])
     return softmax._replace(out=out)
 
@@ -453,51 +441,31 @@ def _soften(statics, work, scores, block, masked, highest, total):
         scores = _masked(statics, work, scores, block * statics.block)
     new_highest = jnp.maximum(highest, scores.max(axis=1) * factor)
     shrink = jnp.exp2(highest - new_highest)
-    weights = jnp.exp2(scores * factor - _along_rows(new_highest, scores.shape))
+    weights = jnp.exp2(scores * factor - hopper.along(new_highest, scores.shape, 0))
     return new_highest, total * shrink + weights.sum(axis=1), shrink, weights
-
-
-def _scores(q_smem, k_smem) -> jax.Array:
-    """q · Kᵀ, float32."""
-
-    def product(acc):
-        plgpu.wgmma(acc, q_smem, k_smem.T)
-        return acc[...]
-
-    return pl.run_scoped(product, plgpu.ACC((q_smem.shape[0], k_smem.shape[0]), jnp.float32))
-
-
-def _weigh(out, weights, v_smem) -> jax.Array:
-    """out + weights · V, accumulated in place. Pallas's interpreter knows neither `run_state` nor a product of what
-    is in registers, and tests that use it put a plain one in this place."""
-
-    def product(acc):
-        plgpu.wgmma(acc, weights, v_smem)
-
-    return pl.run_state(product)(plgpu.ACC.init(out))
 
 
 def _capped(statics: _Statics, scores) -> tuple[jax.Array, float]:
     """(scores, positive factor): their product is the logits in base 2. The factor is left for a later fused step."""
     if statics.soft_cap is not None:
         # tanh(x) = 1 - 2 / (1 + exp(2x)), by the exponential that the hardware has.
-        grown = jnp.exp2(scores * (2 * statics.scale / statics.soft_cap * _LOG2_E))
-        return 1 - 2 / (1 + grown), statics.soft_cap * _LOG2_E
+        grown = jnp.exp2(scores * (2 * statics.scale / statics.soft_cap * hopper.LOG2_E))
+        return 1 - 2 / (1 + grown), statics.soft_cap * hopper.LOG2_E
     if statics.scale < 0:
         scores = -scores
-    return scores, abs(statics.scale) * _LOG2_E
+    return scores, abs(statics.scale) * hopper.LOG2_E
 
 
 def _masked(statics: _Statics, work: _Work, scores, base) -> jax.Array:
     """Scores, -inf where a query does not see a key. The first key is at position `base`."""
-    row = plgpu.broadcasted_iota(jnp.int32, (scores.shape[0],), 0, layout=_ROWS) + work.base
+    row = plgpu.broadcasted_iota(jnp.int32, (scores.shape[0],), 0, layout=hopper.ROWS) + work.base
     if statics.rows_per_token > 1:
         row = lax.div(row, jnp.full_like(row, statics.rows_per_token))
     own = row + (work.start - base)
-    key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=_MATRIX)
-    seen = key <= _along_rows(jnp.minimum(own, work.length - base - 1), scores.shape)
+    key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=hopper.MATRIX)
+    seen = key <= hopper.along(jnp.minimum(own, work.length - base - 1), scores.shape, 0)
     if statics.window is not None:
-        seen = seen & (key > _along_rows(own - statics.window, scores.shape))
+        seen = seen & (key > hopper.along(own - statics.window, scores.shape, 0))
     return jnp.where(seen, scores, -jnp.inf)
 
 
@@ -511,8 +479,8 @@ def _clear_past(shared: _Shared, v_smem, warpgroup, count) -> None:
     pieces = [(pl.ds(row, 64), pl.ds(column, 64)) for row in rows for column in columns]
 
     def clear(piece):
-        values = plgpu.layout_cast(v_smem[piece], _MATRIX)
-        key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=_MATRIX)
+        values = plgpu.layout_cast(v_smem[piece], hopper.MATRIX)
+        key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=hopper.MATRIX)
         v_smem[piece] = jnp.where(key < count - piece[0].start, values, jnp.zeros_like(values))
 
     @pl.when(count < v_smem.shape[0])
@@ -529,11 +497,11 @@ def _store(statics: _Statics, work: _Work, softmax: _Softmax, out_refs, out_smem
     log-sum-exp."""
     highest, total, out, _ = softmax
     seen = total > 0
-    out = out * _along_rows(jnp.where(seen, 1 / total, 0.0), out.shape)
+    out = out * hopper.along(jnp.where(seen, 1 / total, 0.0), out.shape, 0)
     rows = pl.ds(work.base, _WARPGROUP_ROWS)
     if statics.tiles.num_parts > 1:
         out_refs[0][work.part, work.row, rows, work.head] = out
-        lse = jnp.where(seen, highest + jnp.log(total) * _LOG2_E, -jnp.inf)
+        lse = jnp.where(seen, highest + jnp.log(total) * hopper.LOG2_E, -jnp.inf)
         out_refs[1][work.part, work.row, rows, work.head] = lse
     elif statics.window is not None:
         # What the other way takes would spill two to ten registers.
@@ -549,21 +517,8 @@ def _store(statics: _Statics, work: _Work, softmax: _Softmax, out_refs, out_smem
 
 def _token(statics: _Statics, row):
     """Token of a row of the queries' array."""
-    return row if statics.rows_per_token == 1 else _floor(row, statics.rows_per_token)
-
-
-def _floor(x, divisor: int):
-    """x // divisor of what is not negative."""
-    return lax.div(x, jnp.int32(divisor)) if divisor > 1 else x
+    return row if statics.rows_per_token == 1 else hopper.floor(row, statics.rows_per_token)
 
 
 def _buffer(statics: _Statics, work: _Work, block):
-    return _slot(block + work.offset, statics.tiles.num_buffers)
-
-
-def _slot(number, size: int):
-    return lax.rem(number, jnp.int32(size))
-
-
-def _along_rows(x_R: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    return lax.broadcast_in_dim(x_R, shape, [0])
+    return hopper.remainder(block + work.offset, statics.tiles.num_buffers)

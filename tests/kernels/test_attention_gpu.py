@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from kernels import attention as op
 from kernels.attention import AttentionCase, blocks, choose, reference, supports, tiles, xla
+from kernels.attention.masks import Masks
 from kernels.attention.tiles import Tiles, choose_tiles
 from kernels.target import Target
+from tests.kernels.interpreter import plain_products
 
 H100 = Target("gpu", (9, 0))
 PLAIN = AttentionCase("bfloat16", 2048, 2048, 32, 8, 128, 128)
@@ -22,26 +24,10 @@ MARKS = ("q_segments", "kv_segments", "q_positions", "kv_positions")
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """The kernel's module, with a plain product wherever the interpreter has none: of what is in registers."""
-    if jax.__version_info__ < (0, 11):
-        pytest.skip(f"JAX {jax.__version__} can't interpret casts of layouts; 0.11 can")
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
+    """The kernel's module, as the interpreter can run it."""
+    plain_products(monkeypatch)
     from kernels.attention import gpu
 
-    def weigh(out, weights, v_smem):
-        out = out + jnp.dot(weights.astype(jnp.float32), v_smem[...].astype(jnp.float32))
-        # The interpreter asks it between a read into registers and the next copy to that place; wgmma has none.
-        plgpu.commit_smem()
-        return out
-
-    def products(out, weights, v_smem, q_smem, k_smem, issued):
-        out, scores = weigh(out, weights, v_smem), gpu._scores(q_smem, k_smem)
-        issued()
-        return out, scores
-
-    monkeypatch.setattr(gpu, "_weigh", weigh)
-    monkeypatch.setattr(gpu, "_products", products)
     return gpu
 
 
@@ -193,7 +179,7 @@ def test_every_seen_key_is_in_a_computed_block(lengths, causal, window, segments
         marks[2:] = (np.arange(n)[None] + rng.integers(-9, 30) for n in lengths)
         if positions == "any":
             marks[2:] = (rng.permutation(array, axis=1) for array in marks[2:])
-    masks = blocks.Masks(T, S, causal, window, segments != "no", positions != "no")
+    masks = Masks(T, S, causal, window, segments != "no", positions != "no")
     some, whole = seen_blocks(masks, rows, block, marks)
     data = [mark if mark is None else jnp.asarray(mark, jnp.int32) for mark in marks]
     (by_data,) = np.asarray(blocks.extents_by_data(masks, rows, block, *data))

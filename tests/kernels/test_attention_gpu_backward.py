@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.attention import reference, xla
+from kernels.attention.masks import Marks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +232,7 @@ def test_walks_visit_what_is_seen(case):
     features = (case.documents is not None, case.positions is not None)
     fixed = (case.B, case.T, case.keys, case.K, case.N // case.K, case.H, case.H)
     statics = backward._Statics(*fixed, case.scale, case.causal, case.window, None, *features, tiles)
-    padded = backward._padded_masks(statics, backward._Masks(**masks))
+    padded = backward._padded_masks(statics, Marks(**masks))
     visited, runs, walk, turns = (np.asarray(x) for x in backward._walks(statics, padded))
     seen = np.asarray(reference.visible(case.B, case.T, case.keys, case.causal, case.window, *masks.values()))
     queries, keys = tiles.block_queries, tiles.block_keys

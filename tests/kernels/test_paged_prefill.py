@@ -11,6 +11,7 @@ import pytest
 from kernels.paged_attention import PagedAttentionCase, case_of, choose, supports, tiles
 from kernels.paged_attention.tiles import PrefillTiles, choose_prefill_tiles
 from kernels.target import Target
+from tests.kernels.interpreter import plain_products
 
 H100 = Target("gpu", (9, 0))
 PREFILL = PagedAttentionCase("bfloat16", 16, 128, 32, 8, 128, 64, 8192)
@@ -52,26 +53,10 @@ def explicit(q, k_pages, v_pages, page_table, lengths, starts, *, scale, window=
 
 @pytest.fixture
 def prefill(monkeypatch):
-    """The kernel's module, with a plain product wherever the interpreter has none: of what is in registers."""
-    if jax.__version_info__ < (0, 11):
-        pytest.skip(f"JAX {jax.__version__} can't interpret casts of layouts; 0.11 can")
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
+    """The kernel's module, as the interpreter can run it."""
+    plain_products(monkeypatch)
     from kernels.paged_attention import prefill
 
-    def weigh(out, weights, v_smem):
-        out = out + jnp.dot(weights.astype(jnp.float32), v_smem[...].astype(jnp.float32))
-        # The interpreter asks it between a read into registers and the next copy to that place; wgmma has none.
-        plgpu.commit_smem()
-        return out
-
-    def products(out, weights, v_smem, q_smem, k_smem, issued):
-        out, scores = weigh(out, weights, v_smem), prefill._scores(q_smem, k_smem)
-        issued()
-        return out, scores
-
-    monkeypatch.setattr(prefill, "_weigh", weigh)
-    monkeypatch.setattr(prefill, "_products", products)
     return prefill
 
 
