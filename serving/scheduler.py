@@ -118,7 +118,7 @@ class Scheduler:
         self._in_flight: set[Sequence] = set()
         # What the next plan may have to end.
         self._cancelled: list[Sequence] = []
-        # For the last plan that decodes, pages were short.
+        # The last plan that decodes had to turn a sequence out.
         self._turned_out = False
         self._at_limit: list[Sequence] = []
         self._deadlines: dict[Sequence, float] = {}
@@ -184,10 +184,10 @@ class Scheduler:
         if decode:
             lookahead, preempted, without = self._make_room(lookahead, finished)
             rows = tuple(sequence for sequence in self._idle(self._decoding) if sequence not in without)
-            self._turned_out = bool(preempted or without)
+            self._turned_out = bool(preempted)
         if prompts:
             tiles = self._continue_prompts()
-            # Whoever was started now would be the next to be turned out.
+            # Who was just turned out, or another in its place, would be the next to be turned out.
             if not self._turned_out:
                 tiles += self._admit(now, self.config.chunk_tokens // self.config.tile_tokens - len(tiles))
         self._in_flight.update(rows)

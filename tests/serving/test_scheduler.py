@@ -651,9 +651,6 @@ def test_who_is_first_waits_for_pages_rather_than_giving_up_its_own():
         assert plan.decode == (first,)
         served.land(1)
     assert len(first.tokens) < first.limit and (first.preemptions, second.preemptions) == (0, 0)
-    # No one is started meanwhile who would take the next page.
-    served.submit(text(2), 2)
-    assert served.launch(decode=False).empty
     served.drain()
     assert first.preemptions == 0 and second.preemptions > 0
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from tests.training import runs
+from training.profile import ProfiledWindow
 
 READ = """
 import sys
@@ -43,6 +44,14 @@ def test_a_window_is_captured_and_does_not_count(tmp_path):
     # A window of steps that were done before is not captured by halves.
     again = runs.train_here({**settings, "steps": 9})
     assert again["profiled"] is False and again["steps"] == 9
+
+
+def test_a_window_opens_once_and_after_the_steps_that_warm_up(tmp_path):
+    window = ProfiledWindow("4:6", tmp_path)
+    assert [step for step in range(1, 9) if window.opens(step, start=0)] == [4]
+    # Attempts that went on after a step.
+    assert window.opens(4, start=1) and not window.opens(4, start=2)
+    assert not any(ProfiledWindow(None, tmp_path).opens(step, start=0) for step in range(9))
 
 
 def test_a_run_that_is_not_profiled_says_so(tmp_path):
