@@ -404,10 +404,12 @@ def test_grouped_products_have_no_rate_yet():
     ("config", "work", "measured"),
     [
         (dense_1b.MODEL, Work("train", 8, 2048, BF16, CACHE["bf16"]), 0.251),
-        (llama3_8b.MODEL, decode(1, 256), 0.00589),
-        (llama3_8b.MODEL, decode(8, 256), 0.00613),
+        (llama3_8b.MODEL, decode(1, 256), 0.00580),
+        (llama3_8b.MODEL, decode(8, 256), 0.00584),
+        (llama3_8b.MODEL, decode(32, 256), 0.00628),
+        (llama3_8b.MODEL, decode(128, 256), 0.00841),
     ],
-    ids=["dense-1b", "llama3-8b, 1 row", "llama3-8b, 8 rows"],
+    ids=["dense-1b", *(f"llama3-8b, {rows} rows" for rows in (1, 8, 32, 128))],
 )
 def test_steps_that_were_measured_on_an_h100(config, work, measured):
     """README.md's tables: `train.py dense-1b`, and `serve.py llama3-8b --bench` from 128 to 384 tokens of context."""
