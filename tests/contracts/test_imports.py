@@ -124,7 +124,7 @@ def test_modules_import_only_what_their_row_allows():
         ("perf.flops", "from model.config import ModelConfig\nfrom model import config", []),
         ("perf.flops", "from model import attention", ["model.attention"]),
         ("perf.flops", "from model import nothing_of_that_name", ["model"]),
-        ("perf.commands.roofline", "import configs, perf.flops, perf.commands.plan, training.loop", ["training.loop"]),
+        ("perf.commands.roofline", "import configs, perf.flops, training.loop, kernels.hopper", ["kernels.hopper"]),
         ("perf.flops", "import configs, perf.commands.roofline", ["configs", "perf.commands.roofline"]),
         ("training.loop", "from perf.commands import roofline", ["perf.commands.roofline"]),
         ("kernels.attention.xla", "from ..target import Target\nfrom .reference import attention", []),
