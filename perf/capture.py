@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import time
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import jax
 
 NOTE_FILE = "capture.json"
+PROGRAM_FILE = "{name}.hlo.gz"
+"""Optimised HLO of a program that ran in the window: what its ops are, which a trace has by name alone."""
 SCHEMA = 1
 
 
@@ -61,6 +64,11 @@ class Capture:
             **facts,
         }
         (self.folder / NOTE_FILE).write_text(json.dumps(note, indent=1) + "\n", "utf-8")
+
+    def save_program(self, name: str, text: str) -> None:
+        """Keeps the optimised HLO of a program that ran in the window. After `stop`: nothing waits for it."""
+        with gzip.open(self.folder / PROGRAM_FILE.format(name=name), "wt", encoding="utf-8") as file:
+            file.write(text)
 
 
 def parse_window(text: str) -> range:

@@ -270,7 +270,7 @@ class Trainer:
         for step in range(start, config.steps):
             if distributed.any_process(self.stop.is_set()):
                 state = self.drain(state)
-                self.profile.close(config=config.name)
+                self.profile.close(**self.captured_facts())
                 self.reporter.say(f"SIGTERM: saving after step {step} and stopping")
                 return state, True
             if self.profile.opens(step + 1, start=start):
@@ -285,7 +285,7 @@ class Trainer:
             done = step + 1
             if self.profile.closes(done):
                 state = self.drain(state)
-                self.profile.close(config=config.name)
+                self.profile.close({"step": self.step}, **self.captured_facts())
                 self.interrupted = True
                 self.reporter.say(f"profiled steps {config.profile}: {self.profile.captured}")
             if config.evaluation.every and done % config.evaluation.every == 0 and done < config.steps:
@@ -298,11 +298,16 @@ class Trainer:
                 self.interrupted = True
         return self.drain(state), False
 
+    def captured_facts(self) -> dict[str, Any]:
+        """What the note beside a trace says of the run."""
+        mesh = self.resolved.placement.mesh
+        return {"config": self.config.name, "mesh": dict(mesh.shape), "settings": as_json(self.config)}
+
     def next_batch(self) -> tuple[Batch, np.ndarray | None]:
         """Next batch on the devices. Waiting counts as input wait only if the device has nothing left to do."""
         assert self.loader is not None
         began = self.pending.metrics["loss"].is_ready() if self.pending is not None else True
-        with self.goodput.bucket("input_wait" if began else "step"):
+        with self.goodput.bucket("input_wait" if began else "step"), self.profile.input():
             _, host = next(self.loader)
             documents = document_lengths(host) if self.config.layers.document_mask else None
             batch = to_device(host, self.resolved.placement, self.config.layers.document_mask)
@@ -366,7 +371,7 @@ class Trainer:
         self.store.save(step, state, data_state=self.loader.state(), metrics=metrics)
 
     def close(self) -> None:
-        self.profile.close(config=self.config.name)
+        self.profile.close(**self.captured_facts())
         if self.loader is not None:
             self.loader.close()
 

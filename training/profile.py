@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from parallel import distributed
 from perf.capture import Capture, parse_window
+from perf.marks import INPUT_MARK, STEP_MARK
 
 WARMUP_STEPS = 2
 """After a start: the first steps load what was compiled, and fill the input's queues."""
@@ -38,10 +41,14 @@ class ProfiledWindow:
         """Whether the capture ends after `step`."""
         return self._capture is not None and step == self.steps.stop - 1
 
-    def close(self, **facts: str) -> None:
-        """Ends a capture that is under way, of the whole window or of what came of it."""
+    def close(self, programs: Mapping[str, jax.stages.Compiled] | None = None, **facts: Any) -> None:
+        """Ends a capture that is under way, of the whole window or of what came of it. The text of `programs` is kept
+        beside the trace."""
         if self._capture is not None:
-            self._capture.stop(kind="train", first_step=self.steps.start, last_step=self.steps.stop - 1, **facts)
+            window = {"first_step": self.steps.start, "last_step": self.steps.stop - 1}
+            self._capture.stop(kind="train", **window, **facts)
+            for name, compiled in (programs or {}).items():
+                self._capture.save_program(name, compiled.as_text())
             self.captured, self._capture = self._capture.folder, None
 
     def covers(self, step: int) -> bool:
@@ -52,4 +59,8 @@ class ProfiledWindow:
         """Marks a step on the trace's timeline."""
         if self._capture is None:
             return contextlib.nullcontext()
-        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+        return jax.profiler.StepTraceAnnotation(STEP_MARK, step_num=step)
+
+    def input(self) -> contextlib.AbstractContextManager:
+        """Marks the time in which the host takes a batch."""
+        return contextlib.nullcontext() if self._capture is None else jax.profiler.TraceAnnotation(INPUT_MARK)
