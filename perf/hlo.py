@@ -1,0 +1,386 @@
+"""Optimised HLO text, as `jax.stages.Compiled.as_text()` gives it, read into computations and instructions.
+
+Text of TPU's, GPU's and XLA's CPU compiler alike; only TPU's carries estimated cycles. Instructions stand in the order
+in which the compiler scheduled them. What the text doesn't say is None.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+# What the compiler writes for an instruction that it has no estimate of: the largest 64-bit integer.
+_UNPRICED = 2**63 - 1
+
+# Width of an element in bits; pred is stored in a byte.
+_BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
+
+_ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,<=? ]*)\](?:\{([^{}]*)\})?")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_START = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_CALLED = re.compile(
+    r"\b(calls|to_apply|body|condition|true_computation|false_computation|branch_computations|called_computations|"
+    r"async_execution_thread_computation)=(\{[^}]*\}|%?[\w.\-]+)"
+)
+_NAME = re.compile(r"%?([\w.\-]+)")
+
+
+class Array(NamedTuple):
+    """One array of a result. `memory_space`: 0 is the device's main memory, 1 VMEM on TPU, 5 the host's memory."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    memory_space: int = 0
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def num_bytes(self) -> int:
+        """Without the padding of its layout."""
+        return (self.size * bits(self.dtype) + 7) // 8
+
+
+def bits(dtype: str) -> int:
+    """Of one element of an HLO dtype: f32, bf16, f8e4m3fn, s4, pred, ..."""
+    if dtype in _BITS:
+        return _BITS[dtype]
+    match = re.match(r"[a-z]+(\d+)", dtype)
+    if match is None:
+        raise ValueError(f"HLO dtype {dtype!r} has no known width")
+    return int(match[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """`operands` are names in the same computation; `attributes` is the text after them, as it stands."""
+
+    name: str
+    opcode: str
+    results: tuple[Array, ...]
+    operands: tuple[str, ...]
+    attributes: str
+    is_root: bool
+    literal: str
+    """Text between the parentheses: the value of a constant, the number of a parameter."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all results."""
+        return sum(array.num_bytes for array in self.results)
+
+    @property
+    def kind(self) -> str:
+        """The opcode without -start or -done: the collective, copy or send that an asynchronous pair does."""
+        return re.sub(r"-(start|done|update)$", "", self.opcode)
+
+    @property
+    def is_collective(self) -> bool:
+        return self.kind in COLLECTIVES
+
+    @functools.cached_property
+    def called(self) -> Mapping[str, tuple[str, ...]]:
+        """Computations by role: calls, to_apply, body, condition, branch_computations, ..."""
+        found: dict[str, tuple[str, ...]] = {}
+        for role, names in _CALLED.findall(self.attributes):
+            found.setdefault(role, tuple(_NAME.findall(names)))
+        return found
+
+    def attribute(self, name: str) -> str | None:
+        """Value of a simple attribute: a word, a number, a quoted string or a list in braces without braces in it."""
+        match = re.search(
+            rf'(?:^|[\s,{{"])"?{re.escape(name)}"?[=:](?:"([^"]*)"|\{{([^{{}}]*)\}}|([^\s,{{}}]+))', self.attributes
+        )
+        return None if match is None else next(group for group in match.groups() if group is not None)
+
+    @property
+    def channel(self) -> int | None:
+        value = self.attribute("channel_id")
+        return None if value is None else int(value)
+
+    @property
+    def scope(self) -> str:
+        """JAX's name of the operation it comes from, with its named scopes: jit(step)/layers/mlp/dot_general."""
+        match = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
+        return match[1] if match else ""
+
+    @property
+    def source(self) -> str | None:
+        """file:line, where the text has it (newer texts number stack frames instead)."""
+        file, line = self.attribute("source_file"), self.attribute("source_line")
+        return None if file is None else f"{file}:{line}"
+
+    @property
+    def target(self) -> str | None:
+        """Of a custom call: its name, tpu_custom_call for a Pallas kernel."""
+        return self.attribute("custom_call_target")
+
+    @functools.cached_property
+    def estimated_cycles(self) -> int | None:
+        """Cycles of the core's clock that TPU's cost model expects; None where it has no estimate."""
+        match = re.search(r'"estimated_cycles":"?(\d+)"?', self.attributes)
+        cycles = int(match[1]) if match else _UNPRICED
+        return None if cycles == _UNPRICED else cycles
+
+    def groups(self, num_devices: int) -> tuple[tuple[int, ...], ...] | None:
+        """Partitions that take part together, each group in order; None where the attribute is missing.
+
+        Partition i is the i-th device of the mesh, row-major. `num_devices` is what an empty list stands for.
+        """
+        return replica_groups(self.attributes, num_devices)
+
+    @functools.cached_property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """(source, target) partitions of a permute."""
+        match = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", self.attributes)
+        found = re.findall(r"\{(\d+),(\d+)\}", match[1]) if match else []
+        return tuple((int(source), int(target)) for source, target in found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    name: str
+    instructions: tuple[Instruction, ...]
+
+    @functools.cached_property
+    def by_name(self) -> Mapping[str, Instruction]:
+        return {one.name: one for one in self.instructions}
+
+    @property
+    def root(self) -> Instruction:
+        return next((one for one in self.instructions if one.is_root), self.instructions[-1])
+
+    def operands(self, instruction: Instruction) -> tuple[Instruction, ...]:
+        """Instructions that make its operands."""
+        return tuple(self.by_name[name] for name in instruction.operands)
+
+    def operand_bytes(self, instruction: Instruction) -> int:
+        return sum(operand.num_bytes for operand in self.operands(instruction))
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    name: str
+    computations: Mapping[str, Computation]
+    entry: str
+    num_devices: int
+    """Partitions times replicas."""
+
+    @property
+    def entry_computation(self) -> Computation:
+        return self.computations[self.entry]
+
+    def instructions(self) -> Iterator[tuple[Computation, Instruction]]:
+        """Of all computations, in the order of the text."""
+        for computation in self.computations.values():
+            for instruction in computation.instructions:
+                yield computation, instruction
+
+    def callees(self, instruction: Instruction, *roles: str) -> tuple[Computation, ...]:
+        """Computations that it calls, of the given roles or of all."""
+        names = itertools.chain.from_iterable(
+            names for role, names in instruction.called.items() if not roles or role in roles
+        )
+        return tuple(self.computations[name] for name in names if name in self.computations)
+
+    def trip_count(self, loop: Instruction) -> int | None:
+        """Iterations of a while, None where they depend on data."""
+        assert loop.opcode == "while", loop.name
+        match = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+        return int(match[1]) if match else self._counted(loop)
+
+    def _counted(self, loop: Instruction) -> int | None:
+        """TPU's text doesn't say it: from the condition `counter < constant`, a counter that starts at 0 and is
+        raised by 1, as every loop of JAX's scan and fori_loop."""
+        (condition,) = self.callees(loop, "condition")
+        compares = [
+            (scope, one) for scope in self._reached(condition) for one in scope.instructions if one.opcode == "compare"
+        ]
+        if len(compares) != 1 or compares[0][1].attribute("direction") != "LT":
+            return None
+        bounds = [
+            int(one.literal)
+            for scope in self._reached(condition)
+            for one in scope.instructions
+            if one.opcode == "constant"
+            and one.results
+            and not one.results[0].dims
+            and re.fullmatch(r"-?\d+", one.literal)
+        ]
+        return max(bounds[0], 0) if len(bounds) == 1 else None
+
+    def _reached(self, computation: Computation) -> list[Computation]:
+        found = [computation]
+        for one in computation.instructions:
+            for callee in self.callees(one):
+                found.extend(self._reached(callee))
+        return found
+
+
+def parse(text: str) -> Module:
+    """Raises ValueError for text that is not an HLO module, or one that ends within a computation."""
+    header = text[: text.find("\n")]
+    match = re.match(r"HloModule ([^\s,]+)", header)
+    if match is None:
+        raise ValueError(f"not HLO text: it begins with {header[:60]!r} where 'HloModule NAME' is required")
+    partitions, replicas = (_count(header, word) for word in ("num_partitions", "replica_count"))
+    computations: dict[str, Computation] = {}
+    entry = None
+    for is_entry, name, lines in _blocks(text.splitlines()[1:]):
+        computations[name] = Computation(name, tuple(map(_instruction, lines)))
+        if is_entry:
+            entry = name
+    if entry is None:
+        raise ValueError(f"HLO module {match[1]} has no ENTRY computation: the text is truncated or not a whole module")
+    return Module(match[1], computations, entry, partitions * replicas)
+
+
+def _count(header: str, word: str) -> int:
+    match = re.search(rf"{word}=(\d+)", header)
+    return int(match[1]) if match else 1
+
+
+def _blocks(lines: Sequence[str]) -> Iterator[tuple[bool, str, list[str]]]:
+    """(is it the entry, name, instructions) of each computation. A Pallas call's metadata has line breaks, and lines
+    that begin with braces: only a brace that stands alone, outside of an open string or brace, ends a computation."""
+    name, is_entry, found = None, False, []
+    for line in lines:
+        if name is None:
+            if header := _HEADER.match(line):
+                is_entry, name, found = bool(header[1]), header[2], []
+        elif line == "}" and (not found or _is_closed(found[-1])):
+            yield is_entry, name, found
+            name = None
+        elif _START.match(line):
+            found.append(line)
+        elif found:
+            found[-1] += "\n" + line
+    if name is not None:
+        raise ValueError(f"HLO text ends within computation {name}: it is truncated")
+
+
+def _is_closed(text: str) -> bool:
+    bare = re.sub(r'"(?:[^"\\]|\\.)*"', "", text)
+    return '"' not in bare and bare.count("{") == bare.count("}")
+
+
+def _instruction(text: str) -> Instruction:
+    start = _START.match(text)
+    assert start is not None
+    position = start.end()
+    end = _closing(text, position) + 1 if text[position] == "(" else text.index(" ", position)
+    opening = text.index("(", end)
+    closing = _closing(text, opening)
+    inner = text[opening + 1 : closing]
+    opcode = text[end:opening].strip()
+    literal = opcode in ("constant", "parameter")
+    return Instruction(
+        name=start[2],
+        opcode=opcode,
+        results=tuple(arrays(text[position:end])),
+        operands=() if literal else _operands(inner),
+        attributes=text[closing + 1 :],
+        is_root=start[1] is not None,
+        literal=inner if literal else "",
+    )
+
+
+def _closing(text: str, opening: int) -> int:
+    """Position of the parenthesis that closes the one at `opening`."""
+    depth = 0
+    for match in re.compile(r'[()]|"(?:[^"\\]|\\.)*"').finditer(text, opening):
+        depth += {"(": 1, ")": -1}.get(match[0], 0)
+        if depth == 0:
+            return match.start()
+    raise ValueError(f"HLO instruction without its closing parenthesis: {text[:80].strip()!r}")
+
+
+def _operands(inner: str) -> tuple[str, ...]:
+    named = re.findall(r"%([\w.\-]+)", inner)
+    return tuple(named) if named or not inner else tuple(re.findall(r"([\w.\-]+)(?:,|$)", inner))
+
+
+def arrays(result: str) -> Iterator[Array]:
+    """Of a result's type, tuples flattened."""
+    for dtype, dims, layout in _ARRAY.findall(result):
+        space = re.search(r"S\((\d+)\)", layout)
+        sizes = tuple(int(size.lstrip("<=")) for size in dims.split(",") if size)
+        yield Array(dtype, sizes, int(space[1]) if space else 0)
+
+
+def replica_groups(attributes: str, num_devices: int) -> tuple[tuple[int, ...], ...] | None:
+    """Of the three forms: {{0,1},{2,3}}, [groups,size]<=[dims]T(order), mesh['a'=4,'b'=2], device_ids=(...) {'a'}."""
+    found = re.search(r"replica_groups=(.*)", attributes)
+    if found is None:
+        return None
+    text = found[1]
+    if text.startswith("{}"):
+        return (tuple(range(num_devices)),)
+    if match := re.match(r"\{(\{[\d,]*\}(?:,\{[\d,]*\})*)\}", text):
+        return tuple(tuple(int(n) for n in group.split(",")) for group in re.findall(r"\{([\d,]+)\}", match[1]))
+    if match := re.match(r"(\[[\d,]+\])<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
+        rows = _numbers(match[1])
+        return _rows(_iota(match[2]), rows[-1])
+    if match := re.match(r"mesh\[([^\]]*)\](?:, ?device_ids=\(([^()]*(?:\([\d,]*\))?)\))? ?\{([^}]*)\}", text):
+        return _mesh_groups(match[1], match[2], match[3])
+    raise ValueError(f"replica groups in an unknown form: {text[:80]!r}")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
+
+
+def _iota(text: str) -> list[int]:
+    """Of [2,4]T(1,0): 0..7 as an array of 2 × 4, transposed, flattened."""
+    shape, _, order = text.partition("T")
+    dims = _numbers(shape)
+    axes = _numbers(order) or list(range(len(dims)))
+    return _transposed(list(range(math.prod(dims))), dims, axes)
+
+
+def _transposed(values: Sequence[int], dims: Sequence[int], axes: Sequence[int]) -> list[int]:
+    strides = [math.prod(dims[axis + 1 :]) for axis in range(len(dims))]
+    return [
+        values[sum(index * strides[axis] for index, axis in zip(place, axes, strict=True))]
+        for place in itertools.product(*(range(dims[axis]) for axis in axes))
+    ]
+
+
+def _rows(values: Sequence[int], length: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(values[i : i + length]) for i in range(0, len(values), length))
+
+
+def _mesh_groups(axes: str, ids: str | None, grouped: str) -> tuple[tuple[int, ...], ...]:
+    """Groups along the named axes of a mesh; 'a':(2)4 is the part of axis a of 4, with 2 before it."""
+    names = re.findall(r"'(\w+)'=(\d+)", axes)
+    parts: dict[str, list[tuple[int, int]]] = {}
+    for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", grouped):
+        parts.setdefault(name, []).append((int(before or 1), int(size or dict(names)[name])))
+    dims, chosen = [], []
+    for name, size in names:
+        done = 1
+        for before, width in sorted(parts.get(name, [])):
+            dims += [before // done, width]
+            chosen.append(len(dims) - 1)
+            done = before * width
+        dims.append(int(size) // done)
+    total = math.prod(dims)
+    values = _iota(ids) if ids else list(range(total))
+    order = [axis for axis in range(len(dims)) if axis not in chosen] + chosen
+    return _rows(_transposed(values, dims, order), math.prod(dims[axis] for axis in chosen))
