@@ -294,6 +294,8 @@ def barrier(name: str) -> None:
 
 
 _rounds = itertools.count()
+_gathered: list[str] = []
+"""This process's key of its last `gather`."""
 
 
 def any_process(flag: bool, timeout: int = 600) -> bool:
@@ -323,8 +325,13 @@ def gather(text: str, timeout: int = 600) -> list[str]:
     client = jax_distributed.global_state.client
     round_key = f"ridgeline/gather/{next(_rounds)}"
     # The service lists keys by name: padded, so that 10 comes after 9.
-    client.key_value_set(f"{round_key}/{jax_distributed.global_state.process_id:08}", text)
+    own_key = f"{round_key}/{jax_distributed.global_state.process_id:08}"
+    client.key_value_set(own_key, text)
     client.wait_at_barrier("ridgeline/gather", timeout_in_ms=timeout * 1000)
+    # Who is here has read the round before: what is gathered for days must not stay in process 0's memory.
+    for key in _gathered:
+        client.key_value_delete(key)
+    _gathered[:] = [own_key]
     return [value for _, value in sorted(client.key_value_dir_get(round_key + "/"))]
 
 

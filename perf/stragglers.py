@@ -13,21 +13,23 @@ device that is throttled or shares its machine. What slows a step's own operatio
 more tokens) is seen in a trace of every process alone.
 
 A host is hit in a step if it is among the last eighth of the hosts (of up to 15, the last of all) and is behind the
-others' median by `THRESHOLD`. Evidence is a CUSUM of hits over misses (Page, Biometrika 41, 1954). Where no host is slower than
-another, each is among the last with the same chance, whatever the noise and however heavy its tails, and by Ville's
-inequality the sum reaches its limit, counted from any one step, with a chance of at most exp(-limit). So a false alarm
-is raised once in `STEPS_BETWEEN_ALARMS` steps at most, as long as one step's noise says nothing about the next one's:
-in 2 of 10,000 runs of 200 steps.
+others' median by `THRESHOLD`. Evidence is a CUSUM of hits over misses (Page, Biometrika 41, 1954). Where no host is
+slower than another, each is among the last with the same chance, whatever the noise and however heavy its tails: by
+Ville's inequality the sum then reaches its limit, counted from any one step, with a chance of at most exp(-limit). So
+there is one false alarm in `STEPS_BETWEEN_ALARMS` steps at most, as long as one step's noise says nothing about the
+next one's: in 2 of 10,000 runs of 200 steps.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
+
+from perf.host_steps import HostSteps, join
 
 Signal = Literal["barrier", "probe"]
 SIGNALS: tuple[Signal, ...] = ("barrier", "probe")
@@ -37,48 +39,6 @@ THRESHOLD = 0.05
 STEPS_BETWEEN_ALARMS = 1e6
 HIT_RATE = 0.8
 """Of steps in which a straggler is hit: the alternative of the likelihood ratio. Noise hides some."""
-
-FIELDS = ("seconds", "input", "result", "barrier", "probe")
-
-
-@dataclasses.dataclass(frozen=True)
-class HostSteps:
-    """Wall seconds of `hosts` processes over the same steps, float64 [hosts, steps]."""
-
-    steps: tuple[int, ...]
-    seconds: np.ndarray
-    """Between two steps: waiting, input, and what the host does beside them."""
-    input: np.ndarray
-    """Until the batch was on its way to the devices."""
-    result: np.ndarray
-    """Until the step before had ended: devices at work, collectives included."""
-    barrier: np.ndarray
-    """Until the last host had come."""
-    probe: np.ndarray
-    """Of the probe behind the step; NaN where there was none."""
-
-    def __post_init__(self) -> None:
-        for name in FIELDS:
-            assert getattr(self, name).shape == (self.num_hosts, len(self.steps)), name
-
-    @property
-    def num_hosts(self) -> int:
-        return len(self.seconds)
-
-    @property
-    def busy(self) -> np.ndarray:
-        """From one barrier to the arrival at the next: the host's step without waiting for other hosts."""
-        return self.seconds - self.barrier
-
-    @property
-    def host(self) -> np.ndarray:
-        """Neither waiting nor input: Python, dispatch, logging."""
-        return self.busy - self.input - self.result
-
-    def select(self, keep: np.ndarray) -> HostSteps:
-        """Steps by a mask or by their places."""
-        arrays = {name: getattr(self, name)[:, keep] for name in FIELDS}
-        return HostSteps(tuple(np.asarray(self.steps, int)[keep].tolist()), **arrays)
 
 
 def peer_median(values: np.ndarray) -> np.ndarray:
@@ -228,14 +188,6 @@ def _onset(hit: np.ndarray, gain: float, loss: float) -> int:
             first = place
         total = max(0.0, total + (gain if one else loss))
     return first
-
-
-def join(parts: Sequence[HostSteps]) -> HostSteps:
-    """Consecutive measurements as one."""
-    steps = tuple(step for part in parts for step in part.steps)
-    return HostSteps(
-        steps, **{name: np.concatenate([getattr(part, name) for part in parts], axis=1) for name in FIELDS}
-    )
 
 
 PARTS: Mapping[str, str] = {

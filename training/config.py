@@ -36,6 +36,7 @@ __all__ = [
     "SampleConfig",
     "ScheduleConfig",
     "ShardingRules",
+    "StragglerConfig",
     "TrainRun",
 ]
 
@@ -95,6 +96,16 @@ class SampleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StragglerConfig:
+    """The watch for a host that the others wait for, in runs of two processes or more."""
+
+    every: int = 5
+    """Steps between two times that the hosts tell each other what they measured; 0 for never."""
+    probe: bool = True
+    """Also time a small computation on each host's devices, behind a step: 0.25% of the steps' time at most."""
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainRun:
     """One training run; `train.py NAME` starts from the one that configs/NAME.py gives."""
 
@@ -130,6 +141,8 @@ class TrainRun:
     """Held-out loss."""
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
     """Text at the end."""
+    stragglers: StragglerConfig = dataclasses.field(default_factory=StragglerConfig)
+    """Which host is too slow."""
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     """How the processes of a run find each other."""
     seed: int = 0
@@ -174,6 +187,7 @@ def check_run(run: TrainRun) -> None:
         ("evaluation.every", run.evaluation.every),
         ("sample.tokens", run.sample.tokens),
         ("sample.temperature", run.sample.temperature),
+        ("stragglers.every", run.stragglers.every),
         ("loss.z_loss_coef", run.loss.z_loss_coef),
         ("seed", run.seed),
     ):

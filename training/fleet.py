@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Settings that no step's work depends on. All others are hashed: one that is new makes runs differ rather than agree.
 _FREE = (
     *("name", "steps", "checkpoint", "evaluation", "sample", "distributed", "seed"),
-    *("runs_dir", "cache_dir", "fresh", "tensorboard", "fleet", "profile"),
+    *("runs_dir", "cache_dir", "fresh", "tensorboard", "fleet", "profile", "stragglers"),
 )
 # Where the corpus is, on this machine, and its order.
 _FREE_DATA = ("paths", "text_field", "tokenizer", "tokenizer_bytes", "end_token", "heldout_fraction", "seed", "epochs")

@@ -33,6 +33,7 @@ from training.resolve import Resolved, resolve
 from training.sample import encode_prompt, sample_text
 from training.state import TrainState, abstract_state, init_state, state_shardings
 from training.step import Batch, make_train_step
+from training.stragglers import HostWatch
 from training.summary import summarize
 
 # What ends a run that was rightly set up; anything else that escapes is a bug or a ValueError about the settings.
@@ -147,6 +148,8 @@ class Pending:
     metrics: dict[str, jax.Array]
     batch: Batch
     documents: np.ndarray | None
+    probe: list[jax.Array]
+    """Queued behind it; empty for none."""
 
 
 class Trainer:
@@ -173,6 +176,7 @@ class Trainer:
         self.evaluation: Evaluation | None = None
         self.evaluated_at: int | None = None
         self.profile = ProfiledWindow(self.config.profile, self.config.run_dir)
+        self.watch = HostWatch(self.config.stragglers, self.config.run_dir, reporter)
 
     def run(self) -> dict[str, Any]:
         # What can be wrong with the inputs is found here, before anything is compiled.
@@ -185,6 +189,7 @@ class Trainer:
         if start < self.config.steps:
             with self.goodput.bucket("compile"):
                 self.step = self.compile()
+                self.watch.compile()
             state, stopped = self.train(state, start)
         text = None
         if not stopped:
@@ -268,10 +273,13 @@ class Trainer:
         if self.profile.steps and start + WARMUP_STEPS >= self.profile.steps.start:
             self.reporter.say(f"profile={config.profile}: not captured, the run goes on after step {start}")
         for step in range(start, config.steps):
-            if distributed.any_process(self.stop.is_set()):
+            with self.watch.span("barrier"):
+                stopped = distributed.any_process(self.stop.is_set())
+            if stopped:
                 state = self.drain(state)
                 self.profile.close(**self.captured_facts())
-                self.reporter.say(f"SIGTERM: saving after step {step} and stopping")
+                saving = "saving after" if config.checkpoint.every else "checkpoint.every=0: nothing is saved of"
+                self.reporter.say(f"SIGTERM: {saving} step {step} and stopping")
                 return state, True
             if self.profile.opens(step + 1, start=start):
                 state = self.drain(state)
@@ -279,7 +287,8 @@ class Trainer:
             batch, documents = self.next_batch()
             with self.goodput.bucket("step"), self.profile.annotation(step + 1):
                 state, metrics = self.step(state, batch)
-                previous, self.pending = self.pending, Pending(step + 1, metrics, batch, documents)
+                probe = self.watch.queue_probe(metrics["loss"])
+                previous, self.pending = self.pending, Pending(step + 1, metrics, batch, documents, probe)
                 if previous is not None:
                     self.read(previous, state)
             done = step + 1
@@ -291,7 +300,7 @@ class Trainer:
             if config.evaluation.every and done % config.evaluation.every == 0 and done < config.steps:
                 state = self.drain(state)
                 self.evaluate(state, config.evaluation.batches)
-            if done % config.checkpoint.every == 0 and done < config.steps:
+            if config.checkpoint.every and done % config.checkpoint.every == 0 and done < config.steps:
                 state = self.drain(state)
                 with self.goodput.bucket("checkpoint"):
                     self.save(state)
@@ -307,7 +316,8 @@ class Trainer:
         """Next batch on the devices. Waiting counts as input wait only if the device has nothing left to do."""
         assert self.loader is not None
         began = self.pending.metrics["loss"].is_ready() if self.pending is not None else True
-        with self.goodput.bucket("input_wait" if began else "step"), self.profile.input():
+        bucket = self.goodput.bucket("input_wait" if began else "step")
+        with bucket, self.profile.input(), self.watch.span("input"):
             _, host = next(self.loader)
             documents = document_lengths(host) if self.config.layers.document_mask else None
             batch = to_device(host, self.resolved.placement, self.config.layers.document_mask)
@@ -324,6 +334,7 @@ class Trainer:
 
     def read(self, pending: Pending, state: TrainState) -> None:
         """Waits for a step and reports it. Raises NonFiniteError if its loss or gradient was not finite."""
+        probe = self.watch.wait(pending.metrics["loss"], pending.probe)
         metrics = jax.device_get(pending.metrics)
         now = time.perf_counter()
         if metrics.pop("bad_step") >= 0:
@@ -336,10 +347,12 @@ class Trainer:
         self.losses[pending.step] = float(metrics["loss"])
         self.goodput.step_done(pending.step)
         record: dict[str, Any] = {name: value for name, value in metrics.items() if not name.endswith("_LE")}
-        if self.read_at is not None:
-            profiled = self.profile.covers(pending.step)
-            measured = not (self.interrupted or profiled)
-            record |= self.meter.record(now - self.read_at, documents=pending.documents, measured=measured)
+        profiled = self.profile.covers(pending.step)
+        measured = not (self.interrupted or profiled)
+        seconds = None if self.read_at is None else now - self.read_at
+        record |= self.watch.done(pending.step, seconds, probe, measured=measured)
+        if seconds is not None:
+            record |= self.meter.record(seconds, documents=pending.documents, measured=measured)
             if profiled:
                 record["profiled"] = True
         self.read_at, self.interrupted = now, False
@@ -363,7 +376,7 @@ class Trainer:
     def save(self, state: TrainState) -> None:
         assert self.loader is not None
         step = int(state.step)
-        if step == 0 or step in self.store.list_steps():
+        if step == 0 or not self.config.checkpoint.every or step in self.store.list_steps():
             return
         metrics = {"loss": self.losses[step]}
         if self.evaluation is not None and self.evaluated_at == step:

@@ -29,6 +29,7 @@ def summarize(trainer: Trainer, *, stopped: str | None) -> dict[str, Any]:
         **_evaluation(trainer, stopped),
         **trainer.goodput.summary().record(),
         "checkpoint": str(latest.path) if latest else None,
+        **trainer.watch.summary(),
         **run_facts(trainer),
     }
     record |= scaling_facts(config.fleet, record)
@@ -36,7 +37,9 @@ def summarize(trainer: Trainer, *, stopped: str | None) -> dict[str, Any]:
         reason = "the run was already complete: no step was left"
         record |= {"loss_first_reason": reason, "loss_last_reason": reason}
     if latest is None:
-        record["checkpoint_reason"] = "stopped before the first step"
+        record["checkpoint_reason"] = (
+            "stopped before the first step" if config.checkpoint.every else "checkpoint.every=0"
+        )
     if stopped is not None:
         record["stopped"] = stopped
     return record
