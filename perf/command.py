@@ -24,6 +24,7 @@ class Command(NamedTuple):
 COMMANDS = (
     # One line a command, in the order of the usage text.
     Command("roofline", "FLOPs, bytes and time floor of every op, from a config alone", "perf.commands.roofline"),
+    Command("plan", "meshes and memory policies of a run, compiled for slices that are not here", "perf.commands.plan"),
     Command("fleet", "what runs reached across sizes and versions, and a gate for regressions", "perf.commands.fleet"),
 )
 

@@ -85,15 +85,7 @@ def train_question(settings: Settings, module: ModuleType):
     run = module.train()
     names = {dtype: name for name, dtype in COMPUTE_DTYPES.items()}
     compute = settings.compute or names[run.precision.compute]
-    activation_bytes = 4 if compute == "fp32" else 2
-    optimizer, gradient = run.optimizer, element_bytes(run.precision.gradient)
-    state = TrainState(
-        parameter=element_bytes(run.precision.param),
-        gradient=gradient,
-        first_moment=element_bytes(optimizer.moment_dtype),
-        clip=optimizer.clip_norm is not None,
-        muon=optimizer.kind == "muon",
-    )
+    activation_bytes, state = 4 if compute == "fp32" else 2, train_state(run)
     work = Work(
         mode="train",
         batch=run.data.batch_size if settings.batch is None else settings.batch,
@@ -111,6 +103,17 @@ def train_question(settings: Settings, module: ModuleType):
     if state.muon:
         assumptions.append("the products of Muon's Newton-Schulz iteration are not counted")
     return run.model, work, compute, assumptions
+
+
+def train_state(run) -> TrainState:
+    """What the steps of a TrainRun keep and move."""
+    return TrainState(
+        parameter=element_bytes(run.precision.param),
+        gradient=element_bytes(run.precision.gradient),
+        first_moment=element_bytes(run.optimizer.moment_dtype),
+        clip=run.optimizer.clip_norm is not None,
+        muon=run.optimizer.kind == "muon",
+    )
 
 
 def serve_question(settings: Settings, module: ModuleType):

@@ -1,0 +1,217 @@
+"""Compiles a step for a TPU slice in a process of its own, keeps what the compiler said, and predicts from it.
+
+What is kept is found again by the program before it is compiled, its devices, options and the compiler's version, so
+that a second plan compiles nothing that the first one did, and a better prediction reads the same programs.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from parallel.compilation import Options, compile_program
+from parallel.topology import tpu_devices
+from perf.chips import find_chip
+from perf.hlo import parse
+from perf.interconnect import places_of, torus
+from perf.plan import Answer
+from perf.prediction import predict
+from training.config import TrainRun
+from training.loop import lower_step
+from training.resolve import resolve
+
+# Of the files that are kept. A change of what they hold changes it.
+FORMAT = 1
+
+
+# What XLA calls the loops of a product that it cuts into the parts of a gather ("collective matmul").
+WINDOWED = "windowed_dot_general"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A train step for a slice. `model_flops`: of the step, all devices together; `folder` keeps what was compiled."""
+
+    run: TrainRun
+    topology: str
+    num_slices: int
+    model_flops: int
+    folder: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler said of a program. `need_bytes` of `limit_bytes`: memory of a device; where it fits the peak of
+    the compiler's own plan, else what it said is needed (None, with `reason`, where it gave no figure). `text`: the
+    optimised program, where it fits."""
+
+    fits: bool
+    need_bytes: float | None
+    limit_bytes: float | None
+    reason: str | None
+    compile_seconds: float
+    text: str | None = None
+    kept: bool = False
+    """Found, and not compiled again."""
+
+
+def start_process() -> None:
+    """In a process that compiles for devices that are not there: it must look for none of its own."""
+    jax.config.update("jax_platforms", "cpu")
+    # JAX 0.11.2 can't read a TPU's program back from its own cache.
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
+def answer(job: Job) -> Answer:
+    """Traces the step, compiles it unless that was done before, and predicts."""
+    try:
+        resolved = resolve(job.run, tpu_devices(job.topology, job.num_slices))
+    except (ValueError, NotImplementedError) as error:
+        # The mesh can't be laid over the slice's torus, or a kernel can't run there.
+        return Answer(refused=str(error))
+    mesh = resolved.placement.mesh
+    compiled = compile_lowered(lower_step(resolved), job.topology, mesh, resolved.compiler_options, job.folder)
+    return judge(compiled, mesh, job.run.precision.compute, job.model_flops)
+
+
+def judge(compiled: Compiled, mesh: Mesh, dtype: str, model_flops: int) -> Answer:
+    """What a program promises, of `model_flops` on all devices of `mesh` together."""
+    devices = mesh.devices.flatten()
+    chip = find_chip(devices[0].device_kind)
+    assert chip is not None and chip.usable_bytes is not None, devices[0].device_kind
+    facts = Answer(
+        fits=compiled.fits,
+        need_bytes=compiled.need_bytes,
+        limit_bytes=compiled.limit_bytes or chip.usable_bytes / chip.devices_per_chip,
+        reason=compiled.reason,
+        compile_seconds=compiled.compile_seconds,
+        kept=compiled.kept,
+    )
+    if compiled.text is None:
+        return facts
+    network = torus(chip, places_of(devices))
+    prediction = predict(parse(compiled.text), chip=chip, mesh=dict(mesh.shape), network=network, dtype=dtype)
+    return dataclasses.replace(
+        facts,
+        windowed=WINDOWED in compiled.text,
+        prediction=prediction.to_json(),
+        mfu=prediction.mfu(model_flops / mesh.size),
+    )
+
+
+def compile_lowered(lowered: jax.stages.Lowered, topology: str, mesh: Mesh, options: Options, folder: Path) -> Compiled:
+    where = folder / key(lowered.as_text(), topology, options, [device.id for device in mesh.devices.flat])
+    found = read(where)
+    if found is not None:
+        return found
+    began = time.monotonic()
+    try:
+        compiled = compile_program(lowered, options)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        need, limit, reason = exhausted(str(error))
+        made = Compiled(False, need, limit, reason, time.monotonic() - began)
+    else:
+        peak = compiled.memory_analysis().peak_memory_in_bytes
+        made = Compiled(True, peak, None, None, time.monotonic() - began, compiled.as_text())
+    write(where, made)
+    return made
+
+
+_SIZES = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = r"([\d.]+)([BKMGT]?)i?B?"
+_NEEDS = (
+    re.compile(rf"Used {_SIZE} of {_SIZE} hbm"),
+    re.compile(rf"memory required for [^()]*\({_SIZE}\) exceeds available [^()]*\({_SIZE}\)"),
+)
+
+
+def exhausted(message: str) -> tuple[float | None, float | None, str]:
+    """(bytes needed, bytes there are, what was said) of a refusal for memory. The compiler may give up before it has a
+    plan: then the bytes are of the temporaries alone, and the step needs more."""
+    said = message.splitlines()[0]
+    for form in _NEEDS:
+        if match := form.search(message):
+            need, limit = (float(match[i]) * _SIZES[match[i + 1]] for i in (1, 3))
+            return need, limit, said
+    return None, None, f"the compiler names no bytes: {said}"
+
+
+def key(program: str, topology: str, options: Options, devices: list[int]) -> str:
+    """All that an answer of the compiler depends on."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+    rest = json.dumps([FORMAT, topology, options, devices, versions], sort_keys=True)
+    return hashlib.sha256((rest + program).encode()).hexdigest()[:32]
+
+
+def read(where: Path) -> Compiled | None:
+    """None where nothing is kept. The JSON file is written last: without it there is nothing."""
+    try:
+        fields: dict[str, Any] = json.loads(where.with_suffix(".json").read_text())
+    except FileNotFoundError:
+        return None
+    text = None
+    if fields["fits"]:
+        text = gzip.decompress(where.with_suffix(".hlo.gz").read_bytes()).decode()
+    return Compiled(**fields, text=text, kept=True)
+
+
+def write(where: Path, made: Compiled) -> None:
+    where.parent.mkdir(parents=True, exist_ok=True)
+    if made.text is not None:
+        replace(where.with_suffix(".hlo.gz"), gzip.compress(made.text.encode(), mtime=0))
+    fields = dataclasses.asdict(made)
+    del fields["text"], fields["kept"]
+    replace(where.with_suffix(".json"), json.dumps(fields).encode())
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Whole or not at all: several processes write one folder."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    draft.write_bytes(content)
+    draft.replace(path)
+
+
+def run_jobs(
+    work: Callable[[Any], Any], jobs: list[Any], workers: int, follow: Callable[[int, Any], list[Any]]
+) -> list[Any]:
+    """Answers to jobs, in their order, each made in one of `workers` processes of their own. `follow(index, answer)`
+    gives the jobs to add after one: they are numbered on.
+
+    Raises OSError if a process dies.
+    """
+    answers: dict[int, Any] = {}
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=start_process) as pool:
+        running = {pool.submit(work, job): index for index, job in enumerate(jobs)}
+        total = len(jobs)
+        while running:
+            done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                index = running.pop(future)
+                try:
+                    answers[index] = future.result()
+                except concurrent.futures.process.BrokenProcessPool as error:
+                    raise OSError(
+                        f"a process that compiled ended early, likely for lack of this machine's memory: {error}; "
+                        "set --workers to 1"
+                    ) from error
+                for job in follow(index, answers[index]):
+                    running[pool.submit(work, job)] = total
+                    total += 1
+    return [answers[index] for index in range(len(answers))]

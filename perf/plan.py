@@ -1,0 +1,179 @@
+"""Ways to run a train step on given devices: which there are, which are worth compiling, and what to try after those.
+
+A candidate is a mesh, a number of microbatches, and what the backward pass recomputes. Estimates choose among them
+(perf/step_model.py); what is compiled answers for itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from perf.chips import Chip
+from perf.flops import Remat
+from perf.step_model import Layout, StepEstimate
+
+REMATS: tuple[Remat, ...] = ("none", "dots", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """`accumulation`, `remat` and `scan` as in a run's settings; `options`: XLA options beside the run's own."""
+
+    layout: Layout
+    accumulation: int = 1
+    remat: Remat = "none"
+    scan: bool = True
+    options: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        words = [str(self.layout)]
+        if self.accumulation > 1:
+            words.append(f"{self.accumulation} microbatches")
+        words.append(f"remat {self.remat}")
+        words.append("scanned" if self.scan else "unrolled")
+        return ", ".join([*words, *self.options])
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranked:
+    """A candidate with its estimate. `fits`: by the estimate, in the bytes that a device has."""
+
+    candidate: Candidate
+    estimate: StepEstimate
+    fits: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """To a job, in plain values. Only `refused` is set where the program can't be made at all; `prediction` (of a
+    device, as in perf/prediction.py) and `mfu` are None where it doesn't fit. `windowed`: it has products in parts."""
+
+    refused: str | None = None
+    fits: bool | None = None
+    need_bytes: float | None = None
+    limit_bytes: float | None = None
+    reason: str | None = None
+    compile_seconds: float | None = None
+    kept: bool = False
+    windowed: bool = False
+    prediction: dict[str, Any] | None = None
+    mfu: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A candidate of a report. `answer`: the compiler's, None where nothing was compiled; `command` starts the run."""
+
+    ranked: Ranked
+    answer: Answer | None
+    command: str
+
+    @property
+    def fits(self) -> bool | None:
+        """None for one that can't be made."""
+        return self.ranked.fits if self.answer is None else self.answer.fits
+
+    @property
+    def seconds(self) -> float | None:
+        """Predicted, of one step; None where there is no program."""
+        if self.answer is None:
+            return self.ranked.estimate.seconds
+        return None if self.answer.prediction is None else self.answer.prediction["step_seconds"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Candidates for one set of devices. `length`: tokens of a row; `num_candidates`: all
+    that the run's settings allow."""
+
+    name: str
+    chip: Chip
+    num_devices: int
+    rows: int
+    length: int
+    dtype: str
+    entries: tuple[Entry, ...]
+    num_candidates: int
+    notes: tuple[str, ...]
+
+    @property
+    def best(self) -> Entry | None:
+        """The fastest that fits."""
+        fitting = [one for one in self.entries if one.fits and one.seconds is not None]
+        return min(fitting, key=lambda one: one.seconds or math.inf, default=None)
+
+
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def layouts(num_devices: int) -> Iterator[Layout]:
+    """Every way to spread exactly `num_devices` over the mesh axes."""
+    num_axes = len(dataclasses.fields(Layout))
+    sizes = divisors(num_devices)
+    for first in itertools.product(sizes, repeat=num_axes - 1):
+        rest, remainder = divmod(num_devices, math.prod(first))
+        if not remainder and rest:
+            yield Layout(*first, rest)
+
+
+def enumerate_candidates(
+    num_devices: int, accumulations: Iterable[int], remats: Iterable[Remat], scans: Iterable[bool]
+) -> Iterator[Candidate]:
+    """Every combination; what a run's settings refuse is among them."""
+    choices = list(itertools.product(accumulations, remats, scans))
+    for layout in layouts(num_devices):
+        for choice in choices:
+            yield Candidate(layout, *choice)
+
+
+def rank(
+    candidates: Iterable[Candidate],
+    estimate: Callable[[Candidate], StepEstimate],
+    usable_bytes: float,
+) -> list[Ranked]:
+    """Fastest first of those that fit by the estimate; then those that do not, with the least bytes first. Of equals
+    the simpler: fewer ways to split a product, fewer microbatches, less that is computed again."""
+
+    def order(ranked: Ranked) -> tuple:
+        candidate = ranked.candidate
+        simplicity = (candidate.layout.tensor, candidate.accumulation, REMATS.index(candidate.remat))
+        if ranked.fits:
+            return (0, ranked.estimate.seconds, *simplicity)
+        return (1, ranked.estimate.memory_bytes, *simplicity)
+
+    made = []
+    for candidate in candidates:
+        estimated = estimate(candidate)
+        made.append(Ranked(candidate, estimated, estimated.memory_bytes <= usable_bytes))
+    return sorted(made, key=order)
+
+
+def shortlist(ranked: Sequence[Ranked], count: int) -> list[Ranked]:
+    """The best of each of the `count` best meshes: estimates tell meshes apart no better than what is recomputed, and
+    the latter has `next_smaller` where it does not fit."""
+    chosen: dict[Layout, Ranked] = {}
+    for one in ranked:
+        if len(chosen) < count:
+            chosen.setdefault(one.candidate.layout, one)
+    return list(chosen.values())
+
+
+def next_smaller(
+    ranked: Sequence[Ranked], failed: Candidate, need: float, limit: float, tried: Iterable[Candidate]
+) -> Ranked | None:
+    """What to compile after `failed`, which needs `need` bytes of `limit`: the first of the same mesh whose estimate is
+    smaller in that proportion, else the smallest; None if all were tried or none is smaller.
+    """
+    done = set(tried)
+    estimates = {one.candidate: one.estimate.memory_bytes for one in ranked}
+    same = [one for one in ranked if one.candidate.layout == failed.layout and one.candidate not in done]
+    smaller = [one for one in same if one.estimate.memory_bytes < estimates[failed]]
+    enough = [one for one in smaller if one.estimate.memory_bytes <= estimates[failed] * limit / need]
+    if enough:
+        return min(enough, key=lambda one: one.estimate.seconds)
+    return min(smaller, key=lambda one: one.estimate.memory_bytes, default=None)

@@ -1,0 +1,80 @@
+"""Rates of train steps for perf/step_model.py: measured on an H100, assumed elsewhere, and said which."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from perf.chips import Chip
+from perf.reached import REACHED
+from perf.roofline import LAUNCH_SECONDS
+from perf.step_model import Rates
+
+MEASURED_CHIP = "H100 SXM"
+
+_H100_PEAK = 989.4e12
+_H100_MEMORY = 3350e9
+
+# Fitted on rows of benchmarks/results/train_h100.json (NVIDIA H100 80GB HBM3, jax 0.11.2, 2026-11-23): products on the
+# three of dense-1b unrolled with no recomputation and cuBLAS alone, where they are 89% of what a product of 8192³
+# reached in the same process; the grouped ones each on the row of its own. The others are held out: see
+# tests/perf/test_perf_gpu_step.py.
+_H100_PRODUCTS = 670e12
+_H100_GROUPED = MappingProxyType({"capacity": 440e12, "ragged_dot": 75e12, "loop": 50e12})
+# The copy of that file.
+_H100_COPY = 2.92e12
+
+# Of the links' rate, in large collectives inside of a host, and of the time of parameters' collectives that runs beside
+# compute: assumed, since no step on several devices has been measured here.
+_LINK_SHARE = 0.8
+_OVERLAP = 0.7
+
+# A TPU's shares of its peaks, to choose what is compiled: products as the compiler prices one of 8192³ on v5e (88%),
+# less for the others; an elementwise sum's share of the bandwidth on v5e and v6e (81%). Attention in XLA: assumed.
+_TPU_PRODUCTS, _TPU_ATTENTION, _TPU_MEMORY = 0.8, 0.35, 0.81
+# A mesh axis has one of the torus axes: both directions of it are half of the links of a 2-dimensional torus.
+_TPU_LINK = 0.5
+
+
+def step_rates(chip: Chip, dtype: str) -> Rates:
+    """Rates of one JAX device that multiplies in `dtype`. Raises ValueError where the chip has no peak in it."""
+    peak = chip.device_peak(dtype)
+    if peak is None:
+        raise ValueError(
+            f"no dense {dtype} peak is published for {chip.name}; set precision.compute to one of: "
+            f"{', '.join(sorted(chip.peaks))}"
+        )
+    if chip.scale_up_bandwidth is None:
+        link = 0.0
+    else:
+        link = chip.scale_up_bandwidth / chip.devices_per_chip
+    bandwidth = chip.memory_bandwidth / chip.devices_per_chip
+    if chip.name.startswith("TPU"):
+        return Rates(
+            products=_TPU_PRODUCTS * peak,
+            attention=_TPU_ATTENTION * peak,
+            memory=_TPU_MEMORY * bandwidth,
+            link=_TPU_LINK * link,
+            overlap=_OVERLAP,
+            launch=0.0,
+            grouped=MappingProxyType({"ragged_dot": _TPU_PRODUCTS * peak, "capacity": _TPU_PRODUCTS * peak}),
+            source=f"assumed shares of {chip.name}'s peaks: they choose what is compiled, and give no figure",
+        )
+    scale = peak / _H100_PEAK
+    reached = REACHED[MEASURED_CHIP]
+    measured = chip.name == MEASURED_CHIP and dtype == reached.dtype
+    return Rates(
+        products=_H100_PRODUCTS * scale,
+        attention=reached.attention_train * scale,
+        memory=_H100_COPY * bandwidth / _H100_MEMORY,
+        link=_LINK_SHARE * link,
+        overlap=_OVERLAP,
+        launch=LAUNCH_SECONDS,
+        grouped=MappingProxyType({name: rate * scale for name, rate in _H100_GROUPED.items()}),
+        source=(
+            "measured on one H100 SXM in bfloat16: whole steps of benchmarks/results/train_h100.json, single ops of "
+            "perf/reached.py"
+            if measured
+            else f"shares of the peaks that an H100 SXM reaches in bfloat16, applied to {chip.name} in {dtype}, where "
+            "nothing was measured"
+        ),
+    )
