@@ -32,7 +32,7 @@ from training.config import TrainRun
 from training.feed import to_device
 from training.loop import compile_program, lower_step
 from training.resolve import Resolved, resolve
-from training.state import init_state, state_shardings
+from training.state import init_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +89,7 @@ def measure(program: Program, steps: int) -> dict[str, Any]:
     """Step time over `steps` steps after three of warm-up, and what follows from it."""
     resolved, config = program.resolved, program.resolved.run
     definition, optimizer = resolved.spec.definition, resolved.optimizer
-    shardings = state_shardings(definition, optimizer, resolved.placement)
-    state = jax.jit(lambda: init_state(definition, optimizer, 0), out_shardings=shardings)()
+    state = init_state(definition, optimizer, 0, resolved.placement)
     rows = RandomRows(config.data.sequence_length, config.model.vocab_size, 0)
     batches = []
     for number in range(4):

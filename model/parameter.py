@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable
 
@@ -11,12 +12,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
+Place = Callable[[tuple[str | None, ...]], jax.sharding.Sharding]
+"""Where an array of these logical axes lives."""
 
 
 class RouterBias(nnx.Variable):
     """Balancing bias of a router: follows the load, not the gradient."""
 
 
+@functools.cache
 def normal(stddev: float) -> Init:
     return lambda key, shape, dtype: stddev * jax.random.normal(key, shape, dtype)
 
@@ -41,6 +45,9 @@ class Creator:
     dtype: str
     joined: bool = False
     """Projections of one input are one array: attention's query, key and value, a gated feed-forward's gate and up."""
+    place: Place | None = None
+    """Makes each parameter where it lives, by a program of its own that all of its kind share: one program that makes
+    all of them takes XLA's GPU compiler 168 s for 20 unrolled layers (one core, JAX 0.11.2). None when traced."""
 
     def scope(self, name: str | int) -> Creator:
         number = name if isinstance(name, int) else zlib.crc32(name.encode()) & 0x7FFFFFFF
@@ -59,8 +66,20 @@ class Creator:
         """A variable of `kind` whose metadata `logical` names its axes, `layers` first where stacked."""
         assert len(shape) == len(logical), f"{name}: {shape} named by {logical}"
         dtype = jnp.dtype(dtype or self.dtype)
-        value = _per_copy(lambda key: init(key, shape, dtype), self.scope(name).keys)
-        return kind(value, logical=("layers",) * self.keys.ndim + tuple(logical))
+        keys, logical = self.scope(name).keys, ("layers",) * self.keys.ndim + tuple(logical)
+        draw = _draw(init, shape, dtype)
+        value = draw(keys) if self.place is None else _program(draw, self.place(logical))(keys)
+        return kind(value, logical=logical)
+
+
+@functools.cache
+def _draw(init: Init, shape: tuple[int, ...], dtype: jnp.dtype) -> Callable[[jax.Array], jax.Array]:
+    return lambda keys: _per_copy(lambda key: init(key, shape, dtype), keys)
+
+
+@functools.cache
+def _program(draw: Callable[[jax.Array], jax.Array], sharding: jax.sharding.Sharding):
+    return jax.jit(draw, out_shardings=sharding)
 
 
 def _per_copy(fn: Callable[[jax.Array], jax.Array], keys: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from model.config import ModelConfig
 from model.execution import Execution
 from model.layers import MLP, Embedding, RMSNorm
 from model.moe import MoE, MoEMetrics
-from model.parameter import Creator, RouterBias, normal
+from model.parameter import Creator, Place, RouterBias, normal
 from model.rope import Rotation, rotations
 from parallel.sharding import constrain
 
@@ -244,9 +244,13 @@ class Definition:
     """Query, key and value projections as one array, and gate and up as one, by `join_projections`: one product reads
     them faster when a few tokens are all there is. They cannot be split over devices then."""
 
-    def init(self, key: jax.Array) -> tuple[Tree, Tree]:
-        """(params, biases) from a PRNG key. The same for any mesh, and for scanned or unrolled layers."""
-        _, params, biases = nnx.split(self._create(key), nnx.Param, RouterBias)
+    def init(self, key: jax.Array, place: Place | None = None) -> tuple[Tree, Tree]:
+        """(params, biases) from a PRNG key. The same for any mesh, and for scanned or unrolled layers.
+
+        With `place`, arrays on devices: each shard is made where it lives, so that no array is ever whole on one.
+        Without it, for a caller that traces.
+        """
+        _, params, biases = nnx.split(self._create(key, place), nnx.Param, RouterBias)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(biases)
 
     @functools.cached_property
@@ -254,8 +258,8 @@ class Definition:
         abstract = nnx.eval_shape(lambda: self._create(jax.random.key(0)))
         return nnx.split(abstract, nnx.Param, RouterBias)
 
-    def _create(self, key: jax.Array) -> Transformer:
-        return Transformer(self.config, Creator(key, self.param_dtype, self.joined), scan=self.scan)
+    def _create(self, key: jax.Array, place: Place | None = None) -> Transformer:
+        return Transformer(self.config, Creator(key, self.param_dtype, self.joined, place), scan=self.scan)
 
     @property
     def abstract(self) -> tuple[Tree, Tree]:

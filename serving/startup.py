@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from checkpoint.pretrained import Pretrained
 from model.cache import abstract_cache
 from model.config import ModelConfig
+from model.parameter import Place
 from model.transformer import Definition, Tree, join_projections
 from serving.byte_tokenizer import byte_tokenizer
 from serving.chat import ChatTemplate
@@ -31,7 +32,6 @@ from serving.runner import Compiled, Runner
 from serving.scheduler import Scheduler, SchedulerConfig
 from serving.tokenizer import Tokenizer, load_tokenizer
 from serving.utilization import UtilizationMeter
-from serving.weights import random_weights
 
 Say = Callable[[str], None]
 
@@ -143,14 +143,15 @@ def _apart(definition: Definition) -> Definition:
     return dataclasses.replace(definition, joined=False)
 
 
-def _shardings(resolved: Resolved) -> list[tuple[Tree, Tree]]:
-    def place(names: tuple[str | None, ...]) -> jax.sharding.Sharding:
-        if resolved.placement is None:
-            return jax.sharding.SingleDeviceSharding(resolved.devices[0])
-        return resolved.placement.sharding(*names)
+def _place(resolved: Resolved) -> Place:
+    if resolved.placement is None:
+        return lambda names: jax.sharding.SingleDeviceSharding(resolved.devices[0])
+    return lambda names: resolved.placement.sharding(*names)
 
+
+def _shardings(resolved: Resolved) -> list[tuple[Tree, Tree]]:
     return [
-        tuple(jax.tree.map(place, tree, is_leaf=_is_axes) for tree in _apart(definition).logical)
+        tuple(jax.tree.map(_place(resolved), tree, is_leaf=_is_axes) for tree in _apart(definition).logical)
         for definition, _ in _definitions(resolved)
     ]
 
@@ -171,7 +172,7 @@ def _load(resolved: Resolved, shardings: list[tuple[Tree, Tree]], say: Say) -> t
     began, loaded = time.monotonic(), []
     for (definition, pretrained), placed in zip(_definitions(resolved), shardings, strict=True):
         if pretrained is None:
-            params, biases = random_weights(_apart(definition), placed, resolved.run.seed)
+            params, biases = _apart(definition).init(jax.random.key(resolved.run.seed), _place(resolved))
         else:
             params, biases = pretrained.load(_apart(definition), placed)
         loaded.append((join_projections(params) if definition.joined else params, biases))

@@ -240,9 +240,9 @@ class Trainer:
         """Restored or initial state, and the number of steps it has behind it."""
         resolved = self.resolved
         definition, optimizer = resolved.spec.definition, resolved.optimizer
-        shardings = state_shardings(definition, optimizer, resolved.placement)
         if found is not None:
             with self.goodput.bucket("restore"):
+                shardings = state_shardings(definition, optimizer, resolved.placement)
                 abstract = abstract_state(definition, optimizer, shardings)
                 state, manifest = self.store.restore(abstract, step=found.step)
                 start = data.step_of_state(manifest.data_state, self.corpus.train, self.config.data)
@@ -252,10 +252,9 @@ class Trainer:
                 self.goodput.resumed(start)
                 return state, start
         with self.goodput.bucket("compile"):
-            # out_shardings: each device makes its own shards, and no array is ever whole on one.
-            init = jax.jit(lambda: init_state(definition, optimizer, self.config.seed), out_shardings=shardings)
             self.goodput.resumed(0)
-            return jax.block_until_ready(init()), 0
+            state = init_state(definition, optimizer, self.config.seed, resolved.placement)
+            return jax.block_until_ready(state), 0
 
     def compile(self) -> jax.stages.Compiled:
         """The train step, ahead of its first use: a batch of another shape would be an error, never a recompilation."""

@@ -27,9 +27,25 @@ class TrainState:
     opt_state: Any
 
 
-def init_state(definition: Definition, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    params, biases = definition.init(jax.random.key(seed))
-    return TrainState(jnp.int32(0), jnp.int32(-1), params, biases, optimizer.init(params))
+def init_state(
+    definition: Definition, optimizer: optax.GradientTransformation, seed: int, placement: Placement
+) -> TrainState:
+    """The state before the first step, on the devices of `placement`."""
+    params, biases = definition.init(jax.random.key(seed), lambda names: placement.sharding(*names))
+    shardings = state_shardings(definition, optimizer, placement)
+
+    def rest(params: Tree) -> tuple[jax.Array, jax.Array, Any]:
+        return jnp.int32(0), jnp.int32(-1), optimizer.init(params)
+
+    placed = (shardings.step, shardings.bad_step, shardings.opt_state)
+    step, bad_step, opt_state = jax.jit(rest, out_shardings=placed)(params)
+    return TrainState(step, bad_step, params, biases, opt_state)
+
+
+def _shapes(definition: Definition, optimizer: optax.GradientTransformation) -> TrainState:
+    params, biases = definition.abstract
+    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+    return TrainState(scalar, scalar, params, biases, jax.eval_shape(optimizer.init, params))
 
 
 def state_shardings(
@@ -37,7 +53,7 @@ def state_shardings(
 ) -> TrainState:
     """A NamedSharding for each leaf of the state: parameters by their logical axes, optimizer moments likewise."""
     params, biases = (named_shardings(tree, placement) for tree in definition.logical)
-    abstract = jax.eval_shape(lambda: init_state(definition, optimizer, 0))
+    abstract = _shapes(definition, optimizer)
     scalar = placement.sharding()
     return TrainState(
         scalar, scalar, params, biases, optimizer_state_shardings(abstract.opt_state, abstract.params, params, scalar)
@@ -59,5 +75,6 @@ def abstract_state(
     definition: Definition, optimizer: optax.GradientTransformation, shardings: TrainState
 ) -> TrainState:
     """ShapeDtypeStructs with shardings: what a restore fills and what ahead-of-time compilation takes."""
-    shapes = jax.eval_shape(lambda: init_state(definition, optimizer, 0))
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), _shapes(definition, optimizer), shardings
+    )

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from model.transformer import Definition
+from parallel.mesh import MeshConfig, make_mesh
+from parallel.sharding import Placement
 from tests.model.tiny import VOCAB, dense, execution, moe
 from training.config import LossConfig
 from training.optimizer import MuonConfig, OptimizerConfig, make_optimizer
 from training.schedule import ScheduleConfig, make_schedule
-from training.state import init_state
+from training.state import init_state, state_shardings
 from training.step import StepSpec, make_train_step
 
 GOLDEN = Path(__file__).with_name("losses.json")
@@ -62,8 +64,13 @@ def train(name: str) -> tuple[list[float], int]:
     definition = Definition(config, scan=True)
     optimizer = make_optimizer(settings, STEPS, definition.logical[0])
     spec = StepSpec(definition, execution(config), LossConfig(chunk_tokens=32, z_loss_coef=1e-4))
-    step = jax.jit(make_train_step(spec, optimizer, make_schedule(settings.schedule, STEPS)), donate_argnums=0)
-    state = jax.jit(lambda: init_state(definition, optimizer, seed=0))()
+    alone = Placement(make_mesh(MeshConfig(), jax.devices()[:1]))
+    step = jax.jit(
+        make_train_step(spec, optimizer, make_schedule(settings.schedule, STEPS)),
+        donate_argnums=0,
+        out_shardings=(state_shardings(definition, optimizer, alone), alone.sharding()),
+    )
+    state = init_state(definition, optimizer, 0, alone)
     losses = []
     for number in range(STEPS):
         state, metrics = step(state, batch(number))

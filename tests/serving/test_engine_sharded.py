@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from serving.weights import random_weights
 from tests.model.tiny import dense, moe
 from tests.serving.engines import SHAPES, NaiveDecoder, start_tiny
 from tests.serving.test_engine import REQUESTS, Entry, check_script
@@ -30,7 +29,7 @@ def test_four_devices_give_the_text_of_one(name):
         assert cache.sharding.shard_shape(cache.shape)[2] == cache.shape[2] // 4
         # The decoder gathers these, and computes on one device.
         one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        alone = random_weights(definition, jax.tree.map(lambda _: one, definition.abstract), 0)
+        alone = definition.init(jax.random.key(0), lambda names: one)
         jax.tree.map(np.testing.assert_array_equal, runner._weights[0], alone)
         naive = NaiveDecoder(server)
         script = [Entry(index, step=index, cancel_after=9 if index == 4 else None) for index in range(len(REQUESTS))]

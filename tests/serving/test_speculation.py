@@ -26,7 +26,6 @@ from serving.controller import DraftController
 from serving.grammar import GrammarCompiler
 from serving.request import Delta, Request, SamplingParams
 from serving.tokenizer import Tokenizer
-from serving.weights import random_weights
 from tests.serving.engines import MODEL, SHAPES, CheckedEngine, Listener, TinyServer, start_tiny, submit
 
 DRAFTS = 3
@@ -72,9 +71,8 @@ class Priced(DraftController):
 def near_copy(definition: Definition):
     """The weights of the tiny server's model, 5% off: its drafts are often right, and not always."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shardings = tuple(jax.tree.map(lambda leaf: device, tree) for tree in definition.abstract)
     rng = np.random.default_rng(5)
-    params, biases = random_weights(definition, shardings, 0)
+    params, biases = definition.init(jax.random.key(0), lambda names: device)
     return jax.tree.map(lambda x: (x * (1 + 0.05 * rng.standard_normal(x.shape))).astype(np.float32), params), biases
 
 
