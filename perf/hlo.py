@@ -200,30 +200,42 @@ class Module:
         return tuple(self.computations[name] for name in names if name in self.computations)
 
     def trip_count(self, loop: Instruction) -> int | None:
-        """Iterations of a while, None where they depend on data."""
+        """Iterations of a while, None where they depend on data.
+
+        TPU's text doesn't say them: they follow from a condition `counter < constant` over a counter that is raised by
+        one, as in every loop of JAX's scan and fori_loop, from where the counter starts (0 where that isn't seen).
+        """
         assert loop.opcode == "while", loop.name
         match = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
-        return int(match[1]) if match else self._counted(loop)
-
-    def _counted(self, loop: Instruction) -> int | None:
-        """TPU's text doesn't say it: from the condition `counter < constant`, a counter that starts at 0 and is
-        raised by 1, as every loop of JAX's scan and fori_loop."""
+        if match:
+            return int(match[1])
         (condition,) = self.callees(loop, "condition")
-        compares = [
-            (scope, one) for scope in self._reached(condition) for one in scope.instructions if one.opcode == "compare"
-        ]
-        if len(compares) != 1 or compares[0][1].attribute("direction") != "LT":
+        limit = self._limit(condition)
+        return None if limit is None else max(limit - self._start(self._loops[loop.name], loop, condition), 0)
+
+    @functools.cached_property
+    def _loops(self) -> Mapping[str, Computation]:
+        """Where each while stands."""
+        return {one.name: scope for scope, one in self.instructions() if one.opcode == "while"}
+
+    def _limit(self, condition: Computation) -> int | None:
+        inside = [one for scope in self._reached(condition) for one in scope.instructions]
+        compares = [one for one in inside if one.opcode == "compare"]
+        if len(compares) != 1 or compares[0].attribute("direction") != "LT":
             return None
-        bounds = [
-            int(one.literal)
-            for scope in self._reached(condition)
-            for one in scope.instructions
-            if one.opcode == "constant"
-            and one.results
-            and not one.results[0].dims
-            and re.fullmatch(r"-?\d+", one.literal)
-        ]
-        return max(bounds[0], 0) if len(bounds) == 1 else None
+        limits = [_scalar(one) for one in inside if _scalar(one) is not None]
+        return limits[0] if len(limits) == 1 else None
+
+    def _start(self, scope: Computation, loop: Instruction, condition: Computation) -> int:
+        """The counter is the tuple's element that the condition takes out, and starts at what the loop is given."""
+        counters = [one.attribute("index") for one in condition.instructions if one.opcode == "get-tuple-element"]
+        given = scope.operands(loop)
+        if len(counters) != 1 or len(given) != 1 or given[0].opcode != "tuple":
+            return 0
+        value = scope.by_name[given[0].operands[int(counters[0] or 0)]]
+        while value.opcode in ("copy", "bitcast", "copy-done", "copy-start") and value.operands:
+            value = scope.by_name[value.operands[0]]
+        return _scalar(value) or 0
 
     def _reached(self, computation: Computation) -> list[Computation]:
         found = [computation]
@@ -231,6 +243,12 @@ class Module:
             for callee in self.callees(one):
                 found.extend(self._reached(callee))
         return found
+
+
+def _scalar(one: Instruction) -> int | None:
+    """Value of a whole constant without dimensions."""
+    is_whole = one.opcode == "constant" and one.results and not one.results[0].dims
+    return int(one.literal) if is_whole and re.fullmatch(r"-?\d+", one.literal) else None
 
 
 def parse(text: str) -> Module:

@@ -170,6 +170,8 @@ class Collective(NamedTuple):
     pairs: tuple[tuple[int, int], ...]
     channel: int | None
     scope: str
+    one_ring: bool
+    """TPU's compiler names its algorithm: one ring through all devices, instead of all torus axes at once."""
 
     @property
     def group_size(self) -> int | None:
@@ -191,14 +193,28 @@ def collective(module: Module, scope: Computation, instruction: Instruction) -> 
         num_bytes = scope.operand_bytes(instruction)
     groups = None if instruction.kind == "collective-permute" else instruction.groups(module.num_devices)
     return Collective(
-        instruction.name, kind, num_bytes, results, groups, instruction.pairs, instruction.channel, instruction.scope
+        instruction.name,
+        kind,
+        num_bytes,
+        results,
+        groups,
+        instruction.pairs,
+        instruction.channel,
+        instruction.scope,
+        _one_ring(instruction),
     )
+
+
+def _one_ring(instruction: Instruction) -> bool:
+    emitter, strategy = instruction.attribute("emitter"), instruction.attribute("strategy")
+    return (emitter or "").startswith("1D") or strategy in ("StrategyRing", "UniDirection1DRingStrategy")
 
 
 def inner_collectives(module: Module, instruction: Instruction) -> tuple[Collective, ...]:
     """Collectives in the computations that a fusion or an async-start calls."""
+    outer = _one_ring(instruction)
     return tuple(
-        found
+        found._replace(one_ring=found.one_ring or outer)
         for callee in module.callees(instruction, "calls", "called_computations")
         for one in callee.instructions
         for found in (

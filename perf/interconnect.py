@@ -60,8 +60,10 @@ class Network:
     def is_switched(self) -> bool:
         return not self.dims
 
-    def seconds(self, kind: str, num_bytes: float, group: Sequence[int]) -> float:
+    def seconds(self, kind: str, num_bytes: float, group: Sequence[int], *, one_ring: bool = False) -> float:
         """Of one collective among the partitions of `group`, every other group of it at the same time.
+
+        `one_ring`: the compiler chose a single ring through all of them, whatever the axes.
 
         `num_bytes`: the whole array of the group for all-gather and reduce-scatter, the array that each device has for
         the others. Raises ValueError for a kind that it doesn't know, or over slices without a known rate.
@@ -72,11 +74,11 @@ class Network:
         for partition in group:
             slices.setdefault(self.places[partition].slice, []).append(partition)
         if len(slices) == 1:
-            return self._within(kind, num_bytes, group)
+            return self._within(kind, num_bytes, group, one_ring)
         # In three steps, as the compiler does it: within a slice, then each chip its part between slices.
         inner = min(slices.values(), key=len)
-        within = self._within(kind, num_bytes, inner) if len(inner) > 1 else 0.0
-        return within + self._between(kind, num_bytes / len(inner), len(slices))
+        within = self._within(kind, num_bytes, inner, one_ring) if len(inner) > 1 else 0.0
+        return within + self.between(kind, num_bytes / len(inner), len(slices))
 
     def permute_seconds(self, num_bytes: float, pairs: Sequence[tuple[int, int]]) -> float:
         """Of a permute in which each source sends `num_bytes` to its target, all at once."""
@@ -84,7 +86,7 @@ class Network:
         if not apart or not num_bytes:
             return 0.0
         if any(self.places[a].slice != self.places[b].slice for a, b in apart):
-            return self._between("collective-permute", num_bytes, 2)
+            return self.between("collective-permute", num_bytes, 2)
         if self.is_switched:
             return num_bytes / self.link + SWITCH_SECONDS
         # Messages of a shift by k share each link k at a time.
@@ -118,12 +120,13 @@ class Network:
             for sign in "+-"
         )
 
-    def _between(self, kind: str, num_bytes: float, num_slices: int) -> float:
+    def between(self, kind: str, num_bytes: float, num_slices: int) -> float:
+        """Of `num_bytes` of each device, exchanged with the devices at its place in the other slices."""
         if self.between_slices is None:
             raise ValueError(f"the rate between slices is not known: {self.source}")
         return _ring_volume(kind, num_bytes, num_slices) / self.between_slices + SLICE_SECONDS
 
-    def _within(self, kind: str, num_bytes: float, group: Sequence[int]) -> float:
+    def _within(self, kind: str, num_bytes: float, group: Sequence[int], one_ring: bool = False) -> float:
         if self.is_switched:
             return _ring_volume(kind, num_bytes, len(group)) / self.link + SWITCH_SECONDS
         spans = self.spans(group)
@@ -131,10 +134,13 @@ class Network:
             # Cores of one chip: no link between them, and no rate of what there is instead.
             return HOP_SECONDS
         hops = sum(span.hops for span in spans) * HOP_SECONDS
+        rate = sum(span.lanes for span in spans) * self.link
+        if one_ring and len(spans) > 1:
+            # Through every device of a box of even size and back, both ways around.
+            hops, rate = len(group) // 2 * HOP_SECONDS, 2 * self.link
         if kind in ("all-to-all", "ragged-all-to-all"):
             return max(span.all_to_all(num_bytes) for span in spans) / self.link + hops
         # Axes work at the same time, each on its part of the array.
-        rate = sum(span.lanes for span in spans) * self.link
         rounds = 2 if kind == "all-reduce" else 1
         return _ring_volume(kind, num_bytes, len(group)) / rate + rounds * hops
 
@@ -206,7 +212,7 @@ def torus(chip: Chip, places: Sequence[Place]) -> Network:
         tuple(place._replace(coords=tuple(place.coords[:axes])) for place in places),
         dims,
         wraps,
-        nominal * share / 1,
+        nominal * share,
         None if between is None else between / chip.devices_per_chip,
         f"{chip.name}: {chip.sources['links']}; {share:.0%} of the nominal rate of a link",
     )

@@ -1,0 +1,366 @@
+"""A walk over scheduled HLO for TPU that prices every instruction, and lets what is asynchronous go on beside the core.
+
+See perf/prediction.py for what is assumed. Times are seconds of one device.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from perf.chips import Chip
+from perf.hlo import Computation, Instruction, Module
+from perf.hlo_cost import Collective, collective, flops, has_product, inner_collectives, memory_bytes
+from perf.interconnect import Network, axes_of
+
+Category = Literal["matmul", "attention", "elementwise", "copies", "collectives"]
+CATEGORIES: tuple[Category, ...] = ("matmul", "attention", "elementwise", "copies", "collectives")
+
+PALLAS_SHARE = 0.6
+"""Of the peak that a Pallas kernel's products are taken to reach: an assumption, its text has no estimate."""
+
+# Instructions of the program that say nothing about time by themselves.
+_FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone", "Sharding")
+_COPIES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "pad", "transpose", "reshape")
+_DMA = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start")
+
+
+@dataclasses.dataclass
+class Spent:
+    """Time of one instruction in a step: `count` runs of it, `seconds` together, and the FLOPs and bytes of them all.
+
+    `floor_seconds`: its FLOPs at the peak or its bytes at the memory's bandwidth, the longer. `priced`: by the
+    compiler's estimate; else by its FLOPs and bytes.
+    """
+
+    name: str
+    opcode: str
+    scope: str
+    category: Category
+    priced: bool
+    count: int = 0
+    seconds: float = 0.0
+    flops: float = 0.0
+    num_bytes: float = 0.0
+    floor_seconds: float = 0.0
+
+    @property
+    def lost_seconds(self) -> float:
+        return self.seconds - self.floor_seconds
+
+
+@dataclasses.dataclass
+class Transfer:
+    """Collectives of a kind over the same mesh axes, in a step. `num_bytes` as in perf/hlo_cost.py's Collective.
+
+    `exposed_seconds`: the core waits for them; `hidden_seconds`: it has other work meanwhile.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    count: int = 0
+    num_bytes: float = 0.0
+    exposed_seconds: float = 0.0
+    hidden_seconds: float = 0.0
+
+
+class Wait(NamedTuple):
+    """What one collective in the text costs in a step, with its scope: the evidence of a finding."""
+
+    collective: Collective
+    axes: tuple[str, ...]
+    count: int
+    seconds: float
+    exposed_seconds: float
+    is_async: bool
+
+
+class Walk:
+    """One pass over the schedule, and what it adds up. A loop's body is walked once.
+
+    `peak`: FLOP/s of a device; `second_per_cycle`: of the core's clock, calibrated.
+    """
+
+    def __init__(
+        self,
+        module: Module,
+        chip: Chip,
+        mesh: Mapping[str, int],
+        network: Network,
+        peak: float,
+        second_per_cycle: float,
+    ) -> None:
+        self.module, self.mesh, self.network = module, mesh, network
+        self.peak, self.second_per_cycle = peak, second_per_cycle
+        self.bandwidth = chip.memory_bandwidth / chip.devices_per_chip
+        first = network.places[0].slice
+        # A program for several slices numbers the partitions of its own slice.
+        self.partitions = [index for index, place in enumerate(network.places) if place.slice == first]
+        self.categories: dict[Category, float] = dict.fromkeys(CATEGORIES, 0.0)
+        self.spent: dict[str, Spent] = {}
+        self.transfers: dict[tuple[str, tuple[str, ...]], Transfer] = {}
+        self.waits: list[Wait] = []
+        # An ordered set of sentences.
+        self.notes: dict[str, None] = {}
+
+    def run(self, scope: Computation, times: int) -> float:
+        """Seconds of one run of a computation of which a step does `times`."""
+        queue = Queue()
+        for one in scope.instructions:
+            self.step(scope, one, times, queue)
+        return queue.now
+
+    def step(self, scope: Computation, one: Instruction, times: int, queue: Queue) -> None:
+        if one.opcode == "while":
+            queue.now += self.loop(one, times)
+        elif one.opcode == "conditional":
+            queue.now += self.branch(one, times)
+        elif one.opcode == "call":
+            queue.now += sum(self.run(callee, times) for callee in self.module.callees(one, "to_apply", "calls"))
+        elif one.opcode in ("send", "recv"):
+            self.between_slices(one, queue)
+        elif one.opcode.endswith("-done"):
+            self.finish(one, times, queue)
+        elif one.opcode in _DMA:
+            queue.begin(one.name, copied_bytes(one) / self.bandwidth, ("memory",))
+        elif one.is_collective:
+            self.begin(one, collective(self.module, scope, one), times, queue, one.opcode.endswith("-start"))
+        elif one.opcode == "async-start" and (found := inner_collectives(self.module, one)):
+            self.begin(one, found[0], times, queue, True)
+        elif one.opcode == "fusion" and (found := inner_collectives(self.module, one)):
+            self.fusion(scope, one, found, times, queue)
+        else:
+            self.core(scope, one, times, queue)
+
+    def loop(self, one: Instruction, times: int) -> float:
+        count = self.module.trip_count(one)
+        if count is None:
+            self.notes["a loop whose length depends on data counts as one iteration"] = None
+            count = 1
+        return count * sum(self.run(body, times * count) for body in self.module.callees(one, "body"))
+
+    def branch(self, one: Instruction, times: int) -> float:
+        """The longest one is taken."""
+        branches = self.module.callees(one, "branch_computations", "true_computation", "false_computation")
+        self.notes["a conditional takes its longest branch"] = None
+        longest = max(branches, key=lambda branch: self.scratch().run(branch, 1))
+        return self.run(longest, times)
+
+    def scratch(self) -> Walk:
+        other = copy.copy(self)
+        other.categories, other.spent, other.transfers = dict(self.categories), {}, {}
+        other.waits, other.notes = [], {}
+        return other
+
+    def fusion(
+        self, scope: Computation, one: Instruction, found: Sequence[Collective], times: int, queue: Queue
+    ) -> None:
+        """A fusion that holds collectives: it starts one, waits for one, computes while one goes on, or is one."""
+        inner = [two for callee in self.module.callees(one, "calls") for two in callee.instructions]
+        targets = {two.target for two in inner if two.opcode == "custom-call"}
+        if "AsyncCollectiveStart" in targets:
+            self.begin(one, found[0], times, queue, True)
+        elif "AsyncCollectiveDone" in targets:
+            self.wait(str(found[0].channel), times, queue)
+        elif all(str(inner.channel) in queue.known for inner in found):
+            # The collective was started before, and is repeated in everything that runs until its end.
+            self.core(scope, one, times, queue)
+        else:
+            for inner in found:
+                self.begin(one, inner, times, queue, False)
+
+    def begin(self, one: Instruction, found: Collective, times: int, queue: Queue, is_async: bool) -> None:
+        members = found.groups or found.pairs
+        group = [self.partitions[index] for index in max(members, key=len)] if members else []
+        if found.groups is None:
+            pairs = [(self.partitions[source], self.partitions[target]) for source, target in found.pairs]
+            seconds = self.network.permute_seconds(found.num_bytes, pairs)
+        else:
+            seconds = self.network.seconds(found.kind, found.num_bytes, group, one_ring=found.one_ring)
+        lanes = self.network.lanes(group, is_permute=found.groups is None)
+        self.launch(one, found, axes_of(group, self.mesh), seconds, lanes, queue, is_async)
+        if not is_async:
+            self.wait(one.name, times, queue)
+
+    def launch(
+        self,
+        one: Instruction,
+        found: Collective,
+        axes: tuple[str, ...],
+        seconds: float,
+        lanes: Sequence[str],
+        queue: Queue,
+        is_async: bool,
+    ) -> None:
+        queue.begin(one.name, seconds, lanes)
+        queue.known[one.name] = Pending(found, axes, seconds, is_async, queue.ends[one.name])
+        if found.channel not in (None, 1):
+            # A fusion that waits names the channel, and not the fusion that began.
+            queue.known[str(found.channel)] = queue.known[one.name]
+
+    def between_slices(self, one: Instruction, queue: Queue) -> None:
+        """Slices exchange by a send and a receive with one name: it goes on from the later of both to the receive's
+        done. `_xla_megascale_target`: "{1,2}x{0:3}", the slices and the partitions of each."""
+        kind, name = one.attribute("_xla_megascale_transfer_type"), one.attribute("_xla_host_transfer_rendezvous")
+        if kind is None or name is None:
+            self.notes["sends and receives that are not between slices take no time"] = None
+            return
+        kind = kind.lower().replace("_", "-")
+        queue.rendezvous[one.name] = name
+        if one.opcode == "send" or name in queue.known:
+            num_bytes = one.results[0].num_bytes
+            seconds = self.network.between(kind, num_bytes, len({place.slice for place in self.network.places}))
+            found = Collective(name, kind, num_bytes, one.results[:1], None, (), one.channel, one.scope, False)
+            begun = dataclasses.replace(one, name=name)
+            axes = axes_of([self.partitions[0], self.peer()], self.mesh)
+            self.launch(begun, found._replace(channel=None), axes, seconds, ("between slices",), queue, True)
+
+    def peer(self) -> int:
+        """The device of another slice at the place of this slice's first: they differ in the slices' mesh axis."""
+        first = self.network.places[self.partitions[0]]
+        others = [i for i, place in enumerate(self.network.places) if place.slice != first.slice]
+        same = [i for i in others if self.network.places[i].coords == first.coords]
+        return (same or others or [self.partitions[0]])[0]
+
+    def wait(self, name: str, times: int, queue: Queue) -> None:
+        pending = queue.known[name]
+        found = pending.collective
+        exposed = queue.wait(pending.end)
+        self.categories["collectives"] += exposed * times
+        transfer = self.transfers.setdefault((found.kind, pending.axes), Transfer(found.kind, pending.axes))
+        transfer.count += times
+        transfer.num_bytes += found.num_bytes * times
+        transfer.exposed_seconds += exposed * times
+        transfer.hidden_seconds += max(0.0, pending.seconds - exposed) * times
+        seconds, exposed = pending.seconds * times, exposed * times
+        self.waits.append(Wait(found, pending.axes, times, seconds, exposed, pending.is_async))
+
+    def finish(self, one: Instruction, times: int, queue: Queue) -> None:
+        start = one.operands[0]
+        if one.opcode == "recv-done":
+            start = queue.rendezvous.get(start, start)
+        if one.opcode != "send-done" and start in queue.known:
+            self.wait(start, times, queue)
+        elif start in queue.ends:
+            self.categories["copies"] += queue.wait(queue.ends[start]) * times
+        # Else it was started outside of this computation, or nothing of it is priced.
+
+    def core(self, scope: Computation, one: Instruction, times: int, queue: Queue) -> None:
+        """An instruction that the core is busy with."""
+        target = one.target if one.opcode == "custom-call" else None
+        if target in _FREE_CALLS:
+            return
+        work = pallas_flops(scope, one) if target == "tpu_custom_call" else flops(self.module, scope, one)
+        num_bytes = memory_bytes(self.module, scope, one)
+        floor = max(work / self.peak, num_bytes / self.bandwidth)
+        if one.estimated_cycles is not None:
+            seconds = one.estimated_cycles * self.second_per_cycle
+        elif target == "tpu_custom_call":
+            seconds = max(work / self.peak / PALLAS_SHARE, num_bytes / self.bandwidth)
+            self.notes[
+                f"Pallas kernels have no estimate: {PALLAS_SHARE:.0%} of the peak is assumed, and attention to all "
+                "keys before a query"
+            ] = None
+        else:
+            seconds = floor
+        if not (seconds or work):
+            return
+        queue.now += seconds
+        category = categorize(self.module, one)
+        self.categories[category] += seconds * times
+        # A name is unique in a program; its computation may be called from two places.
+        priced = one.estimated_cycles is not None
+        entry = self.spent.setdefault(one.name, Spent(one.name, one.opcode, one.scope, category, priced))
+        entry.count += times
+        entry.seconds += seconds * times
+        entry.flops += work * times
+        entry.num_bytes += num_bytes * times
+        entry.floor_seconds += floor * times
+
+
+class Pending(NamedTuple):
+    """A transfer under way; `end` in the seconds of its queue."""
+
+    collective: Collective
+    axes: tuple[str, ...]
+    seconds: float
+    is_async: bool
+    end: float
+
+
+class Queue:
+    """Where the core is in one computation, and when what runs beside it ends. Seconds from the computation's begin."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.ends: dict[str, float] = {}
+        self.free: dict[str, float] = collections.defaultdict(float)
+        self.known: dict[str, Pending] = {}
+        self.rendezvous: dict[str, str] = {}
+
+    def begin(self, name: str, seconds: float, lanes: Sequence[str]) -> None:
+        """A transfer goes once all its lanes are free, and holds them."""
+        begins = max([self.now, *(self.free[lane] for lane in lanes)])
+        self.ends[name] = begins + seconds
+        for lane in lanes:
+            self.free[lane] = begins + seconds
+
+    def wait(self, end: float) -> float:
+        """Seconds until `end` that the core waits."""
+        exposed = max(0.0, end - self.now)
+        self.now += exposed
+        return exposed
+
+
+def copied_bytes(one: Instruction) -> int:
+    """Of an asynchronous copy, whose results are its source, the copy and a handle: the smaller of both, once: the
+    other side is VMEM."""
+    return min((array.num_bytes for array in one.results if array.dims), default=0)
+
+
+def categorize(module: Module, one: Instruction) -> Category:
+    """By what it computes and the model's named scopes."""
+    if is_attention(one.scope):
+        return "attention"
+    if has_product(module, one):
+        return "matmul"
+    if one.opcode in _COPIES or (one.opcode == "fusion" and _only_moves(module, one)):
+        return "copies"
+    return "elementwise"
+
+
+def is_attention(scope: str) -> bool:
+    """Scores and their product with values, kernel or not: not the projections, which share the layer's scope."""
+    parts = [part.strip("()") for part in re.split(r"[/(]", scope)]
+    return parts.count("attention") > 1 or "paged_attention" in parts
+
+
+def _only_moves(module: Module, one: Instruction) -> bool:
+    moves = (*_COPIES, "parameter", "constant", "bitcast", "tuple", "get-tuple-element", "compare", "select", "clamp")
+    inner = [two for callee in module.callees(one, "calls") for two in callee.instructions]
+    # Index arithmetic is on scalars.
+    return bool(inner) and all(two.opcode in moves or not any(array.dims for array in two.results) for two in inner)
+
+
+def pallas_flops(scope: Computation, one: Instruction) -> float:
+    """Of a kernel: its own estimate where its author gave one, else attention's, causal, from its operands' shapes.
+
+    Scores, their product with values and, backward, the products of both gradients: 2 forward, 3 for the queries'
+    gradient, 4 for the keys' and values'. 0 for another kernel: its bytes price it.
+    """
+    if match := re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', one.attributes):
+        return float(match[1])
+    big = [array for operand in scope.operands(one) for array in operand.results if len(array.dims) >= 3]
+    if not is_attention(one.scope) or len(big) < 3:
+        return 0.0
+    query = big[0]
+    # The last one is keys or values, (..., S, H) or (..., H, S).
+    key = [array for array in big if array.dtype == query.dtype][-1]
+    products = 2 if len(big) == 3 else 3 if len(one.results) == 1 else 4
+    length = math.prod(key.dims[-2:]) / query.dims[-1]
+    return products * 2 * query.size * length / 2
