@@ -200,18 +200,26 @@ class Module:
         return tuple(self.computations[name] for name in names if name in self.computations)
 
     def trip_count(self, loop: Instruction) -> int | None:
-        """Iterations of a while, None where they depend on data.
+        """Iterations of a while, None where they depend on data or can't be read.
 
-        TPU's text doesn't say them: they follow from a condition `counter < constant` over a counter that is raised by
-        one, as in every loop of JAX's scan and fori_loop, from where the counter starts (0 where that isn't seen).
+        TPU's text doesn't say them: the condition is `counter < constant`, and the counter starts at a constant and is
+        raised by one (by two in the loops of a windowed einsum).
         """
         assert loop.opcode == "while", loop.name
         match = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if match:
             return int(match[1])
-        (condition,) = self.callees(loop, "condition")
+        (condition,), (body,) = self.callees(loop, "condition"), self.callees(loop, "body")
+        counters = [one.attribute("index") for one in condition.instructions if one.opcode == "get-tuple-element"]
         limit = self._limit(condition)
-        return None if limit is None else max(limit - self._start(self._loops[loop.name], loop, condition), 0)
+        if limit is None or len(counters) != 1:
+            return None
+        start = self._element(self._loops[loop.name], loop.operands[0], int(counters[0] or 0))
+        raised = self._element(body, body.root.name, int(counters[0] or 0))
+        step = None if raised is None else self._added(body, raised)
+        if start is None or _scalar(start) is None or not step:
+            return None
+        return max(-(-(limit - (_scalar(start) or 0)) // step), 0)
 
     @functools.cached_property
     def _loops(self) -> Mapping[str, Computation]:
@@ -226,16 +234,23 @@ class Module:
         limits = [_scalar(one) for one in inside if _scalar(one) is not None]
         return limits[0] if len(limits) == 1 else None
 
-    def _start(self, scope: Computation, loop: Instruction, condition: Computation) -> int:
-        """The counter is the tuple's element that the condition takes out, and starts at what the loop is given."""
-        counters = [one.attribute("index") for one in condition.instructions if one.opcode == "get-tuple-element"]
-        given = scope.operands(loop)
-        if len(counters) != 1 or len(given) != 1 or given[0].opcode != "tuple":
-            return 0
-        value = scope.by_name[given[0].operands[int(counters[0] or 0)]]
-        while value.opcode in ("copy", "bitcast", "copy-done", "copy-start") and value.operands:
-            value = scope.by_name[value.operands[0]]
-        return _scalar(value) or 0
+    def _element(self, scope: Computation, name: str, index: int) -> Instruction | None:
+        """What a tuple's element is made by, copies left out."""
+        whole = scope.by_name[name]
+        return _origin(scope, scope.by_name[whole.operands[index]]) if whole.opcode == "tuple" else None
+
+    def _added(self, scope: Computation, one: Instruction) -> int | None:
+        """The constant that an addition adds, in a fusion or not."""
+        if one.opcode == "fusion":
+            (callee,) = self.callees(one, "calls")
+            given = scope.operands(one)
+            root = _origin(callee, callee.root)
+            parts = [_origin(callee, part) for part in callee.operands(root)] if root.opcode == "add" else []
+            parts = [_origin(scope, given[int(part.literal)]) if part.opcode == "parameter" else part for part in parts]
+        else:
+            parts = [_origin(scope, part) for part in scope.operands(one)] if one.opcode == "add" else []
+        constants = [_scalar(part) for part in parts if _scalar(part) is not None]
+        return constants[0] if len(constants) == 1 else None
 
     def _reached(self, computation: Computation) -> list[Computation]:
         found = [computation]
@@ -243,6 +258,13 @@ class Module:
             for callee in self.callees(one):
                 found.extend(self._reached(callee))
         return found
+
+
+def _origin(scope: Computation, one: Instruction) -> Instruction:
+    """Through copies and views."""
+    while one.opcode in ("copy", "bitcast", "copy-done", "copy-start") and one.operands:
+        one = scope.by_name[one.operands[0]]
+    return one
 
 
 def _scalar(one: Instruction) -> int | None:

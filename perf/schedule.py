@@ -105,6 +105,13 @@ class Walk:
         self.spent: dict[str, Spent] = {}
         self.transfers: dict[tuple[str, tuple[str, ...]], Transfer] = {}
         self.waits: list[Wait] = []
+        # Channels of the collectives that a fusion starts and another waits for.
+        self.started = {
+            found.channel
+            for _, one in module.instructions()
+            if one.opcode == "fusion" and "AsyncCollectiveStart" in call_targets(module, one)
+            for found in inner_collectives(module, one)
+        }
         # An ordered set of sentences.
         self.notes: dict[str, None] = {}
 
@@ -161,18 +168,18 @@ class Walk:
         self, scope: Computation, one: Instruction, found: Sequence[Collective], times: int, queue: Queue
     ) -> None:
         """A fusion that holds collectives: it starts one, waits for one, computes while one goes on, or is one."""
-        inner = [two for callee in self.module.callees(one, "calls") for two in callee.instructions]
-        targets = {two.target for two in inner if two.opcode == "custom-call"}
-        if "AsyncCollectiveStart" in targets:
+        channels = {inner.channel for inner in found}
+        if "AsyncCollectiveStart" in (targets := call_targets(self.module, one)):
             self.begin(one, found[0], times, queue, True)
         elif "AsyncCollectiveDone" in targets:
             self.wait(str(found[0].channel), times, queue)
-        elif all(str(inner.channel) in queue.known for inner in found):
-            # The collective was started before, and is repeated in everything that runs until its end.
+        elif channels <= self.started:
+            # Repeated in everything that runs until its end, within loops too.
             self.core(scope, one, times, queue)
         else:
             for inner in found:
                 self.begin(one, inner, times, queue, False)
+            self.core(scope, one, times, queue, only_priced=True)
 
     def begin(self, one: Instruction, found: Collective, times: int, queue: Queue, is_async: bool) -> None:
         members = found.groups or found.pairs
@@ -250,8 +257,10 @@ class Walk:
             self.categories["copies"] += queue.wait(queue.ends[start]) * times
         # Else it was started outside of this computation, or nothing of it is priced.
 
-    def core(self, scope: Computation, one: Instruction, times: int, queue: Queue) -> None:
-        """An instruction that the core is busy with."""
+    def core(
+        self, scope: Computation, one: Instruction, times: int, queue: Queue, *, only_priced: bool = False
+    ) -> None:
+        """An instruction that the core is busy with. `only_priced`: not for what has no estimate."""
         target = one.target if one.opcode == "custom-call" else None
         if target in _FREE_CALLS:
             return
@@ -268,7 +277,7 @@ class Walk:
             ] = None
         else:
             seconds = floor
-        if not (seconds or work):
+        if not (seconds or work) or (only_priced and one.estimated_cycles is None):
             return
         queue.now += seconds
         category = categorize(self.module, one)
@@ -315,6 +324,12 @@ class Queue:
         exposed = max(0.0, end - self.now)
         self.now += exposed
         return exposed
+
+
+def call_targets(module: Module, one: Instruction) -> set[str | None]:
+    """Of the custom calls in what a fusion calls."""
+    inner = [two for callee in module.callees(one, "calls") for two in callee.instructions]
+    return {two.target for two in inner if two.opcode == "custom-call"}
 
 
 def copied_bytes(one: Instruction) -> int:
