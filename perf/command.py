@@ -25,7 +25,10 @@ COMMANDS = (
     # One line a command, in the order of the usage text.
     Command("roofline", "FLOPs, bytes and time floor of every op, from a config alone", "perf.commands.roofline"),
     Command("plan", "meshes and memory policies of a run, compiled for slices that are not here", "perf.commands.plan"),
+    Command("doctor", "what holds a run back, from its metrics, a trace or its program", "perf.commands.doctor"),
+    Command("scaling", "what a device loses because it is one of several, and to what", "perf.commands.scaling"),
     Command("fleet", "what runs reached across sizes and versions, and a gate for regressions", "perf.commands.fleet"),
+    Command("stragglers", "the host that a run waits for, and when its step time changed", "perf.commands.stragglers"),
 )
 
 

@@ -116,7 +116,7 @@ def input_seconds(path: Path, steps: Sequence[int]) -> float | None:
     for line in read_lines(path):
         if line.get("event") == "attempt":
             waited = {}
-        elif line.get("step") is not None:
+        elif line.get("event") == "mark" and line.get("step") is not None:
             waited[line["step"]] = line["nanoseconds"].get("input_wait", 0) / 1e9
     # A batch is taken before its step is done, and the step's line is written one step late: within a span of steps
     # both ends are.

@@ -1,0 +1,104 @@
+"""What holds a run back: input, host, communication, then compute, memory and launches; with evidence, the time at
+stake and the setting to change.
+
+RUN is a folder of a training run, or its name under --runs-dir. TRACE is a folder or file that jax.profiler wrote
+(train.py NAME --profile 10:13, or POST /admin/profile of a server). CONFIG is a config's name with --topology: its step
+is compiled for that TPU slice, here, and what findings propose is compiled too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+import configs
+from perf.command import Output
+from perf.commands.roofline import find_config
+from perf.doctor import Diagnosis, diagnose_run, diagnose_trace, has_run, has_trace
+from perf.doctor_report import doctor_report
+from perf.report import Report
+from perf.serving_facts import read_serving
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Output):
+    """What to look at."""
+
+    target: tyro.conf.Positional[str | None] = None
+    """RUN, TRACE or CONFIG."""
+    topology: str | None = None
+    """CONFIG: a TPU slice, as in v5e:4x4."""
+    slices: int = 1
+    """CONFIG: TPU slices joined by the data-centre network."""
+    batch: int | None = None
+    """CONFIG: rows of a step, all devices together; by default the config's."""
+    scan: bool | None = None
+    """CONFIG: compile one layer and loop over it, whatever the config says; compiles in a tenth of the time."""
+    verify: bool = True
+    """CONFIG: compile again with what findings propose. Each takes as long as the first."""
+    workers: int = 2
+    """CONFIG: processes that compile at once: each takes a core and about 3 GB."""
+    metrics: Path | None = None
+    """A server's figures: the JSON line of serve.py --bench, or the text of its /metrics."""
+    runs_dir: Path = Path("runs")
+    """Where runs are looked for by name."""
+
+
+def report(settings: Settings) -> Report:
+    """Raises ValueError for a target that is not there, with those that are, and for one that can't be read."""
+    return doctor_report(diagnose(settings))
+
+
+def diagnose(settings: Settings) -> Diagnosis:
+    if settings.target is None:
+        raise ValueError(f"name a run, a trace or a config; {known(settings)}")
+    if settings.topology is not None:
+        return compile_config(settings)
+    serving = None if settings.metrics is None else read_serving(settings.metrics)
+    path = Path(settings.target)
+    for folder in (path, settings.runs_dir / settings.target):
+        if has_run(folder):
+            return diagnose_run(folder, serving)
+        if has_trace(folder):
+            return diagnose_trace(folder, serving)
+    if path.exists():
+        # Says what is in it.
+        return diagnose_trace(path, serving)
+    if settings.target in configs.names():
+        raise ValueError(
+            f"{settings.target!r} is a config, and no run of that name is in {settings.runs_dir}; to compile it, say "
+            "for what: --topology v5e:4x4"
+        )
+    raise ValueError(f"no run, trace or config {settings.target!r}; {known(settings)}")
+
+
+def known(settings: Settings) -> str:
+    runs = sorted(folder.name for folder in settings.runs_dir.glob("*") if has_run(folder))
+    return f"runs in {settings.runs_dir}: {', '.join(runs) or 'none'}; configs: {', '.join(configs.names())}"
+
+
+def compile_config(settings: Settings) -> Diagnosis:
+    # Here: a trace is read without what compiling needs.
+    from perf.commands.doctor_compile import diagnose_config
+
+    for name in ("slices", "workers", "batch"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1")
+    module = find_config(settings.target)
+    if not hasattr(module, "train"):
+        raise ValueError(
+            f"config {settings.target!r} can be served and not trained: only a train step is compiled here"
+        )
+    run = module.train()
+    if settings.batch is not None:
+        run = dataclasses.replace(run, data=dataclasses.replace(run.data, batch_size=settings.batch))
+    if settings.scan is not None:
+        run = dataclasses.replace(run, layers=dataclasses.replace(run.layers, scan=settings.scan))
+    assert settings.topology is not None
+    folder = run.cache_dir / "plan"
+    return diagnose_config(
+        str(settings.target), run, settings.topology, settings.slices, folder, settings.verify, settings.workers
+    )
