@@ -16,11 +16,10 @@ import datetime
 import importlib.metadata
 import json
 import math
-import re
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -30,6 +29,8 @@ from parallel.compilation import compile_program
 from parallel.topology import tpu_devices
 from perf.chips import find_chip
 from perf.flops import count_params
+from perf.hlo import parse
+from perf.hlo_cost import Collective, collectives
 from training.config import TrainRun
 from training.loop import lower_step
 from training.resolve import Resolved, resolve
@@ -68,63 +69,6 @@ CASES = (
 )
 
 
-class Collective(NamedTuple):
-    """One collective of a compiled program. `shapes` are its results, dtype and dimensions."""
-
-    kind: str
-    group_size: int | None
-    """Devices that take part together; None for a permute."""
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]
-    scope: str
-
-
-_KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast"
-_INSTRUCTION = re.compile(rf"^\s*(?:ROOT )?%([\w.\-]+) = (.*?) ({_KINDS})(-start)?\((.*)$")
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%([\w.\-]+) \(.*\{$")
-
-
-def collectives(hlo: str) -> list[Collective]:
-    """Collectives in the text of an optimised program, each once.
-
-    TPU's compiler repeats an asynchronous collective in every fusion that it overlaps with, under one channel (only
-    channel 1 is shared, by whatever `shard_map` asks for); and it writes a reduce-scatter as a fusion
-    `all-reduce-scatter...` around an all-reduce.
-    """
-    found: dict[str, Collective] = {}
-    computation = ""
-    for line in hlo.splitlines():
-        if header := _COMPUTATION.match(line):
-            computation = header[1]
-        if match := _INSTRUCTION.match(line):
-            name, result, kind, _, rest = match.groups()
-            channel = re.search(r"channel_id=(\d+)", rest)
-            scope = re.search(r'op_name="([^"]*)"', rest)
-            if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
-                kind = "reduce-scatter"
-            found.setdefault(
-                channel[1] if channel and channel[1] != "1" else name,
-                Collective(kind, _group_size(rest), _shapes(result), scope[1] if scope else ""),
-            )
-    return list(found.values())
-
-
-def _shapes(result: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    arrays = re.findall(r"\b(pred|bf16|[fsu]\d+\w*)\[([\d,]*)\]", result)
-    return tuple((dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in arrays)
-
-
-def _group_size(attributes: str) -> int | None:
-    """Of the three forms: {{0,1},{2,3}}, [groups,size]<=[...] and mesh['a'=4,'b'=2], device_ids=(...) {'a'}."""
-    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
-        return len(match[1].split(","))
-    if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
-        return int(match[1])
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(.*?\))? \{([^}]*)\}", attributes):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
-    return None
-
-
 @dataclasses.dataclass
 class Program:
     """A case compiled."""
@@ -160,7 +104,7 @@ def describe(program: Program) -> dict[str, Any]:
     resolved, memory = program.resolved, program.compiled.memory_analysis()
     run, mesh = resolved.run, resolved.placement.mesh
     chip = find_chip(mesh.devices.flat[0].device_kind)
-    found = collectives(program.compiled.as_text())
+    found = collectives(parse(program.compiled.as_text()))
     return {
         "config": program.case.config,
         "topology": program.case.topology,
@@ -178,7 +122,17 @@ def describe(program: Program) -> dict[str, Any]:
         "trace_seconds": round(program.trace_seconds, 1),
         "compile_seconds": round(program.compile_seconds, 1),
         "collectives": dict(sorted(collections.Counter(c.kind for c in found).items())),
-        "collective_list": [c._asdict() for c in found],
+        "collective_list": [describe_collective(c) for c in found],
+    }
+
+
+def describe_collective(found: Collective) -> dict[str, Any]:
+    """Its kind, the devices that take part together (None for a permute), its results and JAX's name for it."""
+    return {
+        "kind": found.kind,
+        "group_size": found.group_size,
+        "shapes": [(array.dtype, array.dims) for array in found.shapes],
+        "scope": found.scope,
     }
 
 
