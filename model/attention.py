@@ -58,6 +58,8 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, LayerPages]:
         """As a call, for tokens that follow those in `pages`; and the pages with their keys and values."""
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, rotation, execution)
+        if x_BTD.shape[1] > 1:
+            k_BTKH, v_BTKH = _harmless_unseen(k_BTKH, v_BTKH)
         o_BTNH, pages = self._attend_pages(q_BTNH, k_BTKH, v_BTKH, pages, rows, execution)
         return self._output(o_BTNH, execution, flat=True), pages
 
@@ -135,3 +137,14 @@ class Attention(nnx.Module):
         heads = ("batch", "sequence", "act_heads", None)
         inputs = (heads, heads, heads, ("batch", "sequence"), ("act_heads",))
         return map_shards(local, execution.placement, inputs, heads)(q, k, v, segments_BT, sinks)
+
+
+def _harmless_unseen(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of tokens that follow each other, [B, T, K, H] each: what isn't finite moves from values to keys.
+
+    A key that a query doesn't see is left out; its value is multiplied by zero, which NaN survives. A draft that the
+    model can't follow would else fail the tokens before it, which plain decoding emits. A query that sees it fails.
+    """
+    sound = jnp.isfinite(v)
+    poisoned = ~sound if k.shape == v.shape else ~jnp.all(sound, axis=-1, keepdims=True)
+    return jnp.where(poisoned, jnp.nan, k), jnp.where(sound, v, 0)
