@@ -161,3 +161,23 @@ def test_pages_of_several_devices_are_split_by_heads():
         assert keys.shape == values.shape == (5, PAGE, 4, 4) and keys.dtype == jnp.bfloat16
         assert keys.sharding.shard_shape(keys.shape) == (5, PAGE, 1, 4)
     assert token_bytes(config, 2) == 3 * 2 * 4 * 4 * 2
+
+
+def test_a_token_that_is_not_finite_harms_only_those_that_see_it():
+    its = model(next(iter(FAMILIES)))
+    token, place = int(its.tokens[0, 3]), 3
+    table = np.array(its.params["embedding"]["table"])
+    table[token] = np.nan
+    broken = its.params | {"embedding": its.params["embedding"] | {"table": table}}
+    tokens = np.where(its.tokens == token, (token + 1) % VOCAB, its.tokens)[:, :TILE]
+    rows = PagedRows(
+        np.arange(1, 1 + ROWS * PAGES_PER_ROW, dtype=np.int32).reshape(ROWS, -1),
+        np.zeros(ROWS, np.int32),
+        np.full(ROWS, TILE, np.int32),
+    )
+    sound, _ = its.extend(its.params, its.biases, tokens, its.junk(0.0), rows)
+    tokens[0, place] = token
+    got, _ = its.extend(broken, its.biases, tokens, its.junk(0.0), rows)
+    np.testing.assert_array_equal(got[1:], sound[1:])
+    np.testing.assert_array_equal(got[0, :place], sound[0, :place])
+    assert np.isnan(np.asarray(got)[0, place:]).all()
