@@ -49,12 +49,16 @@ class Ranked:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """To a job, in plain values. Only `refused` is set where the program can't be made at all; `prediction` (of a
-    device, as in perf/prediction.py) and `mfu` are None where it doesn't fit. `windowed`: it has products in parts."""
+    """The compiler's, to a candidate, in plain values. Only `refused` is set where the program can't be made at all.
+
+    `need_bytes` of `limit_bytes`: memory of a device, None with the `reason` where the compiler names none; at least so
+    much if `is_least`. `prediction` (of a device, as in perf/prediction.py) and `mfu` are None where it doesn't fit.
+    `kept`: it was found, and not compiled again. `windowed`: products are cut into the parts of a gather."""
 
     refused: str | None = None
     fits: bool | None = None
     need_bytes: float | None = None
+    is_least: bool = False
     limit_bytes: float | None = None
     reason: str | None = None
     compile_seconds: float | None = None

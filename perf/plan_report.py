@@ -95,6 +95,7 @@ def _analytic(entry: Entry, group: Group) -> dict[str, Any]:
     return {
         "source": "analytic model",
         "need_bytes": estimate.memory_bytes,
+        "need_is_least": False,
         "need_source": "estimate: what is kept, and the largest scratch of a layer or of the loss",
         "limit_bytes": limit / chip.devices_per_chip,
         "mfu": estimate.model_flops / group.num_devices / estimate.seconds / peak,
@@ -115,6 +116,7 @@ def _compiled(entry: Entry) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "source": "compiled ahead of time",
         "need_bytes": answer.need_bytes,
+        "need_is_least": answer.is_least,
         "need_source": "peak of the compiler's plan" if answer.fits else "the compiler's refusal",
         "limit_bytes": answer.limit_bytes,
         "compile_seconds": answer.compile_seconds,
@@ -194,7 +196,8 @@ def _fits(one: dict[str, Any]) -> str:
         return "refused"
     if one["fits"] or one["need_bytes"] is None:
         return "yes" if one["fits"] else "NO"
-    return f"NO, by {(one['need_bytes'] - one['limit_bytes']) / GIB:.2f} GiB"
+    least = "at least " if one["need_is_least"] else ""
+    return f"NO, by {least}{(one['need_bytes'] - one['limit_bytes']) / GIB:.1f}"
 
 
 def _memory(one: dict[str, Any]) -> str:

@@ -63,7 +63,11 @@ class Rates:
     """What one JAX device reaches in a train step: FLOP/s of products, of attention (recomputation in its kernel
     counted) and of grouped products by implementation (where they run otherwise than as plain products); bytes/s of
     memory; bytes/s of collectives, each direction. `overlap`: share of the gathers and reductions of parameters that
-    runs beside compute. `launch`: seconds of a kernel."""
+    runs beside compute. `launch`: seconds of a kernel.
+
+    `kept_elementwise_bytes`: what the compiler keeps for the backward pass of each value of norms, rotations and
+    activations, where nothing is recomputed by request.
+    """
 
     products: float
     attention: float
@@ -71,6 +75,7 @@ class Rates:
     link: float
     overlap: float
     launch: float
+    kept_elementwise_bytes: float
     grouped: Mapping[str, float]
     source: str
 
@@ -278,8 +283,9 @@ class _Model:
         inputs = config.num_layers * config.embed_dim * work.activation_bytes
         kept["activations"] = tokens * (inputs + (per_token - inputs) / layout.tensor)
         if work.remat == "none":
-            # Beside the products' results both normed streams; the compiler computes the cheaper rest again.
-            kept["activations"] += tokens * 2 * inputs
+            # Beside the products' results; what is cheap to compute again, a compiler may.
+            elements = tokens * config.num_layers * self._elementwise_elements()
+            kept["activations"] += elements * self.rates.kept_elementwise_bytes
         kept |= self._expert_memory()
         chunk = min(tokens, self.program.chunk_tokens)
         logits = 2 * chunk * config.vocab_size * FLOAT32_BYTES / layout.tensor

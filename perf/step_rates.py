@@ -28,6 +28,12 @@ _H100_COPY = 2.92e12
 _LINK_SHARE = 0.8
 _OVERLAP = 0.7
 
+# Of 23.5 k such values of a token and layer of dense-1b, of 2 or 4 bytes: fitted on the 41.5 GiB of its unrolled step.
+_H100_KEPT = 0.35
+# TPU's compiler keeps all of them in float32: dense-1b, scanned, v5e:2x2, 143 kB a token and layer with the products'
+# results (libtpu 0.0.42.1: 5.5 GiB of temporaries for each row of 2048 tokens).
+_TPU_KEPT = 4.0
+
 # A TPU's shares of its peaks, to choose what is compiled: products as the compiler prices one of 8192³ on v5e (88%),
 # less for the others; an elementwise sum's share of the bandwidth on v5e and v6e (81%). Attention in XLA: assumed.
 _TPU_PRODUCTS, _TPU_ATTENTION, _TPU_MEMORY = 0.8, 0.35, 0.81
@@ -56,6 +62,7 @@ def step_rates(chip: Chip, dtype: str) -> Rates:
             link=_TPU_LINK * link,
             overlap=_OVERLAP,
             launch=0.0,
+            kept_elementwise_bytes=_TPU_KEPT,
             grouped=MappingProxyType({"ragged_dot": _TPU_PRODUCTS * peak, "capacity": _TPU_PRODUCTS * peak}),
             source=f"assumed shares of {chip.name}'s peaks: they choose what is compiled, and give no figure",
         )
@@ -69,6 +76,7 @@ def step_rates(chip: Chip, dtype: str) -> Rates:
         link=_LINK_SHARE * link,
         overlap=_OVERLAP,
         launch=LAUNCH_SECONDS,
+        kept_elementwise_bytes=_H100_KEPT,
         grouped=MappingProxyType({name: rate * scale for name, rate in _H100_GROUPED.items()}),
         source=(
             "measured on one H100 SXM in bfloat16: whole steps of benchmarks/results/train_h100.json, single ops of "

@@ -244,7 +244,8 @@ def compile_spaces(settings: Settings, run: TrainRun, spaces: list[Space]) -> li
         answers[index] = found
         space, ranked = tasks[index]
         print(f"{space.name}: {ranked.candidate}: {outcome(found)}", file=sys.stderr, flush=True)
-        if follow_ups[space.name] == settings.candidates:
+        # A refusal for memory takes seconds, a program a minute or more.
+        if follow_ups[space.name] >= settings.candidates * (3 if found.fits is False else 1):
             return []
         more = next_candidate(space, ranked, found, [one.candidate for other, one in tasks if other is space])
         follow_ups[space.name] += more is not None

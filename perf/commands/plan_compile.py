@@ -56,11 +56,12 @@ class Job:
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     """What the compiler said of a program. `need_bytes` of `limit_bytes`: memory of a device; where it fits the peak of
-    the compiler's own plan, else what it said is needed (None, with `reason`, where it gave no figure). `text`: the
-    optimised program, where it fits."""
+    the compiler's own plan, else what it said is needed (None, with `reason`, where it gave no figure; at least so much
+    if `is_least`). `text`: the optimised program, where it fits."""
 
     fits: bool
     need_bytes: float | None
+    is_least: bool
     limit_bytes: float | None
     reason: str | None
     compile_seconds: float
@@ -96,6 +97,7 @@ def judge(compiled: Compiled, mesh: Mesh, dtype: str, model_flops: int) -> Answe
     facts = Answer(
         fits=compiled.fits,
         need_bytes=compiled.need_bytes,
+        is_least=compiled.is_least,
         limit_bytes=compiled.limit_bytes or chip.usable_bytes / chip.devices_per_chip,
         reason=compiled.reason,
         compile_seconds=compiled.compile_seconds,
@@ -124,32 +126,30 @@ def compile_lowered(lowered: jax.stages.Lowered, topology: str, mesh: Mesh, opti
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        need, limit, reason = exhausted(str(error))
-        made = Compiled(False, need, limit, reason, time.monotonic() - began)
+        need, is_least, limit, reason = exhausted(str(error))
+        made = Compiled(False, need, is_least, limit, reason, time.monotonic() - began)
     else:
         peak = compiled.memory_analysis().peak_memory_in_bytes
-        made = Compiled(True, peak, None, None, time.monotonic() - began, compiled.as_text())
+        made = Compiled(True, peak, False, None, None, time.monotonic() - began, compiled.as_text())
     write(where, made)
     return made
 
 
 _SIZES = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([BKMGT]?)i?B?"
-_NEEDS = (
-    re.compile(rf"Used {_SIZE} of {_SIZE} hbm"),
-    re.compile(rf"memory required for [^()]*\({_SIZE}\) exceeds available [^()]*\({_SIZE}\)"),
-)
+# Of a whole plan; and of one that was given up when the temporaries alone were too much.
+_WHOLE = re.compile(rf"Used {_SIZE} of {_SIZE} hbm")
+_TEMPORARIES = re.compile(rf"memory required for [^()]*\({_SIZE}\) exceeds available [^()]*\({_SIZE}\)")
 
 
-def exhausted(message: str) -> tuple[float | None, float | None, str]:
-    """(bytes needed, bytes there are, what was said) of a refusal for memory. The compiler may give up before it has a
-    plan: then the bytes are of the temporaries alone, and the step needs more."""
+def exhausted(message: str) -> tuple[float | None, bool, float | None, str]:
+    """(bytes needed, whether more may be, bytes there are, what was said) of a refusal for memory."""
     said = message.splitlines()[0]
-    for form in _NEEDS:
+    for form in (_WHOLE, _TEMPORARIES):
         if match := form.search(message):
             need, limit = (float(match[i]) * _SIZES[match[i + 1]] for i in (1, 3))
-            return need, limit, said
-    return None, None, f"the compiler names no bytes: {said}"
+            return need, form is _TEMPORARIES, limit, said
+    return None, False, None, f"the compiler names no bytes: {said}"
 
 
 def key(program: str, topology: str, options: Options, devices: list[int]) -> str:
