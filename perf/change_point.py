@@ -46,24 +46,37 @@ def find_change(values: np.ndarray, *, rate: float = RATE, threshold: float = TH
 
     With 240 values before it, a change is found once 11 came after that are all larger or all smaller; with 25, 25.
     """
-    count = len(values)
-    if count < 2 * LEAST:
+    if len(values) < 2 * LEAST:
         return None
-    after = np.arange(count - LEAST, LEAST - 1, -1)
-    split = count - after
-    ranks = _ranks(values)
-    rank_sum = ranks.sum() - np.cumsum(ranks)[split - 1]
-    # Ties share a rank: the variance of the ranks as they are has their correction in it.
-    variance = after * split / count * ranks.var(ddof=1)
-    if variance[0] == 0:
+    if rank_scores(values).max() < _limit(len(values) - 2 * LEAST + 1, rate):
         return None
-    score = np.abs(rank_sum - after * (count + 1) / 2) / np.sqrt(variance)
-    best = int(np.argmax(score))
-    if score[best] < _limit(len(after), rate):
-        return None
-    index = int(split[best])
+    index = _place(values)
     change = Change(index, float(np.median(values[:index])), float(np.median(values[index:])))
     return change if abs(change.ratio - 1) >= threshold else None
+
+
+def rank_scores(values: np.ndarray) -> np.ndarray:
+    """Standardised rank sum, without its sign, for each split that leaves `LEAST` values on either side."""
+    count = len(values)
+    before = np.arange(LEAST, count - LEAST + 1)
+    ranks = _ranks(values)
+    rank_sum = np.cumsum(ranks)[before - 1]
+    # Ties share a rank: the variance of the ranks as they are has their correction in it.
+    variance = before * (count - before) / count * ranks.var(ddof=1)
+    if variance[0] == 0:
+        return np.zeros(len(before))
+    return np.abs(rank_sum - before * (count + 1) / 2) / np.sqrt(variance)
+
+
+def _place(values: np.ndarray) -> int:
+    """The split with the smallest sum of distances from the medians of its two sides: where a change was. The largest
+    rank sum is a poorer guide where few values came after: single long steps before the change draw it to them."""
+    splits = range(LEAST, len(values) - LEAST + 1)
+    return min(splits, key=lambda split: _distances(values[:split]) + _distances(values[split:]))
+
+
+def _distances(values: np.ndarray) -> float:
+    return float(np.abs(values - np.median(values)).sum())
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -144,9 +144,9 @@ def _notes(found: Findings) -> tuple[str, ...]:
         notes.append(f"Hosts: {found.hosts_reason}.")
     else:
         notes += [
-            "Step: the same on all hosts of a synchronous run. Input, result, barrier: waiting for a batch, for the end "
-            "of the step before, for the last host. Host: the rest. Others wait: the others' median at the barrier beyond "
-            "its own, of a step. Ratio: the step without the barrier, to the others' median.",
+            "Step: the same on all hosts of a synchronous run. Input, result, barrier: waiting for a batch, for the "
+            "end of the step before, for the last host. Host: the rest. Others wait: the others' median at the barrier "
+            "beyond its own, of a step. Ratio: the step without the barrier, to the others' median.",
             "A device that is slow inside a step makes the others wait in collectives, which a host can't see: the "
             "probe (a fixed computation without a collective) and a trace of every process can.",
             f"{found.hosts.num_hosts} hosts: one that is last by {THRESHOLD:.0%} in every step is named after "
