@@ -211,15 +211,14 @@ class Walk:
             queue.known[str(found.channel)] = queue.known[one.name]
 
     def between_slices(self, one: Instruction, queue: Queue) -> None:
-        """Slices exchange by a send and a receive with one name: it goes on from the later of both to the receive's
-        done. `_xla_megascale_target`: "{1,2}x{0:3}", the slices and the partitions of each."""
+        """Slices exchange by a send and a receive of one name: it goes on from the send to the receive's done."""
         kind, name = one.attribute("_xla_megascale_transfer_type"), one.attribute("_xla_host_transfer_rendezvous")
         if kind is None or name is None:
             self.notes["sends and receives that are not between slices take no time"] = None
             return
         kind = kind.lower().replace("_", "-")
         queue.rendezvous[one.name] = name
-        if one.opcode == "send" or name in queue.known:
+        if one.opcode == "send":
             num_bytes = one.results[0].num_bytes
             seconds = self.network.between(kind, num_bytes, len({place.slice for place in self.network.places}))
             found = Collective(name, kind, num_bytes, one.results[:1], None, (), one.channel, one.scope, False)
