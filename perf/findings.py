@@ -23,7 +23,7 @@ STAGES = ("input", "host", "communication", "compute", "memory")
 
 # What is worth a change, as a share of a step. The CPU's cores are also the host's, and its devices share them: the
 # profiler alone opens gaps of a tenth of a step there.
-WORTH = {"gpu": 0.03, "tpu": 0.03, "cpu": 0.2}
+WORTH = {"gpu": 0.02, "tpu": 0.02, "cpu": 0.2}
 
 
 @dataclasses.dataclass(frozen=True)

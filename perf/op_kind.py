@@ -9,17 +9,15 @@ from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from perf.hlo import COLLECTIVES, Computation, Instruction, Module
+from perf.schedule import is_attention
 
 Kind = Literal["matmul", "attention", "elementwise", "copy", "other", "collective"]
 
 KINDS: tuple[Kind, ...] = ("matmul", "attention", "elementwise", "other", "copy", "collective")
 """Where two run at one moment on one device, the moment is the first one's in this order."""
 
-# Scopes of the op itself, not of the layer around it: model/attention.py's projections are in one `attention` scope,
-# kernels/attention's op in two. Others are those of well-known kernels.
-_ATTENTION_SCOPE = re.compile(
-    r"attention/attention\b|\b(paged_attention|paged_prefill|flash_attention|splash|sdpa|fmha)"
-)
+# Scopes and names of well-known kernels, beside those of this tree.
+_ATTENTION_SCOPE = re.compile(r"\b(paged_prefill|flash_attention|splash|sdpa|fmha)")
 _ATTENTION_KERNEL = re.compile(r"sdpa|fmha|flash|splash|attention|paged_prefill|mha_", re.IGNORECASE)
 _MATMUL_KERNEL = re.compile(
     r"gemm|nvjet|cutlass|xmma|cublas|wgmma|dot_general|^dot\b|^dot[._]|_dot(_fusion|[._]|$)|^dot_|convolution|ragged.dot|"
@@ -88,7 +86,7 @@ def _kind(module: Module, one: Instruction) -> Kind:
     if any(inner.is_collective for inner in inside):
         return "collective"
     target = one.target or ""
-    if _ATTENTION_SCOPE.search(plain_scope(one.scope)) or _ATTENTION_KERNEL.search(target):
+    if is_attention(one.scope) or _ATTENTION_SCOPE.search(one.scope) or _ATTENTION_KERNEL.search(target):
         return "attention"
     if one.opcode in _MATMUL_OPCODES or opcodes & set(_MATMUL_OPCODES) or _MATMUL_KERNEL.search(target):
         return "matmul"

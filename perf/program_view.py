@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from perf.findings import Cost, Evidence, Trial
 from perf.hlo import Array, Computation, Instruction, Module
 from perf.hlo_cost import flops
+from perf.schedule import is_attention
 
 # A view of its operand, or the same values moved.
 _PASSES = ("get-tuple-element", "bitcast", "copy", "copy-start", "copy-done", "convert", "reshape", "transpose")
@@ -99,8 +100,10 @@ class View:
 
     def products(self) -> Iterator[tuple[Place, Instruction, Computation]]:
         """(where it runs, the product itself, the computation that has it): fusions that hold a product, and products
-        that stand alone."""
+        that stand alone. Not attention's, which are small, many and slower than a layer's."""
         for place in self.places:
+            if is_attention(place.instruction.scope):
+                continue
             found = list(self._products(place.scope, place.instruction))
             for scope, product in found:
                 yield place, product, scope

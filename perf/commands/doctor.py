@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -36,6 +37,8 @@ class Settings(Output):
     """CONFIG: rows of a step, all devices together; by default the config's."""
     scan: bool | None = None
     """CONFIG: compile one layer and loop over it, whatever the config says; compiles in a tenth of the time."""
+    remat: Literal["none", "dots", "full"] | None = None
+    """CONFIG: what the backward pass recomputes; by default the config's."""
     verify: bool = True
     """CONFIG: compile again with what findings propose. Each takes as long as the first."""
     workers: int = 2
@@ -97,6 +100,8 @@ def compile_config(settings: Settings) -> Diagnosis:
         run = dataclasses.replace(run, data=dataclasses.replace(run.data, batch_size=settings.batch))
     if settings.scan is not None:
         run = dataclasses.replace(run, layers=dataclasses.replace(run.layers, scan=settings.scan))
+    if settings.remat is not None:
+        run = dataclasses.replace(run, layers=dataclasses.replace(run.layers, remat=settings.remat))
     assert settings.topology is not None
     folder = run.cache_dir / "plan"
     return diagnose_config(
