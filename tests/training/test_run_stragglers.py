@@ -12,6 +12,7 @@ import pytest
 
 from parallel import distributed
 from perf.host_steps import FILE_NAME, read_hosts
+from tests.parallel.two_processes import coordinator_address, finish, start
 from tests.training import runs
 from training.config import StragglerConfig
 from training.report import Reporter
@@ -191,3 +192,51 @@ def test_a_run_of_one_process_measures_its_waits(tmp_path):
 def test_settings_that_no_run_can_have():
     with pytest.raises(ValueError, match=r"stragglers\.every=-1 must be at least 0"):
         runs.run_of({**runs.DENSE, "data.source": "random", "stragglers.every": -1})
+
+
+def train_with_eight_processes(folder: Path, pauses: list[float], steps: int) -> runs.Settings:
+    """A run whose steps are mostly each host's sleep over its batch: eight processes on few cores have no other time of
+    their own."""
+    settings = runs.prepare(
+        folder,
+        {
+            **runs.DENSE,
+            "model.num_layers": 1,
+            "data.source": "random",
+            "steps": steps,
+            "checkpoint.every": 0,
+            "mesh.fsdp": 1,
+            "mesh.data": 8,
+            "tensorboard": False,
+            "distributed.mode": "coordinator",
+            "distributed.coordinator_address": coordinator_address(),
+            "distributed.num_processes": 8,
+        },
+    )
+    processes = [
+        start(
+            ["-m", "tests.training.slow_host", str(pause), *runs.arguments({**settings, "distributed.process_id": i})],
+            devices=1,
+        )
+        for i, pause in enumerate(pauses)
+    ]
+    results = finish(processes, timeout=800)
+    assert [result.returncode for result in results] == [0] * 8, results[0].stderr[-3000:]
+    return settings
+
+
+# Two shared cores: 150 s and 230 s.
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_eight_processes_wait_for_the_one_that_is_a_tenth_slower(tmp_path):
+    settings = train_with_eight_processes(tmp_path, [1.1 if host == 5 else 1.0 for host in range(8)], 30)
+    found = runs.records_of(settings, "summary")[0]["stragglers"]
+    assert [(one["host"], one["signal"]) for one in found] == [(5, "barrier")]
+    assert found[0]["named_step"] <= 20 and found[0]["where"] == "its input"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_hundred_steps_of_eight_equal_processes_raise_no_alarm(tmp_path):
+    settings = train_with_eight_processes(tmp_path, [0.3] * 8, 200)
+    assert runs.records_of(settings, "summary")[0]["stragglers"] == []
