@@ -1,10 +1,69 @@
-"""The core's clock by TPU generation, and one scalar each that brings predictions to published steps."""
+"""The core's clock by TPU generation, and one scalar each that brings predictions to published training steps.
+
+The rows are made by benchmarks/prediction.py, which says how; nothing here ran on a TPU but the published steps.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+from collections.abc import Sequence
 
 from perf.chips import Chip
+
+# Peak over the FLOPs of a cycle: 4 matrix units of 128 × 128 multiply-adds on each core of v4 (two cores) and v5e, 8 on
+# v5p's two cores, 4 of 256 × 256 on v6e. TPU7x's is inferred from what its matrix products are priced at.
+_CLOCKS = {"TPU v4": 1.05e9, "TPU v5e": 1.503e9, "TPU v5p": 1.75e9, "TPU v6e": 1.75e9, "TPU7x": 2.2e9}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A published step beside its parts as predicted before calibration.
+
+    `seconds`: published. `core_seconds`: of everything that the core does but attention, by the compiler's estimate;
+    `waiting_seconds`: the core waits for collectives and copies; `attention_seconds`: of Pallas kernels, at an assumed
+    share of the peak. `fitted`: it sets the generation's scalar, and is not held out.
+    """
+
+    chip: str
+    name: str
+    source: str
+    seconds: float
+    core_seconds: float
+    waiting_seconds: float
+    attention_seconds: float
+    fitted: bool
+
+    def predicted(self, scale: float) -> float:
+        return self.core_seconds * scale + self.waiting_seconds + self.attention_seconds
+
+    def error(self, scale: float) -> float:
+        """Of the prediction, as a share of the published step."""
+        return self.predicted(scale) / self.seconds - 1
+
+
+def fit(rows: Sequence[Row]) -> float:
+    """The scale of the core's time at which predictions are neither longer nor shorter than published on average: the
+    mean logarithm of their ratio is 0."""
+    low, high = 0.1, 10.0
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        longer = sum(math.log(row.predicted(middle) / row.seconds) for row in rows) > 0
+        low, high = (low, middle) if longer else (middle, high)
+    return math.sqrt(low * high)
+
+
+_MAXTEXT = "AI-Hypercomputer/maxtext@e591f30 src/maxtext/configs/tpu/{}/README.md"
+
+# Of jax 0.10.2 with libtpu 0.0.42.1, 2026-11-23.
+# fmt: off
+ROWS = (
+    Row("TPU v5e", "16B, v5e:16x16, 6 × 2048 a chip", _MAXTEXT.format("v5e"), 10.275, 10.420, 0.414, 0.614, True),
+    Row("TPU v5e", "32B, v5e:16x16, 4 × 2048 a chip", _MAXTEXT.format("v5e"), 12.119, 13.883, 0.803, 0.409, True),
+    Row("TPU v5e", "64B, v5e:16x16, 2 × 2048 a chip", _MAXTEXT.format("v5e"), 13.472, 12.822, 1.625, 0.409, False),
+)
+# fmt: on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,13 +78,6 @@ class Calibration:
         return f"core time: the compiler's cycles × {self.scale:.3f} ({self.source})"
 
 
-# Peak over the FLOPs of a cycle: 4 matrix units of 128 × 128 multiply-adds on each core of v4 (two cores) and v5e, 8 on
-# v5p's two cores, 4 of 256 × 256 on v6e. TPU7x's is inferred from what its matrix products are priced at.
-_CLOCKS = {"TPU v4": 1.05e9, "TPU v5e": 1.503e9, "TPU v5p": 1.75e9, "TPU v6e": 1.75e9, "TPU7x": 2.2e9}
-
-_CALIBRATIONS: dict[str, Calibration] = {}
-
-
 def clock_of(chip: Chip) -> float:
     """Cycles per second of the core. Raises ValueError for a chip without one in the table."""
     if chip.name not in _CLOCKS:
@@ -33,8 +85,17 @@ def clock_of(chip: Chip) -> float:
     return _CLOCKS[chip.name]
 
 
+@functools.cache
+def rows_of(chip: str) -> tuple[Row, ...]:
+    return tuple(row for row in ROWS if row.chip == chip)
+
+
 def calibration_of(chip: Chip) -> Calibration:
     """The generation's, or none: scale 1, which says so."""
-    return _CALIBRATIONS.get(
-        chip.name, Calibration(1.0, f"not calibrated on {chip.name}: no published step was compiled")
-    )
+    fitted = [row for row in rows_of(chip.name) if row.fitted]
+    if not fitted:
+        return Calibration(1.0, f"not calibrated on {chip.name}: no published step of it was compiled")
+    scale = fit(fitted)
+    held = [row.error(scale) for row in rows_of(chip.name) if not row.fitted]
+    errors = f"off by {' and '.join(f'{error:+.0%}' for error in held)} on those held out" if held else "none held out"
+    return Calibration(scale, f"fitted on {len(fitted)} published training step{'s'[: len(fitted) > 1]}, {errors}")
