@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from perf.intervals import Piece, Span, clip, foremost, intersect, subtract, total, union
 from perf.marks import INPUT_MARK
-from perf.op_kind import KINDS, Kind, OpFacts, kernel_kind
+from perf.op_kind import KINDS, NO_OPS, Kind, Ops, kernel_kind, op_name
 from perf.trace import Device, Event, Execution, Timeline
 
 GAPS = ("launch", "input", "host")
@@ -133,11 +133,11 @@ def main_program(timeline: Timeline) -> str:
     return spent.most_common(1)[0][0]
 
 
-def breakdown(timeline: Timeline, facts: Mapping[str, OpFacts] | None = None) -> Breakdown:
+def breakdown(timeline: Timeline, facts: Ops = NO_OPS) -> Breakdown:
     """`facts`: what the text of the main program says of its ops. Raises ValueError for a trace without a program."""
     program = main_program(timeline)
     found = tuple(
-        _device(device, program, timeline, facts or {})
+        _device(device, program, timeline, facts)
         for device in timeline.devices
         if any(run.module == program for run in device.executions)
     )
@@ -161,11 +161,11 @@ def _window(runs: Sequence[Execution]) -> tuple[Span, int]:
     return (runs[0].start, runs[-1].start), len(runs) - 1
 
 
-def _device(device: Device, program: str, timeline: Timeline, facts: Mapping[str, OpFacts]) -> DeviceTime:
+def _device(device: Device, program: str, timeline: Timeline, facts: Ops) -> DeviceTime:
     window, steps = _window([run for run in device.executions if run.module == program])
     pieces = clip(device.pieces, window)
     kinds = {
-        event: kernel_kind(event.name, event.op, facts.get(event.op or "") if event.module == program else None)
+        event: kernel_kind(event.name, event.op, facts.of(event.name, event.op) if event.module == program else None)
         for _, _, event in pieces
     }
     rank = {kind: number for number, kind in enumerate(KINDS)}
@@ -206,18 +206,19 @@ def _lengths(pieces: Sequence[Piece[Event]]) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def _ops(
-    owned: Sequence[Piece[Event]], kinds: Mapping[Event, Kind], steps: int, facts: Mapping[str, OpFacts]
-) -> tuple[OpTime, ...]:
+def _ops(owned: Sequence[Piece[Event]], kinds: Mapping[Event, Kind], steps: int, facts: Ops) -> tuple[OpTime, ...]:
     """Longest first."""
     spent: collections.Counter[tuple[str, Kind]] = collections.Counter()
     events: dict[tuple[str, Kind], set[Event]] = collections.defaultdict(set)
+    scopes: dict[str, str] = {}
     for start, end, event in owned:
-        key = event.op or event.name, kinds[event]
+        name, known = op_name(event.name, event.op), facts.of(event.name, event.op)
+        key = name, kinds[event]
+        scopes[name] = known.scope if known else ""
         spent[key] += end - start
         events[key].add(event)
     return tuple(
-        OpTime(op, kind, facts[op].scope if op in facts else "", time / steps, len(events[op, kind]) / steps)
+        OpTime(op, kind, scopes[op], time / steps, len(events[op, kind]) / steps)
         for (op, kind), time in spent.most_common()
     )
 
@@ -231,7 +232,7 @@ def _instances(owned: Sequence[Piece[Event]], kinds: Mapping[Event, Kind]) -> di
     seen: collections.Counter[str] = collections.Counter()
     found: dict[tuple[str, int], int] = {}
     for event in sorted(exposed, key=lambda event: event.start):
-        name = event.op or event.name
+        name = op_name(event.name, event.op)
         found[name, seen[name]] = exposed[event]
         seen[name] += 1
     return found

@@ -12,7 +12,7 @@ from perf.breakdown import Breakdown, breakdown
 from perf.chips import find_chip
 from perf.findings import Cost, Evidence, Finding, examine
 from perf.hlo import Module, parse
-from perf.op_kind import program_ops
+from perf.op_kind import Ops, program_ops
 from perf.prediction import Prediction
 from perf.run_facts import METRICS_FILE as RUN_METRICS
 from perf.run_facts import read_run, run_settings
@@ -117,10 +117,10 @@ def read_program(path: Path) -> Module:
         raise ValueError(f"{path} is no whole HLO text: {error}; move it away to read the trace without it") from error
 
 
-def _facts(programs: list[Module], timeline: Timeline):
+def _facts(programs: list[Module], timeline: Timeline) -> Ops:
     """Of the ops of the programs that ran: those of another name are of no use."""
     ran = {run.module for device in timeline.devices for run in device.executions}
-    return {name: facts for one in programs if one.name in ran for name, facts in program_ops(one).items()}
+    return program_ops(*(one for one in programs if one.name in ran))
 
 
 def _dtype(settings: Mapping[str, Any] | None) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from perf.breakdown import CATEGORIES, LENGTH_BOUNDS, Breakdown
 from perf.doctor import Diagnosis
-from perf.findings import Finding
+from perf.findings import Evidence, Finding
+from perf.memory_use import AllocatorUse, memory_use
 from perf.op_kind import KINDS
 from perf.plot import draw_svg
 from perf.report import Notes, Plot, Report, Table, duration
@@ -45,6 +47,8 @@ def doctor_report(diagnosis: Diagnosis) -> Report:
     if times is not None:
         parts += [breakdown_table(times), ops_table(times), lengths_table(times)]
         parts.append(Plot("Time of a step by device", lambda: breakdown_svg(times)))
+    if diagnosis.evidence.timeline is not None and (used := memory_use(diagnosis.evidence.timeline.memory)):
+        parts.append(memory_table(used))
     if diagnosis.evidence.run is not None:
         parts.append(run_table(diagnosis.evidence.run))
     if diagnosis.unjudged:
@@ -151,6 +155,22 @@ def lengths_table(times: Breakdown) -> Table:
     return Table(f"Ops of a step by length, device {times.devices[0].ordinal}", ("length", "ops"), rows)
 
 
+def memory_table(used: Sequence[AllocatorUse]) -> Table:
+    """What is in use all the time, at most, and the blocks that come and go."""
+    rows = []
+    for one in used:
+        rows.append((one.name, "in use at least", gib(one.low), "", ""))
+        rows.append(("", "in use at most", gib(one.peak), "", f"first at {duration(one.peak_time / 1e9)}"))
+        for spike in one.spikes:
+            held = "stays" if spike.seconds is None else f"held for {duration(spike.seconds)}"
+            rows.append(("", "block", gib(spike.size), f"{spike.count}", held))
+    return Table("Device memory, and its spikes", ("allocator", "what", "GiB", "times", "when"), tuple(rows), left=2)
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.3f}"
+
+
 def run_table(run: RunFacts) -> Table:
     def percent(value: float | None) -> str:
         return "n/a" if value is None else f"{value:.2%}"
@@ -196,11 +216,18 @@ def record(diagnosis: Diagnosis) -> dict[str, Any]:
         "findings": [finding_record(one) for one in diagnosis.findings],
         "breakdown": None if evidence.breakdown is None else breakdown_record(evidence.breakdown),
         **({"breakdown_reason": "no trace"} if evidence.breakdown is None else {}),
+        "memory": memory_record(evidence),
+        **({"memory_reason": "no trace with allocations"} if memory_record(evidence) is None else {}),
         "run": None if evidence.run is None else run_record(evidence.run),
         **({"run_reason": "no metrics of a training run"} if evidence.run is None else {}),
         "unjudged": list(diagnosis.unjudged),
         "notes": list(diagnosis.notes),
     }
+
+
+def memory_record(evidence: Evidence) -> list[dict[str, Any]] | None:
+    used = () if evidence.timeline is None else memory_use(evidence.timeline.memory)
+    return [dataclasses.asdict(one) for one in used] or None
 
 
 def finding_record(one: Finding) -> dict[str, Any]:

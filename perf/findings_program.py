@@ -31,6 +31,7 @@ from perf.program_view import (
 COPIED_SHARE = 0.1
 # A product with fewer of the program's FLOPs is not worth a look.
 LARGE_PRODUCT = 0.01
+NO_KERNELS = "the trace does not say which kernels these products are: a GPU starts them together, as command buffers"
 NO_REDUCE_FUSION = "xla_tpu_rwb_fusion=false"
 
 
@@ -182,7 +183,7 @@ def misalignment(evidence: Evidence) -> Finding | None:
         largest(places),
         lost,
         _aligned_settings(evidence, sizes, tile),
-        reason=None if lost is not None else NO_TIMES,
+        reason=None if lost is not None else NO_TIMES if evidence.costs is None else NO_KERNELS,
         is_prediction=evidence.predicted,
     )
 
@@ -212,7 +213,7 @@ def _misaligned_loss(
     """Milliseconds of what the products take beyond the rate of the aligned ones, or, where all are misaligned, the
     share of a tile that is padding."""
     cost = total_cost(evidence, view, bad)
-    if cost is None:
+    if cost is None or not cost.nanoseconds:
         return None
     names = {place.instruction.name for place in bad}
     rate = rate_of(evidence, view, [place for place in every if place.instruction.name not in names])

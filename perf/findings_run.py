@@ -1,8 +1,7 @@
-"""Findings from a run's own metrics and its trace: input, host, launches, recompilation, devices, experts, memory."""
+"""Findings from a run's own metrics and its trace: input, host, launches, recompilation, devices, experts."""
 
 from __future__ import annotations
 
-import itertools
 import statistics
 
 from perf.breakdown import Breakdown
@@ -18,8 +17,6 @@ EXPERT_LOAD = 2.0
 DROPPED = 0.02
 # Compute time of the slowest device over the median one's.
 DEVICE_SPREAD = 1.05
-# Bytes in use at the peak over the median: what is above it belongs to a moment.
-MEMORY_SPIKE = 1.25
 
 
 def _share(nanoseconds: float, step: float) -> str:
@@ -241,32 +238,6 @@ def hfu_gap(evidence: Evidence) -> Finding | None:
     )
 
 
-def memory_spike(evidence: Evidence) -> Finding | None:
-    """A moment that needs far more memory than the rest: it sets the batch that fits."""
-    if evidence.timeline is None or len(evidence.timeline.memory) < 8:
-        return None
-    used = evidence.timeline.memory
-    peak = max(used, key=lambda one: one.bytes_in_use)
-    middle = statistics.median(one.bytes_in_use for one in used)
-    if middle <= 0 or peak.bytes_in_use < MEMORY_SPIKE * middle:
-        return None
-    before = max((b.bytes_in_use - a.bytes_in_use for a, b in itertools.pairwise(used)), default=0)
-    return Finding(
-        "memory spike",
-        "memory",
-        f"Memory in use rises to {peak.bytes_in_use / 2**30:.2f} GiB for a moment, {peak.bytes_in_use / middle:.2f} "
-        f"times its median of {middle / 2**30:.2f} GiB.",
-        (
-            f"at {duration_ns(peak.time)} of the trace" + (f", by {peak.op}" if peak.op else ""),
-            f"largest single step up: {before / 2**30:.2f} GiB",
-        ),
-        None,
-        f"loss.chunk_tokens: smaller{evidence.now('loss.chunk_tokens')}; layers.remat{evidence.now('layers.remat')}; "
-        "accumulation: more microbatches",
-        reason="memory costs no time by itself: it bounds the batch",
-    )
-
-
 RUN_CHECKS: tuple[Check, ...] = (
     input_bound,
     recompilation,
@@ -276,5 +247,4 @@ RUN_CHECKS: tuple[Check, ...] = (
     expert_imbalance,
     dropped_tokens,
     hfu_gap,
-    memory_spike,
 )

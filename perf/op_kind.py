@@ -18,7 +18,11 @@ KINDS: tuple[Kind, ...] = ("matmul", "attention", "elementwise", "other", "copy"
 
 # Scopes and names of well-known kernels, beside those of this tree.
 _ATTENTION_SCOPE = re.compile(r"\b(paged_prefill|flash_attention|splash|sdpa|fmha)")
-_ATTENTION_KERNEL = re.compile(r"sdpa|fmha|flash|splash|attention|paged_prefill|mha_", re.IGNORECASE)
+_ATTENTION_KERNEL = re.compile(
+    # The last two are parts of cuDNN's backward pass.
+    r"sdpa|fmha|flash|splash|attention|paged_prefill|mha_|compute_dot_do_o|convert_dq_to",
+    re.IGNORECASE,
+)
 _MATMUL_KERNEL = re.compile(
     r"gemm|nvjet|cutlass|xmma|cublas|wgmma|dot_general|^dot\b|^dot[._]|_dot(_fusion|[._]|$)|^dot_|convolution|ragged.dot|"
     r"grouped_matmul|^ynn_fusion|matmul|custom-call.*gemm",
@@ -39,7 +43,6 @@ _COPY_KERNEL = re.compile(
     r"(copy_|bitcast_|slice_|transpose_)+fusion)",
     re.IGNORECASE,
 )
-_PLAIN = ("copy", "transpose", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "broadcast", "pad")
 _ELEMENTWISE_KERNEL = re.compile(
     r"fusion|^(add|multiply|subtract|divide|maximum|minimum|select|compare|convert|exponential|exp|log|tanh|rsqrt|sqrt|"
     r"reduce|power|negate|iota|clamp|and|or|not|map|wrapped_)",
@@ -58,11 +61,15 @@ class OpFacts:
     opcode: str
 
 
-def program_ops(module: Module) -> Mapping[str, OpFacts]:
-    """Facts of every instruction of a program, by its name, which is unique in it."""
-    return {
-        one.name: OpFacts(_kind(module, one), plain_scope(one.scope), one.opcode) for _, one in module.instructions()
-    }
+def program_ops(*modules: Module) -> Ops:
+    """Facts of every instruction of programs, by its name, which is unique in one."""
+    return Ops(
+        {
+            one.name: OpFacts(_kind(module, one), plain_scope(one.scope), one.opcode)
+            for module in modules
+            for _, one in module.instructions()
+        }
+    )
 
 
 def plain_scope(scope: str) -> str:
@@ -100,17 +107,48 @@ def _kind(module: Module, one: Instruction) -> Kind:
     return "elementwise"
 
 
+class Ops(Mapping[str, OpFacts]):
+    """Facts by instruction, and by the name that its kernel has on a GPU: loop_add_fusion.3 is loop_add_fusion_3."""
+
+    def __init__(self, facts: Mapping[str, OpFacts]) -> None:
+        self._facts = facts
+        self._kernels = {re.sub(r"[.\-]", "_", name): one for name, one in facts.items()}
+
+    def __getitem__(self, name: str) -> OpFacts:
+        return self._facts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._facts)
+
+    def __len__(self) -> int:
+        return len(self._facts)
+
+    def of(self, kernel: str, op: str | None) -> OpFacts | None:
+        """Of an event on a device's timeline; None for one that the programs have no instruction for."""
+        return self._facts.get(op_name(kernel, op)) or self._kernels.get(kernel)
+
+
+NO_OPS = Ops({})
+
+
+def op_name(kernel: str, op: str | None) -> str:
+    """What an event is called: the instruction that it says it is of, else its kernel. Kernels that a GPU starts
+    together say that they are of the command buffer, which is no instruction."""
+    return kernel if op is None or op.startswith("command_buffer") else op
+
+
 def kernel_kind(kernel: str, op: str | None, facts: OpFacts | None) -> Kind:
     """Of an event on a device's timeline: `kernel` is its name there, `op` the HLO instruction that it says it is of,
     `facts` what the program's text says of that instruction."""
     if facts is not None:
         # One instruction may be several kernels: a product's library call also converts and transposes.
         return facts.kind
-    for text in filter(None, (op, kernel)):
+    name = op_name(kernel, op)
+    for text in (name, kernel):
         for pattern, kind in _BY_NAME:
-            if pattern.search(text) and not (text == op and kind == "elementwise"):
+            if pattern.search(text):
                 return kind
-    return "elementwise" if _ELEMENTWISE_KERNEL.search(op or kernel) else "other"
+    return "elementwise" if _ELEMENTWISE_KERNEL.search(name) else "other"
 
 
 _BY_NAME: tuple[tuple[re.Pattern, Kind], ...] = (

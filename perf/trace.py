@@ -58,12 +58,13 @@ class Device:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes in use of an allocator after an allocation or a release, if the trace has them."""
+    """Bytes in use of an allocator after an allocation or a release. `size`: of that block."""
 
     time: int
+    allocator: str
     bytes_in_use: int
-    allocated: int
-    op: str
+    size: int
+    is_release: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,10 +302,10 @@ class _Reader:
 
     def _memory(self, event: Any) -> None:
         stats = _stats(event)
-        used = stats.get("bytes_in_use", stats.get("bytes_allocated"))
-        if used is not None:
-            size = int(stats.get("allocation_bytes", stats.get("requested_bytes", 0)))
-            self.memory.append(Memory(_span(event)[0], int(used), size, str(stats.get("tf_op", ""))))
+        if "bytes_allocated" in stats and "allocation_bytes" in stats:
+            sizes = int(stats["bytes_allocated"]), int(stats["allocation_bytes"])
+            name = str(stats.get("allocator_name", "unnamed"))
+            self.memory.append(Memory(_span(event)[0], name, *sizes, event.name == "MemoryDeallocation"))
 
     def timeline(self, planes: list[str]) -> Timeline:
         devices = {ordinal: events for ordinal, events in self.events.items() if events}

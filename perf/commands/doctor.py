@@ -35,7 +35,7 @@ class Settings(Output):
     """CONFIG: TPU slices joined by the data-centre network."""
     batch: int | None = None
     """CONFIG: rows of a step, all devices together; by default the config's."""
-    scan: bool | None = None
+    scan: bool = False
     """CONFIG: compile one layer and loop over it, whatever the config says; compiles in a tenth of the time."""
     remat: Literal["none", "dots", "full"] | None = None
     """CONFIG: what the backward pass recomputes; by default the config's."""
@@ -98,8 +98,8 @@ def compile_config(settings: Settings) -> Diagnosis:
     run = module.train()
     if settings.batch is not None:
         run = dataclasses.replace(run, data=dataclasses.replace(run.data, batch_size=settings.batch))
-    if settings.scan is not None:
-        run = dataclasses.replace(run, layers=dataclasses.replace(run.layers, scan=settings.scan))
+    if settings.scan:
+        run = dataclasses.replace(run, layers=dataclasses.replace(run.layers, scan=True))
     if settings.remat is not None:
         run = dataclasses.replace(run, layers=dataclasses.replace(run.layers, remat=settings.remat))
     assert settings.topology is not None

@@ -133,9 +133,9 @@ TEXT = """HloModule jit_step, entry_computation_layout={()->f32[]}, num_partitio
 ENTRY %main (p: bf16[8,16], q: bf16[16,8]) -> bf16[8,8] {
   %p = bf16[8,16]{1,0} parameter(0)
   %q = bf16[16,8]{1,0} parameter(1)
-  %fusion.1 = bf16[8,8]{1,0} fusion(%p, %q), calls=%inner, metadata={op_name="jit(step)/transpose(jvp(mlp))/dot_general"}
+  %fusion.1 = bf16[8,8] fusion(%p, %q), calls=%inner, metadata={op_name="jit(step)/transpose(jvp(mlp))/dot_general"}
   %fusion.2 = bf16[16,8]{1,0} fusion(%p), kind=kLoop, calls=%moved
-  %fusion.3 = bf16[8,8]{1,0} fusion(%fusion.1), calls=%added, metadata={op_name="jit(step)/jvp(attention)/attention/exp"}
+  %fusion.3 = bf16[8,8] fusion(%fusion.1), calls=%added, metadata={op_name="jit(step)/jvp(attention)/attention/exp"}
   %fusion.4 = bf16[8,8]{1,0} fusion(%fusion.1), kind=kLoop, calls=%added
   %fusion.5 = bf16[8,8]{1,0} fusion(%p, %q), calls=%inner, metadata={op_name="jit(step)/attention/btd,dnh->btnh/dot"}
   %custom-call.6 = bf16[8,8]{1,0} custom-call(%p, %q), custom_call_target="__cublas$lt$matmul"
