@@ -22,6 +22,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from perf.capture import Capture
+from perf.serving_facts import METRICS_FILE
 from serving import responses
 from serving.api_config import ApiConfig, read_keys
 from serving.errors import Draining, QueueFull
@@ -188,6 +189,8 @@ class Api:
             await asyncio.sleep(seconds)
         finally:
             await asyncio.to_thread(capture.stop, kind="serve", model=self.engine.model_name)
+            # What `python -m perf doctor` reads beside the trace: bandwidth, drafts, compilations.
+            await asyncio.to_thread((capture.folder / METRICS_FILE).write_bytes, self.engine.metrics.text())
 
     async def drain(self) -> bool:
         """Stops admission and waits for the grace period at most; False if something still runs."""

@@ -367,6 +367,8 @@ def test_a_trace_of_what_is_served(tmp_path):
         files = [path.name for path in Path(answer["folder"]).rglob("*") if path.is_file()]
         assert any(name.endswith(".xplane.pb") for name in files) and "perfetto_trace.json.gz" in files
         assert "profiles_total 1.0" in http.get("/metrics").text
+        # For `python -m perf doctor`, which reads the folder.
+        assert "compiles_after_ready_total" in (Path(answer["folder"]) / "metrics.prom").read_text()
 
 
 def test_a_trace_that_can_not_be_written(tmp_path):
