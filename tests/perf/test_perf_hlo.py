@@ -4,8 +4,9 @@ import collections
 
 import pytest
 
-from perf.hlo import Array, arrays, parse, replica_groups
+from perf.hlo import Array, arrays, parse
 from perf.hlo_cost import collectives, flops, memory_bytes, valid_positions
+from perf.replica_groups import replica_groups
 from tests.perf.hlo_programs import program, text
 
 
