@@ -67,14 +67,22 @@ class Answer:
     prediction: dict[str, Any] | None = None
     mfu: float | None = None
 
+    def __str__(self) -> str:
+        if self.refused is not None:
+            return f"refused: {self.refused}"
+        took = "kept from before" if self.kept else f"compiled in {self.compile_seconds:.0f} s"
+        return f"{'fits' if self.fits else 'does not fit'}, {took}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A candidate of a report. `answer`: the compiler's, None where nothing was compiled; `command` starts the run."""
+    """A candidate of a report. `answer`: the compiler's, None where nothing was compiled; `command` starts the run,
+    None where no entry point does. `mbu`: of a decode step."""
 
     ranked: Ranked
     answer: Answer | None
-    command: str
+    command: str | None
+    mbu: float | None = None
 
     @property
     def fits(self) -> bool | None:
@@ -181,3 +189,24 @@ def next_smaller(
     if enough:
         return min(enough, key=lambda one: one.estimate.seconds)
     return min(smaller, key=lambda one: one.estimate.memory_bytes, default=None)
+
+
+def command_line(entry_point: str, name: str, config: Any, changed: Any) -> str:
+    """What starts a run: the entry point with each setting in which it differs from the config."""
+    return " ".join([entry_point, name, *_flags(config, changed, "")])
+
+
+def _flags(before: Any, after: Any, prefix: str) -> Iterator[str]:
+    for field in dataclasses.fields(before):
+        old, new = getattr(before, field.name), getattr(after, field.name)
+        path = f"{prefix}{field.name.replace('_', '-')}"
+        if dataclasses.is_dataclass(old) and type(old) is type(new):
+            yield from _flags(old, new, f"{path}.")
+        elif old == new:
+            continue
+        elif isinstance(new, bool):
+            yield f"--{path}" if new else f"--{prefix}no-{field.name.replace('_', '-')}"
+        elif isinstance(new, tuple):
+            yield " ".join([f"--{path}", *map(str, new)])
+        else:
+            yield f"--{path} {new}"

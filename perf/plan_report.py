@@ -8,6 +8,7 @@ from typing import Any
 from perf.plan import Entry, Group
 from perf.plot import draw_svg
 from perf.report import Notes, Plot, Report, Table, duration, number, quantity
+from perf.step_model import TENSOR
 
 GIB = 2**30
 # Of the fusions that lose most.
@@ -18,7 +19,7 @@ def plan_report(name: str, mode: str, groups: Sequence[Group]) -> Report:
     record = plan_record(name, mode, groups)
     parts: list[Table | Notes | Plot] = [_summary(record)] if len(groups) > 1 else []
     for group in record["groups"]:
-        parts += [_candidates(group), *_exposed(group), *_kinds(group), *_losing(group)]
+        parts += [_candidates(group, mode), *_exposed(group), *_kinds(group), *_losing(group)]
     parts += [
         Notes("Best of each, to copy", tuple(_commands(record))),
         Notes("Assumptions: every figure is a prediction, nothing ran", tuple(_notes(record))),
@@ -77,6 +78,7 @@ def _entry(entry: Entry, group: Group, tokens: int) -> dict[str, Any]:
     facts |= _analytic(entry, group) if entry.answer is None else _compiled(entry)
     seconds = entry.seconds
     return facts | {
+        "mbu": entry.mbu,
         "step_seconds": seconds,
         "tokens_per_second": None if seconds is None else tokens / seconds,
     }
@@ -159,14 +161,26 @@ def _summary(record: dict[str, Any]) -> Table:
                 _memory(best),
                 duration(best["step_seconds"]),
                 number(best["tokens_per_second"] / group["num_devices"]),
-                _share(best["mfu"]),
+                _share(best["mfu"] if best["mbu"] is None else best["mbu"]),
             )
         )
-    columns = ("devices", "", "mesh", "rows × tokens", "remat", "GiB", "step", "tokens/s each", "MFU")
+    columns = (
+        "devices",
+        "",
+        "mesh",
+        "rows × tokens",
+        "remat",
+        "GiB",
+        "step",
+        "tokens/s each",
+        "MFU" if record["mode"] == "train" else "MBU",
+    )
     return Table("Best of each set of devices", columns, tuple(rows), left=3)
 
 
-def _candidates(group: dict[str, Any]) -> Table:
+def _candidates(group: dict[str, Any], mode: str) -> Table:
+    if mode == "decode":
+        return _servers(group)
     rows = tuple(
         (
             f"{index}{' ←' if index == group['best'] else ''}",
@@ -189,6 +203,31 @@ def _candidates(group: dict[str, Any]) -> Table:
         "candidates (µb: microbatches; whole: products are not cut into parts of a gather)"
     )
     return Table(title, columns, rows, left=6)
+
+
+def _servers(group: dict[str, Any]) -> Table:
+    rows = tuple(
+        (
+            f"{index}{' ←' if index == group['best'] else ''}",
+            str(one["mesh"].get(TENSOR, 1)),
+            str(group["num_devices"] // one["mesh"].get(TENSOR, 1)),
+            _fits(one),
+            _memory(one),
+            duration(one["step_seconds"]),
+            number(one["tokens_per_second"]),
+            _share(one["mbu"]),
+            _share(one["mfu"]),
+            duration(_total(one["exposed_seconds_by_axis"])),
+            "" if one.get("compile_seconds") is None else f"{one['compile_seconds']:.0f} s",
+        )
+        for index, one in enumerate(group["candidates"])
+    )
+    columns = ("", "tensor", "servers", "fits", "GiB", "step", "tokens/s", "MBU", "MFU", "exposed", "compile")
+    title = (
+        f"{group['name']}: {group['rows']} rows, {group['length']} tokens in the cache of each, {len(rows)} of "
+        f"{group['num_candidates']} candidates"
+    )
+    return Table(title, columns, rows, left=4)
 
 
 def _fits(one: dict[str, Any]) -> str:
@@ -291,9 +330,8 @@ def _commands(record: dict[str, Any]) -> list[str]:
     lines = []
     for group in record["groups"]:
         best = group["best"]
-        lines.append(
-            f"{group['name']}: {group['best_reason'] if best is None else group['candidates'][best]['command']}"
-        )
+        said = group["best_reason"] if best is None else group["candidates"][best]["command"]
+        lines.append(f"{group['name']}: {said or 'no entry point serves this config'}")
     return lines
 
 

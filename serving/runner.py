@@ -188,11 +188,21 @@ class Runner:
         forwards: dict[tuple[int, int], Forward] = {}
         for cell in self.cells:
             lowered = self._lower(cell)
-            out = jax.tree.map(lambda leaf: self._like(leaf.shape, leaf.dtype), lowered.out_info[2])
-            forwards[cell.rows, 1 + (cell.drafts or 0)] = out
+            forwards[cell.rows, 1 + (cell.drafts or 0)] = self._forward_of(lowered)
             yield cell, lowered
         for draw in self.draws:
             yield draw, self._lower_draw(draw, forwards[draw.rows, draw.length])
+
+    def lower_round(self, cell: Cell) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+        """The two programs of a greedy round without drafts, traced: up to the draw, and the draw."""
+        assert cell.drafts == 0, cell
+        lowered = self._lower(cell)
+        draw = min(draw for draw in self.draws if draw[:2] == (cell.rows, 1))
+        return lowered, self._lower_draw(draw, self._forward_of(lowered))
+
+    def _forward_of(self, lowered: jax.stages.Lowered) -> Forward:
+        """Shapes of what a cell's program leaves for the draw."""
+        return jax.tree.map(lambda leaf: self._like(leaf.shape, leaf.dtype), lowered.out_info[2])
 
     def _lower(self, cell: Cell) -> jax.stages.Lowered:
         arguments = (*self._abstract, *self._caches)

@@ -62,16 +62,7 @@ def start(resolved: Resolved, say: Say) -> Started:
     shardings = _shardings(resolved)
     num_pages = engine.num_pages or _fitting_pages(resolved, shardings)
     say(f"cache: {num_pages - 1} pages of {engine.page_size} tokens, {num_pages * resolved.page_bytes / 1e9:.1f} GB")
-    runner = Runner(
-        resolved.programs,
-        _abstract(resolved, shardings),
-        _caches(resolved, num_pages),
-        cells=resolved.cells,
-        engine=engine,
-        placement=resolved.placement,
-        device=resolved.devices[0],
-        options=resolved.options,
-    )
+    runner = make_runner(resolved, num_pages)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         weights = pool.submit(_load, resolved, shardings, say)
         compiled = runner.compile(say, weights.result)
@@ -107,6 +98,20 @@ def start(resolved: Resolved, say: Say) -> Started:
     compilations.start(metrics.observe_compile)
     served.start()
     return Started(served, runner, metrics, meter, compilations, compiled, time.monotonic() - began)
+
+
+def make_runner(resolved: Resolved, num_pages: int) -> Runner:
+    """The programs over caches of `num_pages` pages, for the devices of `resolved`, present or only described."""
+    return Runner(
+        resolved.programs,
+        _abstract(resolved, _shardings(resolved)),
+        _caches(resolved, num_pages),
+        cells=resolved.cells,
+        engine=resolved.run.engine,
+        placement=resolved.placement,
+        device=resolved.devices[0],
+        options=resolved.options,
+    )
 
 
 def _tokenizer(resolved: Resolved) -> Tokenizer:

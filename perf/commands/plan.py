@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterable
 
-import tyro
 from jax.sharding import AbstractMesh
 
 from parallel.mesh import MESH_AXES, MeshConfig
 from parallel.sharding import Placement
 from parallel.topology import tpu_devices
 from perf.chips import Chip, find_chip
-from perf.command import Output
 from perf.commands.plan_compile import Job, answer, run_jobs
+from perf.commands.plan_decode import decode_groups
+from perf.commands.plan_settings import Settings, check, gpu_named
 from perf.commands.roofline import find_config, train_state
 from perf.formats import CACHE
 from perf.operations import Work, train_weights
@@ -32,6 +30,7 @@ from perf.plan import (
     Entry,
     Group,
     Ranked,
+    command_line,
     enumerate_candidates,
     next_smaller,
     rank,
@@ -39,7 +38,6 @@ from perf.plan import (
 )
 from perf.plan_report import plan_report
 from perf.report import Report
-from perf.roofline import chip_named
 from perf.step_model import Program, estimate
 from perf.step_rates import step_rates
 from training.config import TrainRun
@@ -52,41 +50,12 @@ NO_WINDOWS = "xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
 MICROBATCHES = (1, 2, 4, 8)
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings(Output):
-    """What to plan. Give --topology for TPU slices, or --chip with --devices for GPUs of one host."""
-
-    name: tyro.conf.Positional[str | None] = None
-    """Config, as train.py --list and serve.py --list print them."""
-    topology: str | None = None
-    """TPU slices, with commas between: v5e:4x4 or v5e:2x2,v5e:4x4,v5p:4x4x4."""
-    slices: int = 1
-    """TPU slices joined by the data-centre network."""
-    chip: str | None = None
-    """GPU of the table in perf/chips.py: h100, a100-40gb, ... An unknown one lists them."""
-    devices: int | None = None
-    """With --chip: how many."""
-    mode: Literal["train", "decode"] = "train"
-    """The step: one of training, or one decoded token of each row."""
-    batch: int | None = None
-    """Rows of a step, all devices together; by default the config's where they can be spread over the devices, else as
-    many on each device."""
-    batch_per_device: int | None = None
-    """The same for one device, in the place of --batch."""
-    seq: int | None = None
-    """Tokens of a row; by default the config's."""
-    candidates: int = 2
-    """Meshes to compile for each slice, beside those that follow from what they show; or rows to print with --chip."""
-    workers: int = 2
-    """Processes that compile at once: each takes a core and about 3 GB."""
-    cache_dir: Path | None = None
-    """Where compiled programs are kept; by default the run's cache_dir."""
-
-
 def report(settings: Settings) -> Report:
     """Raises ValueError for settings that can't be, with what can; OSError if a compiling process dies."""
     module = find_config(settings.name)
     check(settings)
+    if settings.mode == "decode":
+        return plan_report(str(settings.name), "decode", decode_groups(settings, module))
     if not hasattr(module, "train"):
         raise ValueError(f"config {settings.name!r} can be served and not trained; set --mode decode")
     run = with_length(module.train(), settings.seq)
@@ -96,22 +65,6 @@ def report(settings: Settings) -> Report:
         return plan_report(name, settings.mode, [group])
     slices = [slice_space(settings, run, one) for one in settings.topology.split(",")]
     return plan_report(name, settings.mode, compile_spaces(settings, run, slices))
-
-
-def check(settings: Settings) -> None:
-    """Raises ValueError for settings that do not go together."""
-    if (settings.topology is None) == (settings.chip is None):
-        raise ValueError("give either --topology (TPU slices, as in v5e:4x4) or --chip with --devices (GPUs)")
-    if settings.chip is not None and settings.devices is None:
-        raise ValueError(f"--chip {settings.chip} needs --devices, the number of them")
-    if settings.topology is not None and settings.devices is not None:
-        raise ValueError(f"--devices {settings.devices} goes with --chip; a topology has its own number of devices")
-    if settings.batch is not None and settings.batch_per_device is not None:
-        raise ValueError("give --batch or --batch-per-device, not both")
-    for option in ("slices", "devices", "batch", "batch_per_device", "seq", "candidates", "workers"):
-        value = getattr(settings, option)
-        if value is not None and value < 1:
-            raise ValueError(f"--{option.replace('_', '-')} {value} must be at least 1")
 
 
 def with_length(run: TrainRun, length: int | None) -> TrainRun:
@@ -220,9 +173,7 @@ def program(run: TrainRun, candidate: Candidate, chip: Chip) -> Program:
 
 def gpu_group(settings: Settings, run: TrainRun) -> Group:
     """By the analytic model alone."""
-    chip = chip_named(settings.chip)
-    if chip.name.startswith("TPU"):
-        raise ValueError(f"{chip.name} has slices to compile for; give --topology, as in v5e:4x4")
+    chip = gpu_named(settings.chip)
     space = make_space(settings, run, chip.name, chip, settings.devices, scans=(True, False))
     shown = space.ranked[: max(settings.candidates, 8)]
     return as_group(settings, run, space, f"{settings.devices} × {chip.name}", [(one, None) for one in shown])
@@ -243,7 +194,7 @@ def compile_spaces(settings: Settings, run: TrainRun, spaces: list[Space]) -> li
     def follow(index: int, found: Answer) -> list[Job]:
         answers[index] = found
         space, ranked = tasks[index]
-        print(f"{space.name}: {ranked.candidate}: {outcome(found)}", file=sys.stderr, flush=True)
+        print(f"{space.name}: {ranked.candidate}: {found}", file=sys.stderr, flush=True)
         # A refusal for memory takes seconds, a program a minute or more.
         if follow_ups[space.name] >= settings.candidates * (3 if found.fits is False else 1):
             return []
@@ -267,13 +218,6 @@ def next_candidate(space: Space, ranked: Ranked, found: Answer, tried: list[Cand
     return None
 
 
-def outcome(found: Answer) -> str:
-    if found.refused is not None:
-        return f"refused: {found.refused}"
-    took = "kept from before" if found.kept else f"compiled in {found.compile_seconds:.0f} s"
-    return f"{'fits' if found.fits else 'does not fit'}, {took}"
-
-
 def slice_group(
     settings: Settings, run: TrainRun, space: Space, tasks: list[tuple[Space, Ranked]], answers: dict[int, Answer]
 ) -> Group:
@@ -292,30 +236,13 @@ def as_group(
         length=space.run.data.sequence_length,
         dtype=space.run.precision.compute,
         entries=tuple(
-            Entry(one, answer, command_line(settings.name, run, apply(space.run, one.candidate, space.num_slices)))
+            Entry(
+                one,
+                answer,
+                command_line("train.py", str(settings.name), run, apply(space.run, one.candidate, space.num_slices)),
+            )
             for one, answer in found
         ),
         num_candidates=len(space.ranked),
         notes=space.notes,
     )
-
-
-def command_line(name: str | None, config: TrainRun, changed: TrainRun) -> str:
-    """What starts the run: train.py with each setting in which it differs from the config."""
-    return " ".join(["train.py", str(name), *flags(config, changed, "")])
-
-
-def flags(before: Any, after: Any, prefix: str) -> Iterator[str]:
-    for field in dataclasses.fields(before):
-        old, new = getattr(before, field.name), getattr(after, field.name)
-        path = f"{prefix}{field.name.replace('_', '-')}"
-        if dataclasses.is_dataclass(old) and type(old) is type(new):
-            yield from flags(old, new, f"{path}.")
-        elif old == new:
-            continue
-        elif isinstance(new, bool):
-            yield f"--{path}" if new else f"--{prefix}no-{field.name.replace('_', '-')}"
-        elif isinstance(new, tuple):
-            yield " ".join([f"--{path}", *map(str, new)])
-        else:
-            yield f"--{path} {new}"

@@ -26,6 +26,7 @@ from perf.plan import (
     Entry,
     Group,
     Ranked,
+    command_line,
     divisors,
     enumerate_candidates,
     layouts,
@@ -356,11 +357,11 @@ def test_the_line_to_copy_starts_the_run(name):
     planned = command.apply(
         dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=64)), candidate
     )
-    words = command.command_line(name, config, planned).split()
+    words = command_line("train.py", name, config, planned).split()
     assert words[:2] == ["train.py", name]
     parsed = tyro.cli(tyro.conf.AvoidSubcommands[TrainRun], default=config, args=words[2:])
     assert parsed == planned
-    assert command.command_line(name, config, config) == f"train.py {name}"
+    assert command_line("train.py", name, config, config) == f"train.py {name}"
 
 
 def test_gpus_are_planned_by_the_model(capsys, tmp_path):
