@@ -303,7 +303,7 @@ def test_closing_gives_the_lock_back(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", attempt, str(tmp_path / ".writer.lock")], check=True)
 
 
-@pytest.mark.parametrize(("field", "value"), [("every", 0), ("keep", 0), ("keep_best", -1)])
+@pytest.mark.parametrize(("field", "value"), [("every", -1), ("keep", 0), ("keep_best", -1)])
 def test_config_names_the_field(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=rf"checkpoint\.{field}={value}"):
         CheckpointConfig(**{field: value})
