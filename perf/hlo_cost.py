@@ -21,6 +21,8 @@ def flops(module: Module, scope: Computation, instruction: Instruction) -> int:
         return _convolution_flops(scope, instruction)
     if instruction.opcode == "dot":
         return _dot_flops(scope, instruction)
+    if _is_cublas(instruction):
+        return _cublas_flops(scope, instruction)
     if instruction.opcode in ("fusion", "call", "async-start"):
         callees = module.callees(instruction, "calls", "to_apply")
         return sum(flops(module, callee, one) for callee in callees for one in callee.instructions)
@@ -28,8 +30,12 @@ def flops(module: Module, scope: Computation, instruction: Instruction) -> int:
 
 
 def has_product(module: Module, instruction: Instruction) -> bool:
-    return instruction.opcode in ("convolution", "dot") or any(
-        has_product(module, one) for callee in module.callees(instruction, "calls") for one in callee.instructions
+    return (
+        instruction.opcode in ("convolution", "dot")
+        or _is_cublas(instruction)
+        or any(
+            has_product(module, one) for callee in module.callees(instruction, "calls") for one in callee.instructions
+        )
     )
 
 
@@ -38,6 +44,19 @@ def _dot_flops(scope: Computation, dot: Instruction) -> int:
     contracted = dot.attribute("lhs_contracting_dims") or ""
     depth = math.prod(left.dims[int(axis)] for axis in contracted.split(",") if axis)
     return 2 * dot.results[0].size * depth
+
+
+def _is_cublas(instruction: Instruction) -> bool:
+    return instruction.opcode == "custom-call" and (instruction.target or "").startswith("__cublas")
+
+
+def _cublas_flops(scope: Computation, call: Instruction) -> int:
+    """Of a product that XLA gives to cuBLAS: (product, workspace), the axes in its settings."""
+    left = scope.operands(call)[0].results[0]
+    contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', call.attributes)
+    assert contracted is not None, call.name
+    depth = math.prod(left.dims[int(axis)] for axis in re.findall(r"\d+", contracted[1]))
+    return 2 * call.results[0].size * depth
 
 
 def _convolution_flops(scope: Computation, convolution: Instruction) -> int:

@@ -5,7 +5,7 @@ import collections
 import pytest
 
 from perf.hlo import Array, arrays, parse
-from perf.hlo_cost import collectives, flops, memory_bytes, valid_positions
+from perf.hlo_cost import collectives, flops, has_product, memory_bytes, valid_positions
 from perf.replica_groups import replica_groups
 from tests.perf.hlo_programs import program, text
 
@@ -258,9 +258,12 @@ def test_flops_of_products():
         "  %a = f32[16,64]{1,0} parameter(0)\n  %b = f32[64,32]{1,0} parameter(1)\n"
         "  %d = f32[16,32]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}\n"
         "  %x = bf16[8,2048,256]{2,1,0} parameter(2)\n  %w = bf16[256,512,1]{1,0,2} parameter(3)\n"
+        '  %g = (f32[32,16]{1,0}, s8[4096]{0}) custom-call(%b, %a), custom_call_target="__cublas$lt$matmul", '
+        'backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["0"]}}}\n'
         "  ROOT %c = bf16[8,2048,512]{2,1,0} convolution(%x, %w), window={size=1}, dim_labels=0bf_io0->0bf"
     )
     entry = found.entry_computation
+    assert flops(found, entry, entry.by_name["g"]) == 2 * 32 * 16 * 64 and has_product(found, entry.by_name["g"])
     assert flops(found, entry, entry.by_name["d"]) == 2 * 16 * 32 * 64
     assert flops(found, entry, entry.root) == 2 * 8 * 2048 * 512 * 256
 
