@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from perf.breakdown import Breakdown, breakdown
-from perf.chips import find_chip
 from perf.findings import Cost, Evidence, Finding, examine
 from perf.hlo import Module, parse
 from perf.op_kind import Ops, program_ops
@@ -60,9 +58,7 @@ def diagnose_run(folder: Path, serving: ServingFacts | None = None) -> Diagnosis
         unjudged.append(
             "host, launches, communication, recompilation: the run has no trace; add --profile 10:13 to train.py"
         )
-        chip = None if facts.chip is None else find_chip(facts.chip)
-        platform = "cpu" if facts.chip == "cpu" else None
-        evidence = dataclasses.replace(evidence, chip=chip, platform=platform)
+        evidence = dataclasses.replace(evidence, platform="cpu" if facts.chip == "cpu" else None)
     return Diagnosis(str(folder), "run", evidence, examine(evidence), tuple(unjudged), tuple(notes))
 
 
@@ -90,8 +86,6 @@ def with_trace(evidence: Evidence, trace: Path) -> tuple[Evidence, list[str], li
     serving = evidence.serving
     if serving is None and beside.is_file():
         serving = read_serving(beside)
-    settings = note.get("settings", evidence.settings)
-    device = note.get("device")
     evidence = dataclasses.replace(
         evidence,
         timeline=timeline,
@@ -100,10 +94,9 @@ def with_trace(evidence: Evidence, trace: Path) -> tuple[Evidence, list[str], li
         costs=measured_costs(times),
         step_ns=times.step,
         serving=serving,
-        settings=settings,
-        chip=None if device is None else find_chip(device),
+        settings=note.get("settings", evidence.settings),
+        mesh=note.get("mesh"),
         platform=timeline.platform,
-        dtype=_dtype(settings),
         decode=note.get("kind") == "serve",
     )
     return evidence, unjudged, trace_notes(timeline, times)
@@ -121,11 +114,6 @@ def _facts(programs: list[Module], timeline: Timeline) -> Ops:
     """Of the ops of the programs that ran: those of another name are of no use."""
     ran = {run.module for device in timeline.devices for run in device.executions}
     return program_ops(*(one for one in programs if one.name in ran))
-
-
-def _dtype(settings: Mapping[str, Any] | None) -> str:
-    precision = settings.get("precision") if settings else None
-    return precision["compute"] if precision else Evidence.dtype
 
 
 def measured_costs(times: Breakdown) -> dict[str, Cost]:

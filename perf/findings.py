@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from perf.breakdown import Breakdown
-from perf.chips import Chip
 from perf.hlo import Module
 from perf.run_facts import RunFacts
 from perf.serving_facts import ServingFacts
@@ -101,11 +100,10 @@ class Evidence:
     serving: ServingFacts | None = None
     settings: Mapping[str, Any] | None = None
     """Of the training run, as JSON."""
-    chip: Chip | None = None
+    mesh: Mapping[str, int] | None = None
+    """Devices along each mesh axis."""
     platform: str | None = None
     """gpu, tpu or cpu."""
-    dtype: str = "bfloat16"
-    """That products are computed in."""
     decode: bool = False
     """Whether the program is a decode step."""
 

@@ -6,7 +6,11 @@ compiled for a TPU slice. Without either a finding says what it found and not wh
 
 from __future__ import annotations
 
+import math
+
 from perf.findings import Check, Evidence, Finding
+from perf.hlo import Instruction
+from perf.interconnect import axes_of
 from perf.program_view import (
     LARGE,
     NO_TIMES,
@@ -202,6 +206,16 @@ def serialized_collective(evidence: Evidence) -> Finding | None:
     )
 
 
+def _over(evidence: Evidence, one: Instruction) -> str:
+    """The mesh axes that take part, where they are known. Partitions are in the mesh's order."""
+    assert evidence.program is not None
+    groups = one.groups(evidence.program.num_devices)
+    if evidence.mesh is None or groups is None or math.prod(evidence.mesh.values()) != evidence.program.num_devices:
+        return ""
+    axes = axes_of(max(groups, key=len), evidence.mesh)
+    return f", over {' × '.join(axes)}" if axes else ""
+
+
 def _collective_names(evidence: Evidence) -> set[str]:
     assert evidence.program is not None
     return {one.name for _, one in evidence.program.instructions() if one.is_collective}
@@ -229,7 +243,7 @@ def _exposed_line(evidence: Evidence, name: str, time: float) -> str:
         for scope, one in evidence.program.instructions():
             if one.name == name:
                 form = "asynchronous" if one.opcode.endswith(("-start", "-done")) else "synchronous"
-                return f"{text}, {form}; {describe(Place(scope, one, None))}"
+                return f"{text}, {form}{_over(evidence, one)}; {describe(Place(scope, one, None))}"
     return text
 
 

@@ -133,9 +133,8 @@ def evidence_of(run: TrainRun, made: Made) -> Evidence:
         step_ns=made.step_seconds * 1e9,
         predicted=True,
         settings=as_json(run),
-        chip=_chip(made.device_kind),
+        mesh=made.mesh,
         platform="tpu",
-        dtype=run.precision.compute,
     )
 
 

@@ -179,8 +179,9 @@ def test_an_all_reduce_of_which_a_slice_is_kept():
     assert finding.name == "all-reduce where reduce-scatter would do" and finding.milliseconds == pytest.approx(15)
     assert finding.trial is not None and finding.trial.settings[0][0] == "xla_options"
     # All of it is used: it is what it has to be, and only in the way.
-    whole = of_program(module(P + DOT + REDUCE + WHOLE), {"dot.1": 70, "all-reduce.1": 30})
-    assert names(whole) == ["serialized collective"]
+    whole = of_program(module(P + DOT + REDUCE + WHOLE), {"dot.1": 70, "all-reduce.1": 30}, mesh={"data": 1, "fsdp": 4})
+    (finding,) = examine(whole)
+    assert finding.name == "serialized collective" and "synchronous, over fsdp" in finding.evidence[0]
     assert names(of_program(module(P + DOT + REDUCE + WHOLE), {"dot.1": 98, "all-reduce.1": 2})) == []
     # XLA's CPU compiler has nothing else.
     assert "reduce-scatter" not in " ".join(names(dataclasses.replace(evidence, platform="cpu")))
@@ -363,7 +364,7 @@ def test_every_setting_that_is_named_exists():
         (Path(__file__).parents[2] / "perf" / f"findings_{part}.py").read_text()
         for part in ("run", "program", "communication", "serving")
     )
-    named = set(re.findall(rf"\b((?:{'|'.join(sorted(groups))})(?:\.[a-z_]+)+)\b", text))
+    named = set(re.findall(rf"(?<!evidence\.)\b((?:{'|'.join(sorted(groups))})(?:\.[a-z_]+)+)\b", text))
     named = {name for name in named if not name.endswith((".jsonl", ".json", ".py"))}
     assert len(named) > 20 and "model.moe.load_balance_coef" in named
     assert not named - known

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from perf.intervals import clip, foremost, innermost, intersect, subtract, total, union
-from perf.trace import find_trace, module_name, read_note, read_trace
+from perf.trace import Memory, find_trace, module_name, read_note, read_trace
 from tests.perf.xspace import Op, gpu_step, marks, space, write
 
 
@@ -156,15 +156,12 @@ def test_threads_of_a_cpu_are_sorted_by_device(tmp_path):
 
 
 def test_allocations_are_read(tmp_path):
-    host = [
-        Op("MemoryAllocation", 10, 1, {"bytes_in_use": 100, "allocation_bytes": 60, "tf_op": "fusion.1"}),
-        Op("MemoryDeallocation", 5, 1, {"bytes_in_use": 40}),
-    ]
+    def block(name: str, at: int, used: int, size: int) -> Op:
+        return Op(name, at, 1, {"allocator_name": "GPU_0_bfc", "bytes_allocated": used, "allocation_bytes": size})
+
+    host = [block("MemoryAllocation", 10, 100, 60), block("MemoryDeallocation", 5, 40, 8), Op("MemoryAllocation", 1, 1)]
     timeline = read_trace(gpu_trace(tmp_path, 1000, host=host))
-    assert [(one.time, one.bytes_in_use, one.allocated, one.op) for one in timeline.memory] == [
-        (5, 40, 0, ""),
-        (10, 100, 60, "fusion.1"),
-    ]
+    assert timeline.memory == (Memory(5, "GPU_0_bfc", 40, 8, True), Memory(10, "GPU_0_bfc", 100, 60, False))
 
 
 def test_a_truncated_trace_says_what_was_readable(tmp_path):
