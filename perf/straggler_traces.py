@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +22,8 @@ _FOLDER = re.compile(r"(?P<window>.+?)(-process-(?P<process>\d+))?(\.\d+)?")
 
 @dataclasses.dataclass(frozen=True)
 class TracedDevice:
-    """Seconds of a step: everything but collectives, collectives that nothing hides, and the step."""
+    """Seconds of a step: in its program without collectives (also between two of its ops: a host that launches them
+    slowly is slow), in collectives that nothing hides, and the whole step."""
 
     host: int
     device: int
@@ -72,19 +72,15 @@ def traced_devices(host: int, folder: Path) -> list[TracedDevice]:
     return [
         TracedDevice(
             host,
-            device.ordinal,
-            device.compute / device.steps / 1e9,
+            place,
+            (device.compute + device.nanoseconds["launch"]) / device.steps / 1e9,
             device.nanoseconds["collective"] / device.steps / 1e9,
             device.step / 1e9,
         )
-        for device in found.devices
+        for place, device in enumerate(found.devices)
     ]
 
 
 def compute_ratios(devices: Sequence[TracedDevice]) -> tuple[float, ...]:
     times = np.array([[one.compute] for one in devices])
     return tuple((times / peer_median(times))[:, 0].tolist())
-
-
-def median_step(run: TracedRun) -> float:
-    return statistics.median(one.step for one in run.devices)

@@ -5,7 +5,9 @@ of the step before. On some steps a probe goes behind the step in the devices' q
 shows). Every `stragglers.every` steps these times go over the hosts' coordination service to all of them; no collective
 is added to the devices' work, and the devices never wait for it. Process 0 writes the file and the warnings.
 
-Measured on two CPU cores (2 processes, JAX 0.10.2): see `HostWatch.cost_seconds`, which the summary has per step.
+Cost, measured on two CPU cores that other work kept busy (JAX 0.10.2): 11 µs a step in a run of one process; with 8
+hosts 0.23 ms on process 0, and 4.5 ms for an exchange of 8 processes on those cores (0.9 ms a step): together 0.4% of a
+step of 0.3 s, where the host waits for the devices anyway. The summary has what a run itself paid.
 """
 
 from __future__ import annotations
