@@ -3,7 +3,7 @@
 Every host times its own waiting, and nothing else: at the hosts' barrier before a step, for its batch, and for the end
 of the step before. On some steps a probe goes behind the step in the devices' queue (perf/stragglers.py says what each
 shows). Every `stragglers.every` steps these times go over the hosts' coordination service to all of them; no collective
-is added to the devices' work, and the devices never wait for it. Process 0 writes the file and the warnings.
+is added to the devices' work, and they have a step to do meanwhile. Process 0 writes the file and the warnings.
 
 Cost, measured on two CPU cores that other work kept busy (JAX 0.10.2): 11 µs a step in a run of one process; with 8
 hosts 0.23 ms on process 0, and 4.5 ms for an exchange of 8 processes on those cores (0.9 ms a step): together 0.4% of a

@@ -17,6 +17,7 @@ import configs
 from perf.breakdown import breakdown
 from perf.chips import CHIPS, Chip
 from perf.command import Output
+from perf.fleet_report import plural
 from perf.plan import Candidate
 from perf.report import Report
 from perf.scaling import Repeat, Shares, Size, Tax, common_peak, mfus, rates, scaling_tax, shares_of
@@ -181,23 +182,25 @@ class Study:
         repeat = repeat_of(self.summary)
         self.repeats[devices].append(repeat)
         say(
-            f"{devices} devices, run {number}: {repeat.tokens_per_second_per_device:,.0f} tokens/s per device, step "
+            f"{plural(devices, 'device')}, run {number}: {repeat.tokens_per_second_per_device:,.0f} tokens/s per device, step "
             f"{repeat.step_mean * 1e3:.1f} ms ({time.monotonic() - self.began:.0f} s since the start)"
         )
 
     def start(self, devices: int, name: str, *, steps: int, words: list[str]) -> dict[str, Any]:
         """The summary of a run. Raises ValueError, with the end of what it printed, for one that fails."""
-        say(f"{devices} devices: {name}, {steps} steps")
+        say(f"{plural(devices, 'device')}: {name}, {steps} steps")
         command = [*self.prefix(devices), sys.executable, str(ROOT / "train.py"), self.settings.name]
         command += [*self.settings.train, *self.words(devices, name, steps), *words]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         summary = last_summary(done.stdout)
         if done.returncode or summary is None:
             said = "\n".join(done.stderr.strip().splitlines()[-15:])
-            raise ValueError(f"the run on {devices} devices ended with status {done.returncode}; it said:\n{said}")
+            raise ValueError(
+                f"the run on {plural(devices, 'device')} ended with status {done.returncode}; it said:\n{said}"
+            )
         if summary["num_devices"] != devices:
             raise ValueError(
-                f"the run on {devices} devices had {summary['num_devices']}: so many are there; lower --sizes, or set "
+                f"the run on {plural(devices, 'device')} had {summary['num_devices']}: so many are there; lower --sizes, or set "
                 "--platform, --gpus or --launcher"
             )
         return summary

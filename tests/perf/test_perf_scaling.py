@@ -284,7 +284,7 @@ def test_a_run_that_fails_says_what_it_said(monkeypatch, capsys):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     assert main(["scaling", "dense-1b", "--sizes", "1,2", "--no-profile", "--platform", "gpu"]) == 2
     err = capsys.readouterr().err
-    assert "the run on 1 devices ended with status 2" in err and "out of something" in err
+    assert "the run on 1 device ended with status 2" in err and "out of something" in err
 
 
 def test_fewer_devices_than_asked_for_is_an_error(made_up, monkeypatch, capsys):
