@@ -182,8 +182,8 @@ class Study:
         repeat = repeat_of(self.summary)
         self.repeats[devices].append(repeat)
         say(
-            f"{plural(devices, 'device')}, run {number}: {repeat.tokens_per_second_per_device:,.0f} tokens/s per device, step "
-            f"{repeat.step_mean * 1e3:.1f} ms ({time.monotonic() - self.began:.0f} s since the start)"
+            f"{plural(devices, 'device')}, run {number}: {repeat.tokens_per_second_per_device:,.0f} tokens/s per "
+            f"device, step {repeat.step_mean * 1e3:.1f} ms ({time.monotonic() - self.began:.0f} s since the start)"
         )
 
     def start(self, devices: int, name: str, *, steps: int, words: list[str]) -> dict[str, Any]:
@@ -200,8 +200,8 @@ class Study:
             )
         if summary["num_devices"] != devices:
             raise ValueError(
-                f"the run on {plural(devices, 'device')} had {summary['num_devices']}: so many are there; lower --sizes, or set "
-                "--platform, --gpus or --launcher"
+                f"the run on {plural(devices, 'device')} had {summary['num_devices']}: so many are there; lower "
+                "--sizes, or set --platform, --gpus or --launcher"
             )
         return summary
 
