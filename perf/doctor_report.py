@@ -62,11 +62,11 @@ def findings_table(diagnosis: Diagnosis) -> Table:
         return Table("Findings", ("what",), (("nothing that is worth a change",),))
     step = diagnosis.evidence.step_ns
     rows = tuple(
-        (f"{number}. {one.name}", one.stage, _milliseconds(one), _share(one, step), _gain(one))
+        (f"{number}. {one.name}", one.domain, _milliseconds(one), _share(one, step), _gain(one))
         for number, one in enumerate(diagnosis.findings, 1)
     )
     title = "Findings, in the order to look at them" + (" (predictions: nothing ran)" if _predicted(diagnosis) else "")
-    return Table(title, ("what", "stage", "ms at stake", "of the step", "predicted gain"), rows, left=2)
+    return Table(title, ("what", "domain", "ms at stake", "of the step", "predicted gain"), rows, left=2)
 
 
 def _predicted(diagnosis: Diagnosis) -> bool:
@@ -233,7 +233,7 @@ def memory_record(evidence: Evidence) -> list[dict[str, Any]] | None:
 def finding_record(one: Finding) -> dict[str, Any]:
     fields = {
         "name": one.name,
-        "stage": one.stage,
+        "domain": one.domain,
         "sentence": one.sentence,
         "evidence": list(one.evidence),
         "milliseconds": one.milliseconds,

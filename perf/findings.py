@@ -2,7 +2,7 @@
 
 A finding is made by a function of `Evidence` that returns one or None. They are told in the order in which a
 bottleneck is looked for: input, host, communication, then what the devices compute; a device that waits for data says
-nothing about its kernels. Within a stage the most time comes first.
+nothing about its kernels. Within a domain the most time comes first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from perf.run_facts import RunFacts
 from perf.serving_facts import ServingFacts
 from perf.trace import Timeline
 
-STAGES = ("input", "host", "communication", "compute", "memory")
+DOMAINS = ("input", "host", "communication", "compute", "memory")
 
 # What is worth a change, as a share of a step. The CPU's cores are also the host's, and its devices share them: the
 # profiler alone opens gaps of a tenth of a step there.
@@ -55,7 +55,7 @@ class Finding:
     """`milliseconds` of a step, or of a decoded token, that the change can save at most; None with `reason`."""
 
     name: str
-    stage: str
+    domain: str
     sentence: str
     evidence: tuple[str, ...]
     milliseconds: float | None
@@ -67,7 +67,7 @@ class Finding:
     verified: Verified | None = None
 
     def __post_init__(self) -> None:
-        assert self.stage in STAGES, self.stage
+        assert self.domain in DOMAINS, self.domain
         assert (self.milliseconds is None) == (self.reason is not None), self
         assert self.milliseconds is None or (math.isfinite(self.milliseconds) and self.milliseconds >= 0), self
 
@@ -130,9 +130,11 @@ Check = Callable[[Evidence], Finding | None]
 
 
 def ordered(findings: list[Finding]) -> tuple[Finding, ...]:
-    """In the order of decision, then by milliseconds; what has no figure comes last in its stage."""
+    """In the order of decision, then by milliseconds; what has no figure comes last in its domain."""
     return tuple(
-        sorted(findings, key=lambda one: (STAGES.index(one.stage), one.milliseconds is None, -(one.milliseconds or 0)))
+        sorted(
+            findings, key=lambda one: (DOMAINS.index(one.domain), one.milliseconds is None, -(one.milliseconds or 0))
+        )
     )
 
 

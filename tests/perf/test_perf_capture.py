@@ -1,5 +1,6 @@
 """Traces of a window, and what says that they are."""
 
+import gzip
 import json
 
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ def test_a_trace_can_be_read_and_says_what_it_is(tmp_path):
     note = json.loads((tmp_path / "one" / NOTE_FILE).read_text())
     assert (note["kind"], note["first_step"], note["absolute_numbers_count"]) == ("train", 3, False)
     assert note["seconds"] > 0 and note["device"] and note["jax"]
+    capture.save_program("step", "HloModule jit_step")
+    assert gzip.decompress((tmp_path / "one" / "step.hlo.gz").read_bytes()) == b"HloModule jit_step"
     # For xprof and for Perfetto.
     assert list((tmp_path / "one").rglob("*.xplane.pb")) and list((tmp_path / "one").rglob("perfetto_trace.json.gz"))
     # Another one of the same name leaves it alone.

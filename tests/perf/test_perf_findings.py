@@ -9,7 +9,7 @@ import pytest
 
 from perf.breakdown import breakdown
 from perf.doctor import measured_costs, predicted_costs
-from perf.findings import STAGES, Cost, Evidence, Finding, examine, ordered
+from perf.findings import DOMAINS, Cost, Evidence, Finding, examine, ordered
 from perf.hlo import parse
 from perf.prediction import predict
 from perf.run_facts import RunFacts
@@ -74,7 +74,7 @@ def test_input_bound_by_the_trace(tmp_path):
     step = (("nvjet", "dot.1", 0, 60_000),)
     host = [Op("input", 10_000 + STEP * n + 60_000, 39_000) for n in range(3)]
     (finding,) = examine(traced(tmp_path, step, host=host))
-    assert (finding.name, finding.stage) == ("input-bound", "input")
+    assert (finding.name, finding.domain) == ("input-bound", "input")
     assert finding.milliseconds == pytest.approx(0.039) and "data.prefetch" in finding.setting
 
 
@@ -333,17 +333,17 @@ def test_drafts_that_cost_more_than_they_give():
 
 def test_compilations_while_serving():
     (finding,) = examine(Evidence(serving=serving(compiles=3)))
-    assert finding.name == "recompilation" and finding.stage == "host"
+    assert finding.name == "recompilation" and finding.domain == "host"
 
 
 def test_the_order_is_that_of_decision_then_of_time():
-    def one(stage: str, milliseconds: float | None) -> Finding:
+    def one(domain: str, milliseconds: float | None) -> Finding:
         reason = "unknown" if milliseconds is None else None
-        return Finding(f"{stage} {milliseconds}", stage, "", (), milliseconds, "", reason=reason)
+        return Finding(f"{domain} {milliseconds}", domain, "", (), milliseconds, "", reason=reason)
 
     found = ordered([one("memory", 9), one("compute", None), one("compute", 1), one("host", 2), one("compute", 5)])
     assert [entry.name for entry in found] == ["host 2", "compute 5", "compute 1", "compute None", "memory 9"]
-    assert STAGES == ("input", "host", "communication", "compute", "memory")
+    assert DOMAINS == ("input", "host", "communication", "compute", "memory")
 
 
 def fields_of(kind, prefix="") -> set[str]:

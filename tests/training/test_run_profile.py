@@ -1,5 +1,6 @@
 """`train.py --profile FIRST:LAST`: the trace of a window, and what its run says of it."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -34,6 +35,9 @@ def test_a_window_is_captured_and_does_not_count(tmp_path):
     folder = runs.run_dir(settings) / "profiles" / "steps-4-6"
     note = json.loads((folder / "capture.json").read_text())
     assert (note["kind"], note["first_step"], note["last_step"]) == ("train", 4, 6)
+    assert note["mesh"]["fsdp"] == 8 and note["settings"]["layers"]["scan"] is True
+    # What the ops on its timeline are.
+    assert gzip.decompress((folder / "step.hlo.gz").read_bytes()).startswith(b"HloModule jit_step")
     traces = list(folder.rglob("*.xplane.pb"))
     assert len(traces) == 1 and steps_of(traces[0]) == {4, 5, 6}
     assert list(folder.rglob("perfetto_trace.json.gz"))
