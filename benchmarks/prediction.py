@@ -175,7 +175,7 @@ class Program:
         self.module = parse(compiled_text(case, resolved, folder))
 
     def row(self, scale: float) -> Row:
-        """The core's time before calibration, and the waiting beside a core of that scale."""
+        """The products' time before calibration, and the waiting beside a core of that scale."""
         case, calibration = self.case, Calibration(scale, "being fitted")
         found = predict(self.module, chip=self.chip, mesh=self.mesh, network=self.network, calibration=calibration)
         palm = ledger(case.model, sequence_length=case.length, batch_size=case.rows).palm_flops
@@ -185,16 +185,23 @@ class Program:
             name=f"{case.name}, {case.topology}, {case.rows} × {case.length} a chip",
             source=case.source,
             seconds=round(seconds, 3),
-            core_seconds=round(core_seconds(found, case) / scale, 3),
-            waiting_seconds=round(found.step_seconds - sum(one.seconds for one in found.spent), 3),
+            product_seconds=round(product_seconds(found, case) / scale, 3),
+            other_seconds=round(other_seconds(found, case), 3),
             attention_seconds=round(attention_seconds(case, self.chip), 3),
             fitted=case.fitted,
         )
 
 
-def core_seconds(found: Prediction, case: Case) -> float:
-    """Of everything but attention, collectives and what the published step kept, at the compiler's estimate."""
-    return sum(one.seconds for one in found.spent if one.category != "attention" and not kept(one, case.kept))
+def product_seconds(found: Prediction, case: Case) -> float:
+    """Of the products that the scale is for, attention's and those that the published step kept left out."""
+    counted = (one for one in found.spent if one.category != "attention" and not kept(one, case.kept))
+    return sum(one.seconds for one in counted if one.bound == "compute")
+
+
+def other_seconds(found: Prediction, case: Case) -> float:
+    attention = sum(one.seconds for one in found.spent if one.category == "attention")
+    again = sum(one.seconds for one in found.spent if one.category != "attention" and kept(one, case.kept))
+    return found.step_seconds - product_seconds(found, case) - attention - again
 
 
 def kept(one: Spent, what: Kept) -> bool:
@@ -219,9 +226,11 @@ def calibrate(programs: list[Program]) -> list[Row]:
             print("no row of this generation is fitted", file=sys.stderr)
             return rows
         scale = fit(fitted)
-    print(f"{rows[0].chip}: core × {scale:.3f}", file=sys.stderr)
+    print(f"{rows[0].chip}: products × {scale:.3f}", file=sys.stderr)
     for row in rows:
-        parts = f"{row.core_seconds:.2f} core, {row.waiting_seconds:.2f} waiting, {row.attention_seconds:.2f} attention"
+        parts = (
+            f"{row.product_seconds:.2f} products, {row.other_seconds:.2f} others, {row.attention_seconds:.2f} attention"
+        )
         print(
             f"  {row.name:<44} published {row.seconds:7.3f} s  predicted {row.predicted(scale):7.3f} s "
             f"{row.error(scale):+6.1%} {'' if row.fitted else 'held out':<8}  ({parts})",

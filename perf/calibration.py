@@ -21,22 +21,22 @@ _CLOCKS = {"TPU v4": 1.05e9, "TPU v5e": 1.503e9, "TPU v5p": 1.75e9, "TPU v6e": 1
 class Row:
     """A published step beside its parts as predicted before calibration.
 
-    `seconds`: published. `core_seconds`: of everything that the core does but attention, by the compiler's estimate;
-    `waiting_seconds`: the core waits for collectives and copies; `attention_seconds`: of Pallas kernels, at an assumed
-    share of the peak. `fitted`: it sets the generation's scalar, and is not held out.
+    `seconds`: published. `product_seconds`: of products that compute bounds, by the compiler's estimate;
+    `other_seconds`: the rest of what the core does, and its waiting for collectives and copies; `attention_seconds`: of
+    Pallas kernels, at an assumed share of the peak. `fitted`: it sets the generation's scalar, and is not held out.
     """
 
     chip: str
     name: str
     source: str
     seconds: float
-    core_seconds: float
-    waiting_seconds: float
+    product_seconds: float
+    other_seconds: float
     attention_seconds: float
     fitted: bool
 
     def predicted(self, scale: float) -> float:
-        return self.core_seconds * scale + self.waiting_seconds + self.attention_seconds
+        return self.product_seconds * scale + self.other_seconds + self.attention_seconds
 
     def error(self, scale: float) -> float:
         """Of the prediction, as a share of the published step."""
@@ -44,8 +44,8 @@ class Row:
 
 
 def fit(rows: Sequence[Row]) -> float:
-    """The scale of the core's time at which predictions are neither longer nor shorter than published on average: the
-    mean logarithm of their ratio is 0."""
+    """The scale of the products' time at which predictions are neither longer nor shorter than published on average:
+    the mean logarithm of their ratio is 0."""
     low, high = 0.1, 10.0
     for _ in range(60):
         middle = math.sqrt(low * high)
@@ -59,23 +59,23 @@ _MAXTEXT = "AI-Hypercomputer/maxtext@e591f30 src/maxtext/configs/tpu/{}/README.m
 # Of jax 0.10.2 with libtpu 0.0.42.1, 2026-11-23.
 # fmt: off
 ROWS = (
-    Row("TPU v5e", "16B, v5e:16x16, 6 × 2048 a chip", _MAXTEXT.format("v5e"), 10.275, 10.420, 0.414, 0.614, True),
-    Row("TPU v5e", "32B, v5e:16x16, 4 × 2048 a chip", _MAXTEXT.format("v5e"), 12.119, 13.883, 0.803, 0.409, True),
-    Row("TPU v5e", "64B, v5e:16x16, 2 × 2048 a chip", _MAXTEXT.format("v5e"), 13.472, 12.822, 1.625, 0.409, False),
+    Row("TPU v5e", "16B, v5e:16x16, 6 × 2048 a chip", _MAXTEXT.format("v5e"), 10.275, 9.686, 1.147, 0.614, True),
+    Row("TPU v5e", "32B, v5e:16x16, 4 × 2048 a chip", _MAXTEXT.format("v5e"), 12.119, 13.206, 1.48, 0.409, True),
+    Row("TPU v5e", "64B, v5e:16x16, 2 × 2048 a chip", _MAXTEXT.format("v5e"), 13.472, 12.068, 2.378, 0.409, False),
 )
 # fmt: on
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """`scale`: seconds that the core takes, over those that the compiler's cycles are at its clock."""
+    """`scale`: seconds that products take, over those that the compiler's cycles are at the core's clock."""
 
     scale: float
     source: str
 
     @property
     def sentence(self) -> str:
-        return f"core time: the compiler's cycles × {self.scale:.3f} ({self.source})"
+        return f"products bound by compute: the compiler's cycles × {self.scale:.3f} ({self.source})"
 
 
 def clock_of(chip: Chip) -> float:

@@ -135,7 +135,7 @@ def predict(
     if peak is None:
         raise ValueError(f"no dense {dtype} peak is published for {chip.name}; published: {', '.join(chip.peaks)}")
     calibration = calibration_of(chip) if calibration is None else calibration
-    walk = Walk(module, chip, mesh, network, peak, calibration.scale / clock_of(chip))
+    walk = Walk(module, chip, mesh, network, peak, clock_of(chip), calibration.scale)
     seconds = walk.run(module.entry_computation, 1)
     prediction = Prediction(
         step_seconds=seconds,

@@ -27,6 +27,7 @@ PALLAS_SHARE = 0.6
 # Instructions of the program that say nothing about time by themselves.
 _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone", "Sharding")
 _COPIES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "pad", "transpose", "reshape")
+_HOST = 5  # The memory space.
 _DMA = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start")
 
 
@@ -34,14 +35,15 @@ _DMA = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slic
 class Spent:
     """Time of one instruction in a step: `count` runs of it, `seconds` together, and the FLOPs and bytes of them all.
 
-    `floor_seconds`: its FLOPs at the peak or its bytes at the memory's bandwidth, the longer. `priced`: by the
-    compiler's estimate; else by its FLOPs and bytes.
+    `floor_seconds`: its FLOPs at the peak or its bytes at the memory's bandwidth, the longer, which is its `bound`.
+    `priced`: by the compiler's estimate; else by its FLOPs and bytes.
     """
 
     name: str
     opcode: str
     scope: str
     category: Category
+    bound: Literal["compute", "memory"]
     priced: bool
     count: int = 0
     seconds: float = 0.0
@@ -83,7 +85,7 @@ class Wait(NamedTuple):
 class Walk:
     """One pass over the schedule, and what it adds up. A loop's body is walked once.
 
-    `peak`: FLOP/s of a device; `second_per_cycle`: of the core's clock, calibrated.
+    `peak`: FLOP/s of a device; `clock`: of its core; `scale`: of the estimates of products that compute bounds.
     """
 
     def __init__(
@@ -93,10 +95,11 @@ class Walk:
         mesh: Mapping[str, int],
         network: Network,
         peak: float,
-        second_per_cycle: float,
+        clock: float,
+        scale: float,
     ) -> None:
         self.module, self.mesh, self.network = module, mesh, network
-        self.peak, self.second_per_cycle = peak, second_per_cycle
+        self.peak, self.clock, self.scale = peak, clock, scale
         self.bandwidth = chip.memory_bandwidth / chip.devices_per_chip
         first = network.places[0].slice
         # A program for several slices numbers the partitions of its own slice.
@@ -134,6 +137,8 @@ class Walk:
         elif one.opcode.endswith("-done"):
             self.finish(one, times, queue)
         elif one.opcode in _DMA:
+            if any(array.memory_space == _HOST for array in one.results):
+                self.notes["copies to and from the host's memory are priced as copies within the device's"] = None
             queue.begin(one.name, copied_bytes(one) / self.bandwidth, ("memory",))
         elif one.is_collective:
             self.begin(one, collective(self.module, scope, one), times, queue, one.opcode.endswith("-start"))
@@ -172,7 +177,7 @@ class Walk:
         if "AsyncCollectiveStart" in (targets := call_targets(self.module, one)):
             self.begin(one, found[0], times, queue, True)
         elif "AsyncCollectiveDone" in targets:
-            self.wait(str(found[0].channel), times, queue)
+            self.wait_if_known(str(found[0].channel), times, queue)
         elif channels <= self.started:
             # Repeated in everything that runs until its end, within loops too.
             self.core(scope, one, times, queue)
@@ -206,7 +211,7 @@ class Walk:
     ) -> None:
         queue.begin(one.name, seconds, lanes)
         queue.known[one.name] = Pending(found, axes, seconds, is_async, queue.ends[one.name])
-        if found.channel not in (None, 1):
+        if found.channel is not None:
             # A fusion that waits names the channel, and not the fusion that began.
             queue.known[str(found.channel)] = queue.known[one.name]
 
@@ -223,6 +228,7 @@ class Walk:
             seconds = self.network.between(kind, num_bytes, len({place.slice for place in self.network.places}))
             found = Collective(name, kind, num_bytes, one.results[:1], None, (), one.channel, one.scope, False)
             begun = dataclasses.replace(one, name=name)
+            # Not known by its channel, which the receive doesn't have.
             axes = axes_of([self.partitions[0], self.peer()], self.mesh)
             self.launch(begun, found._replace(channel=None), axes, seconds, ("between slices",), queue, True)
 
@@ -246,15 +252,23 @@ class Walk:
         seconds, exposed = pending.seconds * times, exposed * times
         self.waits.append(Wait(found, pending.axes, times, seconds, exposed, pending.is_async))
 
+    def wait_if_known(self, name: str, times: int, queue: Queue) -> None:
+        if name in queue.known:
+            self.wait(name, times, queue)
+        else:
+            self.notes["a transfer that ends in another computation than it began in takes no time"] = None
+
     def finish(self, one: Instruction, times: int, queue: Queue) -> None:
         start = one.operands[0]
+        if one.opcode == "send-done":
+            # The receive's done is waited for.
+            return
         if one.opcode == "recv-done":
             start = queue.rendezvous.get(start, start)
-        if one.opcode != "send-done" and start in queue.known:
-            self.wait(start, times, queue)
-        elif start in queue.ends:
+        if start in queue.ends and start not in queue.known:
             self.categories["copies"] += queue.wait(queue.ends[start]) * times
-        # Else it was started outside of this computation, or nothing of it is priced.
+        else:
+            self.wait_if_known(start, times, queue)
 
     def core(
         self, scope: Computation, one: Instruction, times: int, queue: Queue, *, only_priced: bool = False
@@ -266,8 +280,10 @@ class Walk:
         work = pallas_flops(scope, one) if target == "tpu_custom_call" else flops(self.module, scope, one)
         num_bytes = memory_bytes(self.module, scope, one)
         floor = max(work / self.peak, num_bytes / self.bandwidth)
+        bound = "compute" if work / self.peak > num_bytes / self.bandwidth else "memory"
         if one.estimated_cycles is not None:
-            seconds = one.estimated_cycles * self.second_per_cycle
+            # Estimates of what memory bounds are near to its bandwidth: published training steps say nothing of them.
+            seconds = one.estimated_cycles / self.clock * (self.scale if bound == "compute" else 1.0)
         elif target == "tpu_custom_call":
             seconds = max(work / self.peak / PALLAS_SHARE, num_bytes / self.bandwidth)
             self.notes[
@@ -283,7 +299,7 @@ class Walk:
         self.categories[category] += seconds * times
         # A name is unique in a program; its computation may be called from two places.
         priced = one.estimated_cycles is not None
-        entry = self.spent.setdefault(one.name, Spent(one.name, one.opcode, one.scope, category, priced))
+        entry = self.spent.setdefault(one.name, Spent(one.name, one.opcode, one.scope, category, bound, priced))
         entry.count += times
         entry.seconds += seconds * times
         entry.flops += work * times

@@ -8,8 +8,8 @@ from tests.perf.hlo_programs import CHIP
 GENERATIONS = sorted({row.chip for row in ROWS})
 
 
-def row(seconds: float, core: float, rest: float = 0.0) -> Row:
-    return Row("TPU v5e", "a step", "a test", seconds, core, rest / 2, rest / 2, True)
+def row(seconds: float, products: float, rest: float = 0.0) -> Row:
+    return Row("TPU v5e", "a step", "a test", seconds, products, rest / 2, rest / 2, True)
 
 
 def test_fit_of_one_step_is_exact():
@@ -27,7 +27,7 @@ def test_the_rows_hold_together():
     assert len({(one.chip, one.name) for one in ROWS}) == len(ROWS)
     for one in ROWS:
         assert one.chip in CHIP and "@" in one.source
-        assert 0 < one.attention_seconds < one.core_seconds and 0 <= one.waiting_seconds < one.seconds
+        assert 0 < one.attention_seconds < one.product_seconds and 0 <= one.other_seconds < one.seconds
 
 
 @pytest.mark.parametrize("chip", GENERATIONS)

@@ -160,11 +160,18 @@ def test_copies_run_beside_the_core():
     assert found.step_seconds == pytest.approx(seconds, rel=1e-3)
 
 
-def test_calibration_is_of_the_core_alone():
-    text = P + f"  %a = bf16[1048576]{{0}} add(%p, %p), {cycles(1e-3)}\n" + START + DONE
-    found = schedule(text, calibration=Calibration(0.8, "a test"))
-    assert found.step_seconds == pytest.approx(0.8e-3 + GATHER_SECONDS, rel=1e-4)
-    assert "core time: the compiler's cycles × 0.800 (a test)" in found.assumptions
+def test_calibration_is_of_products_that_compute_bounds():
+    product = (
+        "  %w = bf16[4096,4096]{1,0} parameter(1)\n  %x = bf16[4096,4096]{1,0} parameter(2)\n"
+        f"  %y = bf16[4096,4096]{{1,0}} convolution(%x, %w), dim_labels=bf_io->bf, {cycles(1e-3)}\n"
+        f"  %v = bf16[1,4096]{{1,0}} parameter(3)\n"
+        f"  %z = bf16[1,4096]{{1,0}} convolution(%v, %w), dim_labels=bf_io->bf, {cycles(1e-3)}\n"
+    )
+    found = schedule(P + product + START + DONE, calibration=Calibration(0.8, "a test"))
+    # One row reads all of the kernel: the memory's bandwidth bounds it.
+    assert {one.name: one.bound for one in found.spent} == {"y": "compute", "z": "memory"}
+    assert found.step_seconds == pytest.approx(0.8e-3 + 1e-3 + GATHER_SECONDS, rel=1e-4)
+    assert "products bound by compute: the compiler's cycles × 0.800 (a test)" in found.assumptions
 
 
 def test_a_conditional_takes_its_longest_branch():
@@ -278,8 +285,13 @@ def test_more_than_the_peak_is_refused():
     found = whole("train_v5p_4x4x4")
     with pytest.raises(ValueError, match=r"would be \d+% MFU.*give the FLOPs of one device"):
         found.mfu(found.step_seconds * 460e12)
-    with pytest.raises(ValueError, match="of TPU v5p's peak: something in its text was not understood"):
-        whole("train_v5p_4x4x4", calibration=Calibration(0.2, "a test"))
+    # 0.70 ms of products at the peak.
+    product = (
+        "  %w = bf16[4096,4096]{1,0} parameter(1)\n"
+        f"  %y = bf16[4096,4096]{{1,0}} convolution(%w, %w), dim_labels=bf_io->bf, {cycles(0.5e-3)}\n"
+    )
+    with pytest.raises(ValueError, match="140% of TPU v5e's peak: something in its text was not understood"):
+        schedule(P + product)
 
 
 def test_what_can_not_be_predicted_is_refused():
