@@ -93,6 +93,12 @@ def test_heavy_tails_hide_a_straggler_for_longer_and_accuse_nobody_else():
     assert sum(len(of_run) == 1 for of_run in found) >= 38
 
 
+def test_among_many_hosts_with_heavy_tails_it_need_not_be_the_last():
+    for seed in range(10):
+        found = told(simulate(64, 80, seed=seed, noise="student", spread=0.03, slow=9, since=40))
+        assert [one.host for one in found] == [9] and found[0].named_step <= 60
+
+
 @pytest.mark.parametrize("hosts", [2, 3, 16, 64])
 def test_a_straggler_is_named_among_any_number_of_hosts(hosts):
     needed = steps_to_alarm(hosts)
@@ -114,14 +120,14 @@ def test_who_is_slow_where_nobody_waits_is_not_named():
 
 
 def test_a_host_is_named_once_and_again_after_it_was_well():
-    sick, well = simulate(8, 60, slow=1), simulate(8, 200, seed=1)
-    data = join([sick, sick, well, sick])
+    sick, well = simulate(8, 120, slow=1), simulate(8, 40, seed=1)
+    data = join([sick, well, sick])
     data = HostSteps(
         tuple(range(1, len(data.steps) + 1)), data.seconds, data.input, data.result, data.barrier, data.probe
     )
     found = told(data)
     assert [one.host for one in found] == [1, 1]
-    assert found[0].named_step < 20 and 320 < found[1].named_step < 340
+    assert found[0].named_step < 20 and 160 < found[1].named_step < 180
 
 
 def test_two_stragglers_are_both_named():
