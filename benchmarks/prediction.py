@@ -30,8 +30,9 @@ from perf.chips import Chip, find_chip
 from perf.flops import ledger
 from perf.hlo import parse
 from perf.interconnect import places_of, torus
+from perf.kernel_cost import PALLAS_SHARE
 from perf.prediction import Prediction, predict
-from perf.schedule import PALLAS_SHARE, Spent
+from perf.schedule import Spent
 from training.config import LayerConfig, TrainRun
 from training.loop import lower_step
 from training.resolve import Resolved, resolve

@@ -8,8 +8,6 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
-import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -17,12 +15,10 @@ from perf.chips import Chip
 from perf.hlo import Computation, Instruction, Module
 from perf.hlo_cost import Collective, collective, flops, has_product, inner_collectives, memory_bytes
 from perf.interconnect import Network, axes_of
+from perf.kernel_cost import PALLAS_SHARE, is_attention, is_ragged, pallas_flops
 
 Category = Literal["matmul", "attention", "elementwise", "copies", "collectives"]
 CATEGORIES: tuple[Category, ...] = ("matmul", "attention", "elementwise", "copies", "collectives")
-
-PALLAS_SHARE = 0.6
-"""Of the peak that a Pallas kernel's products are taken to reach: an assumption, its text has no estimate."""
 
 # Instructions of the program that say nothing about time by themselves.
 _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone", "Sharding")
@@ -277,7 +273,7 @@ class Walk:
         target = one.target if one.opcode == "custom-call" else None
         if target in _FREE_CALLS:
             return
-        work = pallas_flops(scope, one) if target == "tpu_custom_call" else flops(self.module, scope, one)
+        work = self.kernel(scope, one) if target == "tpu_custom_call" else flops(self.module, scope, one)
         num_bytes = memory_bytes(self.module, scope, one)
         floor = max(work / self.peak, num_bytes / self.bandwidth)
         bound = "compute" if work / self.peak > num_bytes / self.bandwidth else "memory"
@@ -286,10 +282,6 @@ class Walk:
             seconds = one.estimated_cycles / self.clock * (self.scale if bound == "compute" else 1.0)
         elif target == "tpu_custom_call":
             seconds = max(work / self.peak / PALLAS_SHARE, num_bytes / self.bandwidth)
-            self.notes[
-                f"Pallas kernels have no estimate: {PALLAS_SHARE:.0%} of the peak is assumed, and attention to all "
-                "keys before a query"
-            ] = None
         else:
             seconds = floor
         if not (seconds or work) or (only_priced and one.estimated_cycles is None):
@@ -305,6 +297,17 @@ class Walk:
         entry.flops += work * times
         entry.num_bytes += num_bytes * times
         entry.floor_seconds += floor * times
+
+    def kernel(self, scope: Computation, one: Instruction) -> float:
+        work = pallas_flops(scope, one)
+        if work is None:
+            self.notes[f"a kernel of unknown work ({one.name}) takes as long as its bytes"] = None
+            return 0.0
+        self.notes[
+            f"Pallas kernels have no estimate: {PALLAS_SHARE:.0%} of the peak is assumed, and attention to all keys "
+            "before a query"
+        ] = None
+        return work
 
 
 class Pending(NamedTuple):
@@ -357,17 +360,11 @@ def categorize(module: Module, one: Instruction) -> Category:
     """By what it computes and the model's named scopes."""
     if is_attention(one.scope):
         return "attention"
-    if has_product(module, one):
+    if has_product(module, one) or is_ragged(one):
         return "matmul"
     if one.opcode in _COPIES or (one.opcode == "fusion" and _only_moves(module, one)):
         return "copies"
     return "elementwise"
-
-
-def is_attention(scope: str) -> bool:
-    """Scores and their product with values, kernel or not: not the projections, which share the layer's scope."""
-    parts = [part.strip("()") for part in re.split(r"[/(]", scope)]
-    return parts.count("attention") > 1 or "paged_attention" in parts
 
 
 def _only_moves(module: Module, one: Instruction) -> bool:
@@ -375,22 +372,3 @@ def _only_moves(module: Module, one: Instruction) -> bool:
     inner = [two for callee in module.callees(one, "calls") for two in callee.instructions]
     # Index arithmetic is on scalars.
     return bool(inner) and all(two.opcode in moves or not any(array.dims for array in two.results) for two in inner)
-
-
-def pallas_flops(scope: Computation, one: Instruction) -> float:
-    """Of a kernel: its own estimate where its author gave one, else attention's, causal, from its operands' shapes.
-
-    Scores, their product with values and, backward, the products of both gradients: 2 forward, 3 for the queries'
-    gradient, 4 for the keys' and values'. 0 for another kernel: its bytes price it.
-    """
-    if match := re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', one.attributes):
-        return float(match[1])
-    big = [array for operand in scope.operands(one) for array in operand.results if len(array.dims) >= 3]
-    if not is_attention(one.scope) or len(big) < 3:
-        return 0.0
-    query = big[0]
-    # The last one is keys or values, (..., S, H) or (..., H, S).
-    key = [array for array in big if array.dtype == query.dtype][-1]
-    products = 2 if len(big) == 3 else 3 if len(one.results) == 1 else 4
-    length = math.prod(key.dims[-2:]) / query.dims[-1]
-    return products * 2 * query.size * length / 2

@@ -10,8 +10,8 @@ from perf.calibration import Calibration, calibration_of, clock_of
 from perf.flops import ledger
 from perf.hlo import parse
 from perf.interconnect import HOP_SECONDS, SLICE_SECONDS
+from perf.kernel_cost import PALLAS_SHARE, is_attention
 from perf.prediction import predict
-from perf.schedule import PALLAS_SHARE, is_attention
 from tests.perf.hlo_programs import CHIP, box, planes, program, snake
 
 V5E = CHIP["TPU v5e"]
@@ -270,6 +270,21 @@ def test_kernels_are_priced_by_their_shapes():
     ]
     assert kernels["attention_forward.1"].seconds == pytest.approx(2 * product / 197e12 / PALLAS_SHARE)
     assert not kernels["attention_forward.1"].priced and any("Pallas" in note for note in found.assumptions)
+
+
+def test_a_ragged_product_is_a_kernel():
+    """4096 rows, each by one of 8 kernels of 1024 × 2048; the metadata's kernel is not a product."""
+    found = schedule(
+        "  %i = s32[39]{0} parameter(0)\n  %x = bf16[4096,1024]{1,0} parameter(1)\n"
+        "  %w = bf16[8,1024,2048]{2,1,0} parameter(2)\n"
+        '  %m = s32[9]{0} custom-call(%i), custom_call_target="tpu_custom_call"\n'
+        '  %y = bf16[4096,2048]{1,0} custom-call(%i, %x, %w), custom_call_target="tpu_custom_call", '
+        'frontend_attributes={mosaic_fusion_entry_point="true",ragged_dot_tiling="128,1024,1280"}'
+    )
+    product = {one.name: one for one in found.spent}["y"]
+    assert product.flops == 2 * 4096 * 1024 * 2048 and product.category == "matmul"
+    assert product.seconds == pytest.approx(product.flops / 197e12 / PALLAS_SHARE)
+    assert "a kernel of unknown work (m) takes as long as its bytes" in found.assumptions
 
 
 def test_scopes_of_attention():
