@@ -10,8 +10,9 @@ from perf.breakdown import CATEGORIES, LENGTH_BOUNDS, Breakdown
 from perf.doctor import Diagnosis
 from perf.findings import Evidence, Finding
 from perf.memory_use import AllocatorUse, memory_use
-from perf.op_kind import KINDS
+from perf.op_kind import KINDS, plain_scope, program_ops
 from perf.plot import draw_svg
+from perf.program_view import by_scope
 from perf.report import Notes, Plot, Report, Table, duration
 from perf.run_facts import RunFacts
 
@@ -47,6 +48,8 @@ def doctor_report(diagnosis: Diagnosis) -> Report:
     if times is not None:
         parts += [breakdown_table(times), ops_table(times), lengths_table(times)]
         parts.append(Plot("Time of a step by device", lambda: breakdown_svg(times)))
+    if diagnosis.evidence.predicted:
+        parts += predicted_tables(diagnosis.evidence)
     if diagnosis.evidence.timeline is not None and (used := memory_use(diagnosis.evidence.timeline.memory)):
         parts.append(memory_table(used))
     if diagnosis.evidence.run is not None:
@@ -120,6 +123,27 @@ def breakdown_table(times: Breakdown) -> Table:
         tuple(rows),
         totals=2,
     )
+
+
+def predicted_tables(evidence: Evidence, count: int = 12) -> list[Table]:
+    """Of a program that was compiled and not run: its time by kind of op, and the ops that take most."""
+    assert evidence.program is not None and evidence.costs is not None and evidence.step_ns is not None
+    ops, step = program_ops(evidence.program), evidence.step_ns
+    known = [(ops[name].kind, cost.exposed) for name, cost in evidence.costs.items() if name in ops]
+    kinds = [(kind, sum(time for other, time in known if other == kind)) for kind in KINDS]
+    rows = [(_WORDS[kind], f"{time / 1e6:.3f}", f"{time / step:.1%}") for kind, time in kinds]
+    # Waiting for asynchronous copies is the step's, and of no op that runs.
+    rest = max(step - sum(time for _, time in kinds), 0.0)
+    rows.append(("waiting for copies", f"{rest / 1e6:.3f}", f"{rest / step:.1%}"))
+    rows.append(("step", f"{step / 1e6:.3f}", "100.0%"))
+    longest = tuple(
+        (plain_scope(scope)[-70:], f"{number}", f"{time / 1e6:.3f}", f"{time / step:.1%}")
+        for scope, time, number in by_scope(evidence)[:count]
+    )
+    return [
+        Table("Predicted time of a step", ("category", "ms", "share"), tuple(rows), totals=1),
+        Table("Where in the model, predicted", ("scope", "ops", "ms", "share"), longest),
+    ]
 
 
 def ops_table(times: Breakdown, count: int = 12) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from perf.findings import Check, Evidence, Finding
+from perf.program_view import by_scope
 from perf.serving_facts import DecodePoint, Drafts
 
 # Share of the bandwidth that good stacks reach in decoding (Databricks and MosaicML, LLM inference: 60% to 85%). On an
@@ -32,10 +33,10 @@ def low_mbu(evidence: Evidence) -> Finding | None:
         "compute",
         f"Decoding{at} uses {worst.mbu:.0%} of the memory's bandwidth, where {GOOD_MBU:.0%} or more can be had: it "
         "waits for something other than its weights.",
-        tuple(_point(one) for one in known),
+        (*(_point(one) for one in known), *_longest(evidence)),
         _lost(worst) * 1e3,
-        "kernels.paged_attention=pallas and kernels.grouped_matmul=auto; engine.rounds_ahead: more; smaller programs "
-        "(engine.widths, engine.cell_tokens); a trace (POST /admin/profile) says what the rest of the step is",
+        _bandwidth_settings(evidence),
+        is_prediction=evidence.predicted,
     )
 
 
@@ -43,6 +44,27 @@ def _lost(point: DecodePoint) -> float:
     """Seconds of a step beyond those that a good share of the bandwidth makes."""
     assert point.step_seconds is not None and point.mbu is not None
     return point.step_seconds * (1 - point.mbu / GOOD_MBU)
+
+
+def _bandwidth_settings(evidence: Evidence) -> str:
+    smaller = (
+        "engine.widths, engine.cell_tokens: programs no wider than what is served, since a round reads their width"
+    )
+    if evidence.platform == "tpu":
+        return f"{smaller}; the scopes above are the code to look at"
+    return (
+        f"kernels.paged_attention=pallas, which reads live pages alone{evidence.now('kernels.paged_attention')}; "
+        f"{smaller}; engine.rounds_ahead: more; a trace (POST /admin/profile) says what the rest of a round is"
+    )
+
+
+def _longest(evidence: Evidence, count: int = 3) -> tuple[str, ...]:
+    """Where the time of a compiled round goes."""
+    if not evidence.predicted or evidence.costs is None or evidence.program is None:
+        return ()
+    return tuple(
+        f"{time / 1e6:.2f} ms in {ops} ops of {scope[-70:]}" for scope, time, ops in by_scope(evidence)[:count]
+    )
 
 
 def _point(point: DecodePoint) -> str:

@@ -146,6 +146,21 @@ def largest(places: list[Place], count: int = 3) -> tuple[str, ...]:
     return tuple(describe(place) for place in ordered[:count])
 
 
+def by_scope(evidence: Evidence) -> list[tuple[str, float, int]]:
+    """(scope, exposed nanoseconds, ops) of the ops of a program that cost something, longest first: the layers of an
+    unrolled program together. An op without a scope stands under its own name."""
+    assert evidence.program is not None and evidence.costs is not None
+    scopes = {one.name: one.scope for _, one in evidence.program.instructions()}
+    spent: collections.Counter[str] = collections.Counter()
+    counts: collections.Counter[str] = collections.Counter()
+    for name, cost in evidence.costs.items():
+        if cost.exposed:
+            key = scopes.get(name) or name
+            spent[key] += cost.exposed
+            counts[key] += 1
+    return [(scope, time, counts[scope]) for scope, time in spent.most_common()]
+
+
 def describe(place: Place) -> str:
     one = place.instruction
     shapes = ", ".join(shape(array) for array in one.results[:2]) + (", ..." if len(one.results) > 2 else "")

@@ -10,17 +10,22 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 import configs
+from parallel.topology import tpu_devices
 from perf.command import Output
-from perf.commands.roofline import find_config
+from perf.commands.roofline import DEFAULT_LENGTH, find_config
 from perf.doctor import Diagnosis, diagnose_run, diagnose_trace, has_run, has_trace
 from perf.doctor_report import doctor_report
 from perf.report import Report
 from perf.serving_facts import read_serving
+
+if TYPE_CHECKING:
+    from perf.commands.doctor_compile import Job
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +39,11 @@ class Settings(Output):
     slices: int = 1
     """CONFIG: TPU slices joined by the data-centre network."""
     batch: int | None = None
-    """CONFIG: rows of a step, all devices together; by default the config's."""
+    """CONFIG: rows of a step, all devices together; by default the config's, in decode 8 for each device."""
+    mode: Literal["train", "decode"] = "train"
+    """CONFIG: its train step, or a round of decoding of a server over all devices."""
+    context: int | None = None
+    """CONFIG, decode: tokens in each row's cache; by default 4096, or the model's longest sequence if that is less."""
     scan: bool = False
     """CONFIG: compile one layer and loop over it, whatever the config says; compiles in a tenth of the time."""
     remat: Literal["none", "dots", "full"] | None = None
@@ -86,15 +95,22 @@ def compile_config(settings: Settings) -> Diagnosis:
     # Here: a trace is read without what compiling needs.
     from perf.commands.doctor_compile import diagnose_config
 
-    for name in ("slices", "workers", "batch"):
+    for name in ("slices", "workers", "batch", "context"):
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value} must be at least 1")
     module = find_config(settings.target)
+    job = (decode_job if settings.mode == "decode" else train_job)(settings, module)
+    return diagnose_config(str(settings.target), job, settings.verify, settings.workers)
+
+
+def train_job(settings: Settings, module: ModuleType) -> Job:
+    from perf.commands.doctor_compile import Job
+
     if not hasattr(module, "train"):
-        raise ValueError(
-            f"config {settings.target!r} can be served and not trained: only a train step is compiled here"
-        )
+        raise ValueError(f"config {settings.target!r} can be served and not trained; set --mode decode")
+    if settings.context is not None:
+        raise ValueError("--context is of --mode decode; a train step has the config's rows")
     run = module.train()
     if settings.batch is not None:
         run = dataclasses.replace(run, data=dataclasses.replace(run.data, batch_size=settings.batch))
@@ -103,7 +119,21 @@ def compile_config(settings: Settings) -> Diagnosis:
     if settings.remat is not None:
         run = dataclasses.replace(run, layers=dataclasses.replace(run.layers, remat=settings.remat))
     assert settings.topology is not None
-    folder = run.cache_dir / "plan"
-    return diagnose_config(
-        str(settings.target), run, settings.topology, settings.slices, folder, settings.verify, settings.workers
-    )
+    return Job(run, settings.topology, settings.slices, run.cache_dir / "plan")
+
+
+def decode_job(settings: Settings, module: ModuleType) -> Job:
+    from perf.commands.doctor_compile import Job
+    from perf.commands.plan_decode import DECODE_ROWS, served
+
+    for name, given in (("scan", settings.scan), ("remat", settings.remat), ("slices", settings.slices > 1)):
+        if given:
+            raise ValueError(f"--{name} is of --mode train: a server has its layers one by one, on one slice")
+    run, model = served(str(settings.target), module)
+    longest = model.max_positions - 1
+    context = min(DEFAULT_LENGTH, longest) if settings.context is None else settings.context
+    if context > longest:
+        raise ValueError(f"--context {context} leaves no room for a token in max_positions={model.max_positions}")
+    assert settings.topology is not None
+    rows = settings.batch or DECODE_ROWS * len(tpu_devices(settings.topology))
+    return Job(run, settings.topology, 1, run.cache_dir / "plan", model, rows, context)

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
+
+import serving.resolve
+from model.config import ModelConfig
+from parallel.compilation import Options
+from parallel.mesh import make_mesh
 from parallel.topology import tpu_devices
 from perf.chips import Chip, find_chip
 from perf.commands.plan_compile import compile_lowered, run_jobs
+from perf.commands.plan_decode import Question, utilization
 from perf.doctor import Diagnosis, predicted_costs
 from perf.findings import Cost, Evidence, Finding, Trial, Verified, examine
 from perf.hlo import parse
 from perf.interconnect import places_of, torus
 from perf.prediction import predict
+from perf.serving_facts import DecodePoint, ServingFacts
+from perf.step_model import Layout
+from serving.config import ServeRun
+from serving.startup import make_runner
 from training.config import TrainRun
 from training.loop import as_json, lower_step
 from training.resolve import resolve
@@ -22,12 +35,21 @@ from training.resolve import resolve
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One step for a slice. `folder` keeps what was compiled."""
+    """One step for a slice: of training, or of a server's decoding over all of its devices with `rows` of `context`
+    tokens. `folder` keeps what was compiled."""
 
-    run: TrainRun
+    run: TrainRun | ServeRun
     topology: str
     num_slices: int
     folder: Path
+    model: ModelConfig | None = None
+    """That a server decodes with."""
+    rows: int = 0
+    context: int = 0
+
+    @property
+    def is_decode(self) -> bool:
+        return isinstance(self.run, ServeRun)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +71,10 @@ class Made:
 
 def make(job: Job) -> Made:
     """Traces, compiles unless that was done before, and predicts."""
+    devices = tpu_devices(job.topology, job.num_slices)
     try:
-        resolved = resolve(job.run, tpu_devices(job.topology, job.num_slices))
-        mesh = resolved.placement.mesh
-        options = resolved.compiler_options
-        compiled = compile_lowered(lower_step(resolved), job.topology, mesh, options, job.folder)
+        lowered, mesh, options, dtype = (lower_decode if job.is_decode else lower_train)(job, devices)
+        compiled = compile_lowered(lowered, job.topology, mesh, options, job.folder)
     except (ValueError, NotImplementedError) as error:
         return Made(refused=str(error))
     if compiled.text is None:
@@ -66,7 +87,7 @@ def make(job: Job) -> Made:
         chip=_chip(kind),
         mesh=dict(mesh.shape),
         network=torus(_chip(kind), places_of(devices)),
-        dtype=job.run.precision.compute,
+        dtype=dtype,
     )
     return Made(
         None,
@@ -79,15 +100,36 @@ def make(job: Job) -> Made:
     )
 
 
+Lowered = tuple[jax.stages.Lowered, Mesh, Options, str]
+"""A program, its devices, the compiler's options and the precision of its products."""
+
+
+def lower_train(job: Job, devices: Sequence[jax.Device]) -> Lowered:
+    assert isinstance(job.run, TrainRun)
+    resolved = resolve(job.run, devices)
+    return lower_step(resolved), resolved.placement.mesh, resolved.compiler_options, job.run.precision.compute
+
+
+def lower_decode(job: Job, devices: Sequence[jax.Device]) -> Lowered:
+    """The model's pass of a round; drawing the tokens is a program of its own, and small."""
+    assert isinstance(job.run, ServeRun) and job.model is not None
+    question = Question(job.run, job.model, job.rows, job.context)
+    run = question.of_server(Layout(tensor=len(devices)))
+    resolved = serving.resolve.resolve(run, devices)
+    (cell,) = (one for one in resolved.cells if one.drafts == 0)
+    runner = make_runner(resolved, cell.rows * cell.width // run.engine.page_size + 1)
+    forward, _ = runner.lower_round(cell)
+    return forward, make_mesh(run.mesh, devices), resolved.options, question.dtype
+
+
 def _chip(kind: str) -> Chip:
     chip = find_chip(kind)
     assert chip is not None, kind
     return chip
 
 
-def diagnose_config(name: str, run: TrainRun, topology: str, num_slices: int, folder: Path, verify: bool, workers: int):
+def diagnose_config(name: str, first: Job, verify: bool, workers: int) -> Diagnosis:
     """Raises ValueError for a step that can't be compiled as it is, saying why."""
-    first = Job(run, topology, num_slices, folder)
     trials: list[tuple[str, Trial]] = []
     found: list[Finding] = []
     evidence: list[Evidence] = []
@@ -95,23 +137,24 @@ def diagnose_config(name: str, run: TrainRun, topology: str, num_slices: int, fo
     def follow(index: int, made: Made) -> list[Job]:
         if index or made.refused is not None:
             return []
-        evidence.append(evidence_of(run, made))
+        evidence.append(evidence_of(first, made))
         found.extend(examine(evidence[0]))
         if verify:
             trials.extend((one.name, one.trial) for one in found if one.trial is not None)
-        return [dataclasses.replace(first, run=apply(run, trial)) for _, trial in trials]
+        return [dataclasses.replace(first, run=apply(first.run, trial)) for _, trial in trials]
 
     made, *tried = run_jobs(make, [first], workers, follow)
     if made.refused is not None:
-        raise ValueError(f"{name} can't be compiled for {topology}: {made.refused}")
+        raise ValueError(f"{name} can't be compiled for {first.topology}: {made.refused}")
     verified = {
         key: Verified(trial.option, made.milliseconds, again.milliseconds, again.refused)
         for (key, trial), again in zip(trials, tried, strict=True)
     }
     findings = tuple(dataclasses.replace(one, verified=verified.get(one.name)) for one in found)
-    slices = "" if num_slices == 1 else f" × {num_slices}"
+    slices = "" if first.num_slices == 1 else f" × {first.num_slices}"
+    what = f", decoding {first.rows} rows of {first.context} tokens" if first.is_decode else ""
     return Diagnosis(
-        f"{name} on {topology}{slices}",
+        f"{name} on {first.topology}{slices}{what}",
         "config",
         evidence[0],
         findings,
@@ -125,20 +168,35 @@ def _mesh(made: Made) -> str:
     return " × ".join(f"{axis} {size}" for axis, size in made.mesh.items() if size > 1) or "of one device"
 
 
-def evidence_of(run: TrainRun, made: Made) -> Evidence:
+def evidence_of(job: Job, made: Made) -> Evidence:
     assert made.text is not None and made.device_kind is not None and made.step_seconds is not None
+    serving_facts = None
+    if job.is_decode:
+        point = DecodePoint(job.rows, made.step_seconds, decode_share(job, made))
+        serving_facts = ServingFacts("prediction", made.device_kind, (point,), None, 0)
     return Evidence(
         program=parse(made.text),
         costs=made.costs,
         step_ns=made.step_seconds * 1e9,
         predicted=True,
-        settings=as_json(run),
+        settings=as_json(job.run),
+        serving=serving_facts,
+        decode=job.is_decode,
         mesh=made.mesh,
         platform="tpu",
     )
 
 
-def apply(run: TrainRun, trial: Trial) -> TrainRun:
+def decode_share(job: Job, made: Made) -> float | None:
+    """Predicted MBU of a round."""
+    assert isinstance(job.run, ServeRun) and job.model is not None
+    assert made.device_kind is not None and made.mesh is not None and made.step_seconds is not None
+    question = Question(job.run, job.model, job.rows, job.context)
+    layout = Layout(tensor=math.prod(made.mesh.values()))
+    return utilization(question, layout, _chip(made.device_kind), made.step_seconds)
+
+
+def apply(run: TrainRun | ServeRun, trial: Trial) -> TrainRun | ServeRun:
     """The run with a trial's settings: options of the compiler are added, others replaced."""
     for path, value in trial.settings:
         run = (

@@ -1,23 +1,29 @@
 """`python -m perf doctor`: what it reads, what it prints, and what bad input gets."""
 
 import gzip
+import importlib.util
 import json
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 from perf.breakdown import breakdown
 from perf.command import main
+from perf.commands import doctor_compile
 from perf.commands.doctor_compile import apply
 from perf.doctor import diagnose_run, diagnose_trace
-from perf.findings import Trial
+from perf.doctor_report import doctor_report
+from perf.findings import Finding, Trial
 from perf.memory_use import memory_use
+from perf.report import Notes, Table, json_text
 from perf.run_facts import input_seconds, read_run
 from perf.serving_facts import read_serving
 from perf.trace import Memory, read_trace
 from tests.perf import hlo_programs
 from tests.perf.xspace import gpu_step, marks, write
+from tests.training import runs
 
 # Three steps of `train.py dense-1b` on one H100 (jax 0.11.2, 2026-11-23), profiled: kernels, marks and allocations.
 H100 = Path(__file__).with_name("trace_fixtures") / "dense_1b_h100.xplane.pb.gz"
@@ -268,3 +274,71 @@ def test_a_trial_adds_options_and_replaces_settings():
     after = apply(before, Trial((("xla_options", "xla_tpu_rwb_fusion=false"), ("layers.remat", "full")), ""))
     assert after.xla_options == (*before.xla_options, "xla_tpu_rwb_fusion=false")
     assert (before.layers.remat, after.layers.remat) == ("none", "full") and after.mesh == before.mesh
+
+
+# A config, compiled.
+
+
+def test_what_decoding_needs_is_refused_for_training(capsys):
+    slice_of = ["--topology", "v5e:2x2"]
+    for arguments, message in (
+        (["dense-1b", *slice_of, "--context", "5"], "--context is of --mode decode"),
+        (["dense-1b", *slice_of, "--mode", "decode", "--scan"], "--scan is of --mode train"),
+        (["dense-1b", *slice_of, "--mode", "decode", "--context", "99999999"], "leaves no room for a token"),
+        (["smollm2", *slice_of], "can be served and not trained; set --mode decode"),
+    ):
+        status, _, err = run(capsys, *arguments)
+        assert status == 2 and message in err, err
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Compiles in this process: the tests' own is set up as a compiling one is."""
+
+    def run_here(work, jobs, workers, follow):
+        answers = []
+        while len(answers) < len(jobs):
+            answers.append(work(jobs[len(answers)]))
+            jobs = [*jobs, *follow(len(answers) - 1, answers[-1])]
+        return answers
+
+    monkeypatch.setattr(doctor_compile, "run_jobs", run_here)
+    enabled = jax.config.jax_enable_compilation_cache
+    # JAX 0.11.2 can't read a TPU's program back from its cache.
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", enabled)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, which is not installed")
+def test_a_config_is_compiled_and_compiled_again(alone, monkeypatch, tmp_path):
+    """Every finding's trial is compiled: here one that is made up, for a step that compiles in seconds."""
+    run = with_settings(runs.DENSE, {"data.batch_size": 8, "data.source": "random", "layers.remat": "none"})
+    trial = Trial((("model.num_layers", 4),), "--model.num-layers 4")
+    made_up = Finding("made up", "compute", "", (), 1.0, "", trial=trial)
+    monkeypatch.setattr(doctor_compile, "examine", lambda evidence: (made_up,))
+    job = doctor_compile.Job(run, "v5e:2x2", 1, tmp_path / "plan")
+    found = doctor_compile.diagnose_config("tiny", job, True, 1)
+    (finding,) = found.findings
+    assert finding.verified.before > 0 and finding.verified.after > finding.verified.before
+    assert finding.verified.gain == finding.verified.before - finding.verified.after
+    assert found.evidence.predicted and found.evidence.mesh["fsdp"] == 4 and found.evidence.platform == "tpu"
+    report = doctor_report(found)
+    text = json_text(report)
+    assert "no gain: leave it as it is" in "".join(
+        line for part in report.parts if isinstance(part, Notes) for line in part.lines
+    )
+    assert json.loads(text)["findings"][0]["verified"]["gain"] < 0
+    (table,) = [part for part in report.parts if isinstance(part, Table) and part.title == "Predicted time of a step"]
+    shares = [float(row[1]) for row in table.rows]
+    assert sum(shares[:-1]) == pytest.approx(shares[-1], abs=0.01)
+    # What can't be compiled is an error that says why.
+    refused = doctor_compile.Job(with_settings(runs.DENSE, {"data.batch_size": 6}), "v5e:2x2", 1, tmp_path / "plan")
+    with pytest.raises(ValueError, match=r"tiny can't be compiled for v5e:2x2: .*batch"):
+        doctor_compile.diagnose_config("tiny", refused, True, 1)
+
+
+def with_settings(base: runs.Settings, changes: runs.Settings):
+    return runs.run_of(
+        {**base, "data.paths": ("x",), **changes} if "data.source" not in changes else {**base, **changes}
+    )
