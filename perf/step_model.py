@@ -62,8 +62,8 @@ DATA, FSDP, EXPERT, TENSOR = (field.name for field in dataclasses.fields(Layout)
 class Rates:
     """What one JAX device reaches in a train step: FLOP/s of products, of attention (recomputation in its kernel
     counted) and of grouped products by implementation (where they run otherwise than as plain products); bytes/s of
-    memory; bytes/s of collectives, each direction. `overlap`: share of the gathers and reductions of parameters that
-    runs beside compute. `launch`: seconds of a kernel.
+    memory in elementwise ops, and in plain copies; bytes/s of collectives, each direction. `overlap`: share of the
+    gathers and reductions of parameters that runs beside compute. `launch`: seconds of a kernel.
 
     `kept_elementwise_bytes`: what the compiler keeps for the backward pass of each value of norms, rotations and
     activations, where nothing is recomputed by request.
@@ -72,6 +72,7 @@ class Rates:
     products: float
     attention: float
     memory: float
+    copy: float
     link: float
     overlap: float
     launch: float
@@ -133,7 +134,7 @@ def estimate(config: ModelConfig, program: Program, layout: Layout, rates: Rates
         name, seconds = model.op(op)
         parts[name] = parts.get(name, 0.0) + seconds
     if program.scan:
-        parts["scan copies"] = model.scan_copies() / rates.memory
+        parts["scan copies"] = model.scan_copies() / rates.copy
     parts["launches"] = sum(op.kernels for op in ops) * program.accumulation * rates.launch
     return StepEstimate(
         MappingProxyType(parts),
@@ -209,7 +210,7 @@ class _Model:
         # Rows laid out in blocks and back, in and out of each of the products of a pass.
         in_and_out = blocks * GROUP_BLOCK * (self.config.embed_dim + moe.mlp_dim / self.layout.tensor)
         copies += 2 * in_and_out * self.work.activation_bytes * self.passes
-        return flops * padded / rates.products + op.count * self.program.accumulation * copies / rates.memory
+        return flops * padded / rates.products + op.count * self.program.accumulation * copies / rates.copy
 
     def _blocks(self) -> tuple[float, float]:
         """Of the batched grouped product: blocks of rows of a microbatch on a device, and rows with padding over rows

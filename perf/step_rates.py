@@ -5,22 +5,22 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from perf.chips import Chip
-from perf.reached import REACHED
 from perf.roofline import LAUNCH_SECONDS
 from perf.step_model import Rates
 
-MEASURED_CHIP = "H100 SXM"
+MEASURED_CHIP, MEASURED_DTYPE = "H100 SXM", "bfloat16"
 
 _H100_PEAK = 989.4e12
-_H100_MEMORY = 3350e9
+_H100_BANDWIDTH = 3350e9
 
-# Fitted on rows of benchmarks/results/train_h100.json (NVIDIA H100 80GB HBM3, jax 0.11.2, 2026-11-23): products on the
-# three of dense-1b unrolled with no recomputation and cuBLAS alone, where they are 89% of what a product of 8192³
-# reached in the same process; the grouped ones each on the row of its own. The others are held out: see
-# tests/perf/test_perf_gpu_step.py.
-_H100_PRODUCTS = 670e12
-_H100_GROUPED = MappingProxyType({"capacity": 440e12, "ragged_dot": 75e12, "loop": 50e12})
-# The copy of that file.
+# From a trace of dense-1b's step, unrolled, nothing recomputed, 8 rows of 2048 tokens (NVIDIA H100 80GB HBM3, jax
+# 0.11.2, 2026-11-23, four steps): 177.1 ms in kernels of products (95% of what a product of 8192³ reached alone), 28.2
+# in those of attention, 48.7 in fused elementwise kernels, which are taken to move what perf/operations.py counts.
+_H100_PRODUCTS, _H100_ATTENTION, _H100_MEMORY = 711e12, 341e12, 2.6e12
+# Each on one row of benchmarks/results/train_h100.json; what else is in that file, dense-1b's own step too, is held
+# out: see tests/perf/test_perf_gpu_step.py.
+_H100_GROUPED = MappingProxyType({"capacity": 475e12, "ragged_dot": 75e12, "loop": 48e12})
+# That file's copy of 2 GiB.
 _H100_COPY = 2.92e12
 
 # Of the links' rate, in large collectives inside of a host, and of the time of parameters' collectives that runs beside
@@ -59,6 +59,7 @@ def step_rates(chip: Chip, dtype: str) -> Rates:
             products=_TPU_PRODUCTS * peak,
             attention=_TPU_ATTENTION * peak,
             memory=_TPU_MEMORY * bandwidth,
+            copy=_TPU_MEMORY * bandwidth,
             link=_TPU_LINK * link,
             overlap=_OVERLAP,
             launch=0.0,
@@ -67,20 +68,20 @@ def step_rates(chip: Chip, dtype: str) -> Rates:
             source=f"assumed shares of {chip.name}'s peaks: they choose what is compiled, and give no figure",
         )
     scale = peak / _H100_PEAK
-    reached = REACHED[MEASURED_CHIP]
-    measured = chip.name == MEASURED_CHIP and dtype == reached.dtype
+    measured = chip.name == MEASURED_CHIP and dtype == MEASURED_DTYPE
     return Rates(
         products=_H100_PRODUCTS * scale,
-        attention=reached.attention_train * scale,
-        memory=_H100_COPY * bandwidth / _H100_MEMORY,
+        attention=_H100_ATTENTION * scale,
+        memory=_H100_MEMORY * bandwidth / _H100_BANDWIDTH,
+        copy=_H100_COPY * bandwidth / _H100_BANDWIDTH,
         link=_LINK_SHARE * link,
         overlap=_OVERLAP,
         launch=LAUNCH_SECONDS,
         kept_elementwise_bytes=_H100_KEPT,
         grouped=MappingProxyType({name: rate * scale for name, rate in _H100_GROUPED.items()}),
         source=(
-            "measured on one H100 SXM in bfloat16: whole steps of benchmarks/results/train_h100.json, single ops of "
-            "perf/reached.py"
+            "measured on one H100 SXM in bfloat16: kernels in a trace of dense-1b's step, and steps of "
+            "benchmarks/results/train_h100.json"
             if measured
             else f"shares of the peaks that an H100 SXM reaches in bfloat16, applied to {chip.name} in {dtype}, where "
             "nothing was measured"

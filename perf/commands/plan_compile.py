@@ -38,8 +38,9 @@ from training.resolve import resolve
 FORMAT = 1
 
 
-# What XLA calls the loops of a product that it cuts into the parts of a gather ("collective matmul").
-WINDOWED = "windowed_dot_general"
+# XLA may cut a product that waits for a gather into one for each part, which devices pass on in a ring: permutes in the
+# place of gathers. Of all bytes of collectives, those of permutes from which on a program counts as such.
+_WINDOWED_SHARE = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +108,10 @@ def judge(compiled: Compiled, mesh: Mesh, dtype: str, model_flops: int) -> Answe
         return facts
     network = torus(chip, places_of(devices))
     prediction = predict(parse(compiled.text), chip=chip, mesh=dict(mesh.shape), network=network, dtype=dtype)
+    moved = prediction.collective_bytes
     return dataclasses.replace(
         facts,
-        windowed=WINDOWED in compiled.text,
+        windowed=moved.get("collective-permute", 0.0) > _WINDOWED_SHARE * sum(moved.values()),
         prediction=prediction.to_json(),
         mfu=prediction.mfu(model_flops / mesh.size),
     )

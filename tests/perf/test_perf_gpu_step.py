@@ -21,7 +21,7 @@ H100 = chip_named("h100")
 
 
 class Row(NamedTuple):
-    """A measured step. `fitted`: a constant of perf/step_rates.py was set by it."""
+    """A measured step. `fitted`: a constant of perf/step_rates.py was set by it, or by a trace of the same step."""
 
     name: str
     config: str
@@ -32,8 +32,8 @@ class Row(NamedTuple):
 
 
 def measured() -> list[Row]:
-    """Every row of the file that has a time. Products were fitted on the rows of plain dense-1b without XLA's Triton
-    products, the grouped ones on one row each; all the others are held out."""
+    """Every row of the file that has a time. Rates of products, attention and elementwise ops are from a trace of plain
+    dense-1b without XLA's Triton products, those of grouped products from one row each; all the others are held out."""
     rows = [
         Row(
             f"train.py {row['config']}",
@@ -78,14 +78,14 @@ def test_every_measured_step_is_in():
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_a_measured_step_is_predicted(row):
     error = predict(row).seconds / row.seconds - 1
-    # Held out: worst -12% (all recomputed, attention in XLA) and +7.5% (moe-1b, dropless).
-    assert abs(error) < (0.055 if row.fitted else 0.13), f"{error:+.1%}"
+    # Held out: worst -10.9% (all recomputed, attention in XLA) and +9.3% (moe-1b, dropless).
+    assert abs(error) < (0.025 if row.fitted else 0.12), f"{error:+.1%}"
 
 
 def test_the_held_out_steps_are_right_on_average():
     errors = [predict(row).seconds / row.seconds - 1 for row in ROWS if not row.fitted]
-    assert abs(sum(errors) / len(errors)) < 0.04
-    assert sum(map(abs, errors)) / len(errors) < 0.07
+    assert abs(sum(errors) / len(errors)) < 0.02
+    assert sum(map(abs, errors)) / len(errors) < 0.06
 
 
 # The memory of ragged_dot's own scratch isn't in the model.
