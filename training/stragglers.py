@@ -55,11 +55,11 @@ class Probe:
         self._weights = {device: jax.device_put(weights, device) for device in devices}
 
         def products_after(loss: jax.Array, weights: jax.Array) -> jax.Array:
-            # The loss decides nothing, but the first product can't start without it.
+            # The loss decides no more than a sign, but the first product can't start without it.
             value = jnp.where(jnp.isnan(loss), -weights, weights)
             for _ in range(products):
                 value = value @ weights
-            return value[0, 0]
+            return value[0].sum()
 
         self._run = jax.jit(products_after)
         for device in devices:

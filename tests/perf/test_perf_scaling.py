@@ -280,7 +280,8 @@ def test_settings_that_can_t_work_start_no_run(made_up, capsys, arguments, words
 
 
 def test_a_run_that_fails_says_what_it_said(monkeypatch, capsys):
-    failed = subprocess.CompletedProcess([], 2, "", "line\nerror: out of something\n")
+    # Its steps were done, and its record could not be written.
+    failed = subprocess.CompletedProcess([], 2, '{"event": "summary"}', "line\nerror: out of something\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     assert main(["scaling", "dense-1b", "--sizes", "1,2", "--no-profile", "--platform", "gpu"]) == 2
     err = capsys.readouterr().err

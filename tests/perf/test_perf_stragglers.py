@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from perf import straggler_traces
+from perf.breakdown import CATEGORIES, Breakdown, DeviceTime
 from perf.command import main
 from perf.host_steps import FILE_NAME, HostSteps, from_json, from_rows, join, read_hosts, to_json
-from perf.straggler_traces import TracedDevice, TracedRun, compute_ratios
+from perf.straggler_traces import TracedDevice, TracedRun, compute_ratios, read_window
 from perf.stragglers import (
     STEPS_BETWEEN_ALARMS,
     StragglerJudge,
@@ -261,3 +263,33 @@ def test_in_a_trace_the_slow_device_computes_longest_and_waits_least():
     # More work is not slowness where the others do not wait for it.
     patient = TracedDevice(8, 0, 0.22, 0.11, 0.33)
     assert TracedRun("steps-4-6", (*devices, patient), compute_ratios((*devices, patient))).culprit is None
+
+
+def traced_process(matmul: int, collective: int) -> Breakdown:
+    """Two steps of one device that is number 2048 of its host, of 300 ms."""
+    spent = {**dict.fromkeys(CATEGORIES, 0), "matmul": 2 * matmul, "collective": 2 * collective, "launch": 20_000_000}
+    spent["host"] = 600_000_000 - sum(spent.values())
+    device = DeviceTime(2048, 2, (0, 600_000_000), spent, 2 * collective, 0, (), (), {})
+    return Breakdown("gpu", "jit_step", (device,), (), None, {}, True, True)
+
+
+def test_the_newest_window_is_read_of_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    times = {0: (200, 80), 1: (200, 82), 2: (225, 55)}
+    traces = {
+        tmp_path / f"steps-4-6-process-{host}": traced_process(compute * 10**6, wait * 10**6)
+        for host, (compute, wait) in times.items()
+    }
+    (tmp_path / "steps-2-3").mkdir()
+    for folder in traces:
+        folder.mkdir()
+    monkeypatch.setattr(straggler_traces, "find_trace", lambda folder: folder)
+    monkeypatch.setattr(straggler_traces, "read_trace", lambda folder: folder)
+    monkeypatch.setattr(straggler_traces, "breakdown", traces.__getitem__)
+    found = read_window(tmp_path)
+    assert found.window == "steps-4-6" and found.culprit == 2
+    assert [(one.host, one.device, one.compute, one.collectives, one.step) for one in found.devices] == [
+        (host, 0, pytest.approx((compute + 10) / 1e3), pytest.approx(wait / 1e3), pytest.approx(0.3))
+        for host, (compute, wait) in times.items()
+    ]
+    assert found.ratios[2] == pytest.approx(235 / 210)
+    assert read_window(tmp_path / "nothing") is None
