@@ -275,6 +275,7 @@ def test_bytes_of_a_fusion():
         "  %near = bf16[1,1024]{1,0:S(1)} parameter(2)\n  %i = s32[] parameter(3)\n"
         "  %f = bf16[8,1024]{1,0} fusion(%cache, %new, %i), calls=%update\n"
         "  %g = bf16[1,1024]{1,0} fusion(%cache, %near, %i), calls=%take\n"
+        "  %h = bf16[1,1024]{1,0:S(1)} add(%near, %new)\n"
         "  ROOT %s = bf16[1,1024]{1,0} dynamic-slice(%cache, %i, %i)",
         "%update (c: bf16[8,1024]) -> bf16[8,1024] {\n  %c = bf16[8,1024]{1,0} parameter(0)\n"
         "  %n = bf16[1,1024]{1,0} parameter(1)\n  %j = s32[] parameter(2)\n"
@@ -287,6 +288,7 @@ def test_bytes_of_a_fusion():
     row = 2 * 1024
     assert memory_bytes(found, entry, entry.by_name["f"]) == 2 * row + 4
     assert memory_bytes(found, entry, entry.by_name["g"]) == 2 * row + 4
+    assert memory_bytes(found, entry, entry.by_name["h"]) == row
     assert memory_bytes(found, entry, entry.root) == 2 * row
 
 
