@@ -51,6 +51,8 @@ def variants() -> list[Variant]:
         Variant("dense-1b chunk 2048", "dense-1b", (("loss.chunk_tokens", 2048),)),
         Variant("dense-1b chunk 16384", "dense-1b", (("loss.chunk_tokens", 16384),)),
         Variant("dense-1b scan remat dots", "dense-1b", (scan, ("layers.remat", "dots"))),
+        Variant("dense-1b attention cudnn", "dense-1b", (("kernels.attention", "cudnn"),)),
+        Variant("dense-1b documents apart", "dense-1b", (("layers.document_mask", True),)),
         Variant("dense-1b attention xla", "dense-1b", (("kernels.attention", "xla"), scan, ("layers.remat", "full"))),
         Variant("dense-1b with Triton products", "dense-1b", (("xla_options", ()),)),
         Variant("moe-1b", "moe-1b"),

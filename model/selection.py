@@ -60,6 +60,7 @@ def select_kernels(
             segments=segments,
             soft_cap=config.attention_soft_cap is not None,
             sinks=config.attention_sinks,
+            gradient=True,
         )
         impl, reason = attention_op.choose(attention, case, target)
         chosen.append(impl)

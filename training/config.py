@@ -55,7 +55,7 @@ class LossConfig:
 class KernelConfig:
     """Implementation of each kernel. `auto` takes the fastest known here and says which; a named one runs or raises."""
 
-    attention: Literal["auto", "reference", "xla", "cudnn"] = "auto"
+    attention: Literal["auto", "reference", "xla", "cudnn", "pallas"] = "auto"
     """Attention inside a layer."""
     grouped_matmul: Literal["auto", "reference", "ragged_dot", "loop", "batched"] = "auto"
     """Products of expert-sorted rows with their experts' weights."""

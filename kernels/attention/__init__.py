@@ -15,10 +15,15 @@ from kernels.target import Target, default_target
 
 Impl = Literal["auto", "reference", "xla", "cudnn", "pallas"]
 
-# What "auto" takes on a GPU: the first of these that can compute the case, and else xla. Each with its measurement.
+# What "auto" takes on a GPU: the first of these that can compute the case, and else xla. Each with its measurement, on
+# an H100: benchmarks/results/attention_h100.json.
 _PREFERRED: tuple[tuple[Impl, str], ...] = (
-    ("cudnn", "fastest measured on an H100 (forward 548-608 TFLOP/s causal, T 4096-16384)"),
+    ("pallas", "fastest measured on an H100 (causal, T 1024-16384: forward 469-642 TFLOP/s, cuDNN 377-608)"),
+    ("cudnn", "fastest measured on an H100 of what takes the case"),
 )
+# (of keys, of values), where pallas is that. At 256 cuDNN is (640 TFLOP/s forward, pallas 614); 80 and 96 are not
+# measured.
+_PALLAS_FASTEST = ((64, 64), (128, 128), (192, 128))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +44,8 @@ class AttentionCase:
     soft_cap: bool = False
     sinks: bool = False
     return_lse: bool = False
+    gradient: bool = False
+    """Its backward pass is asked for too."""
 
     def __post_init__(self) -> None:
         if self.dtype not in ("bfloat16", "float16", "float32", "float64"):
@@ -80,7 +87,8 @@ def choose(impl: Impl, case: AttentionCase, target: Target) -> tuple[Impl, str]:
     if target.platform != "gpu":
         return "xla", f"the only fast implementation for {target.platform}"
     reasons = []
-    for preferred, measured in _PREFERRED:
+    in_front = (case.key_dim, case.value_dim) in _PALLAS_FASTEST
+    for preferred, measured in _PREFERRED if in_front else _PREFERRED[::-1]:
         reason = supports(preferred, case, target)
         if reason is None:
             return preferred, measured
@@ -133,6 +141,8 @@ def attention(
     Raises ValueError for shapes or dtypes that disagree and for an `impl` that can't run.
     """
     case = _case(q_BTNH, k_BSKH, v_BSKH, causal, window, q_segments, q_positions, soft_cap, sinks, return_lse)
+    # Whether a caller differentiates can't be known here: what "auto" chooses can be.
+    case = dataclasses.replace(case, gradient=impl == "auto")
     q_segments, kv_segments = _pair("segments", q_segments, kv_segments, q_BTNH, k_BSKH)
     q_positions, kv_positions = _pair("positions", q_positions, kv_positions, q_BTNH, k_BSKH)
     if sinks is not None and sinks.shape != (case.num_heads,):

@@ -31,13 +31,12 @@ from jax import lax
 
 from kernels import hopper
 from kernels.attention.masks import Marks
+from kernels.attention.tiles import GRADIENT_WIDTHS, gradient_unsupported
 
 # The log-sum-exp that a query which sees nothing is given: every exp(score - this) is 0, and it is finite.
 _NOTHING = 1e30
 # Of a matrix [keys, queries]: a value for each key, and one for each query.
 _KEYS, _QUERIES = hopper.ROWS, hopper.COLUMNS
-# (of keys, of values). Wider ones have more sums than the registers hold: 64 keys of 256 take them all.
-WIDTHS = ((64, 64), (128, 128))
 _COPIER, _ADDER = 2, 3
 # Tokens times pairs of row and kv head whose blocks run together: with many at once the walks of a head drift apart,
 # and with few the last ones leave the chip empty. Simulated, 2 heads of 8,192 tokens keep 96% of 132 multiprocessors
@@ -183,11 +182,8 @@ def attention_gradients(
     """
     B, T, N, H = q_BTNH.shape
     S, K, V = v_BSKH.shape[1:]
-    if (H, V) not in WIDTHS:
-        raise ValueError(
-            f"the gradient of attention with impl 'pallas' on a GPU takes widths {_listed(WIDTHS)} of keys and values, "
-            f"and these are {H} and {V}; set the attention impl to 'auto', 'cudnn' or 'xla'"
-        )
+    if (H, V) not in GRADIENT_WIDTHS:
+        raise ValueError(f"{gradient_unsupported(H, V)}; set the attention impl to 'auto', 'cudnn' or 'xla'")
     if scale == 0:
         raise ValueError("scale=0 gives every key the same score; it must be another number for impl 'pallas'")
     tiles = choose_backward_tiles(H) if tiles is None else tiles
@@ -225,10 +221,6 @@ def shared_bytes(head_dim: int) -> int:
     queries, keys, buffers = dataclasses.astuple(choose_backward_tiles(head_dim))
     ring = buffers * queries * (2 * 2 * head_dim + 4 * 4)
     return 2 * 2 * keys * head_dim + ring + 2 * 2 * keys * queries + 2 * 4 * 64 * 64 + 2 * 4 * keys + 256
-
-
-def _listed(widths) -> str:
-    return ", ".join(f"({key}, {value})" for key, value in widths)
 
 
 # A jit of its own, so that a model's layers are built once.

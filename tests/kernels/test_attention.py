@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
-from kernels.attention import AttentionCase, attention, choose, cudnn, supports, xla
+from kernels.attention import AttentionCase, attention, choose, cudnn, supports, tiles, xla
 from kernels.target import Target, default_target
 
 CPU = Target("cpu")
@@ -288,9 +288,27 @@ def case(**changes):
     return AttentionCase(**{**fields, "key_dim": 128, "value_dim": 128, **changes})
 
 
-@pytest.mark.parametrize("changes", [{}, {"causal": False}, {"window": 1024}, {"key_dim": 256, "value_dim": 256}])
-def test_auto_takes_cudnn_on_hopper(changes):
-    assert choose("auto", case(**changes), H100)[0] == "cudnn"
+WIDE = {"key_dim": 256, "value_dim": 256}
+
+
+@pytest.mark.parametrize(
+    ("changes", "newer", "older"),
+    [
+        ({}, "pallas", "cudnn"),
+        ({"causal": False, "gradient": True}, "pallas", "cudnn"),
+        ({"segments": True, "sinks": True, "gradient": True}, "pallas", "xla"),
+        ({"key_dim": 192}, "pallas", "xla"),
+        ({"key_dim": 192, "gradient": True}, "xla", "xla"),
+        (WIDE, "cudnn", "cudnn"),
+        (WIDE | {"segments": True}, "pallas", "xla"),
+        (WIDE | {"segments": True, "gradient": True}, "xla", "xla"),
+        ({"dtype": "float32"}, "xla", "xla"),
+    ],
+)
+def test_auto_takes_the_fastest_measured_on_hopper(monkeypatch, changes, newer, older):
+    for version, impl in (((0, 11, 2), newer), ((0, 10, 2), older)):
+        monkeypatch.setattr(tiles, "JAX_VERSION", version)
+        assert choose("auto", case(**changes), H100)[0] == impl
 
 
 @pytest.mark.parametrize(
@@ -312,7 +330,8 @@ def test_auto_takes_cudnn_on_hopper(changes):
         ({"return_lse": True}, H100, "log-sum-exp"),
     ],
 )
-def test_cudnn_refuses_what_it_cannot_do(changes, target, words):
+def test_cudnn_refuses_what_it_cannot_do(monkeypatch, changes, target, words):
+    monkeypatch.setattr(tiles, "JAX_VERSION", (0, 10, 2))
     assert words in supports("cudnn", case(**changes), target)
     with pytest.raises(ValueError, match="'cudnn' can't run"):
         choose("cudnn", case(**changes), target)

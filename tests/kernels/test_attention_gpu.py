@@ -236,6 +236,7 @@ def test_heads_whose_keys_fit_the_cache_come_together():
         ({}, Target("gpu", (8, 0)), "8.0"),
         ({"dtype": "float32"}, H100, "not float32"),
         ({"key_dim": 192, "value_dim": 192}, H100, "192/128.*not 192/192"),
+        ({"key_dim": 256, "value_dim": 256, "gradient": True}, H100, "64/64, 128/128, not 256/256"),
         ({"kv_length": 0}, H100, "2048 and 0"),
     ],
 )
@@ -248,12 +249,6 @@ def test_refuses_what_it_cannot_do(newer_jax, changes, target, words):
 def test_refuses_an_older_jax(monkeypatch):
     monkeypatch.setattr(tiles, "JAX_VERSION", (0, 10, 2))
     assert "needs JAX 0.11" in supports("pallas", PLAIN, H100)
-
-
-def test_auto_takes_only_what_was_measured(newer_jax):
-    assert choose("auto", PLAIN, H100)[0] == "cudnn"
-    assert choose("auto", dataclasses.replace(PLAIN, segments=True), H100)[0] == "xla"
-    assert choose("pallas", dataclasses.replace(PLAIN, segments=True), H100)[0] == "pallas"
 
 
 def test_the_op_runs_the_kernel_and_its_gradient(newer_jax, monkeypatch):
