@@ -13,7 +13,7 @@ from perf.host_steps import HostSteps
 from perf.plot import draw_svg
 from perf.report import Notes, Plot, Report, Table, duration
 from perf.straggler_traces import TracedRun
-from perf.stragglers import THRESHOLD, Straggler, peer_median, steps_to_alarm
+from perf.stragglers import THRESHOLD, Straggler, behind, peer_median, steps_to_alarm
 
 # Means of a plot's line: of so many steps each, so that a long run stays readable.
 _PLOTTED = 200
@@ -91,25 +91,29 @@ def _host_table(data: HostSteps) -> Table:
         (
             str(host),
             *(duration(value) for value in (step, taking, own, result, barrier)),
-            _percent(behind),
+            _percent(wait),
             _ratio(ratio),
             duration(probe),
             _ratio(probe_ratio),
         )
-        for host, (step, taking, own, result, barrier, behind, ratio, probe, probe_ratio) in enumerate(rows)
+        for host, (step, taking, own, result, barrier, wait, ratio, probe, probe_ratio) in enumerate(rows)
     )
     return Table(f"Hosts: medians of {len(data.steps)} steps", columns, texts, left=0)
 
 
+def others_wait(data: HostSteps) -> np.ndarray:
+    """Share of a step that the others lose to each host, [hosts, steps]."""
+    return np.maximum(behind(data, "barrier"), 0)
+
+
 def _columns(data: HostSteps) -> dict[str, list[float | None]]:
-    wait = (peer_median(data.barrier) - data.barrier) / np.median(data.seconds, axis=0)
     return {
         "step_seconds": _median(data.seconds),
         "input_seconds": _median(data.input),
         "host_seconds": _median(data.host),
         "result_seconds": _median(data.result),
         "barrier_seconds": _median(data.barrier),
-        "others_wait_share": _median(wait),
+        "others_wait_share": _median(others_wait(data)),
         "ratio_to_peers": _median(data.busy / peer_median(data.busy)),
         "probe_seconds": _median(data.probe),
         "probe_ratio_to_peers": _median(data.probe / peer_median(data.probe)),
@@ -117,7 +121,7 @@ def _columns(data: HostSteps) -> dict[str, list[float | None]]:
 
 
 def _percent(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:+.1%}"
+    return "n/a" if value is None else f"{value:.1%}"
 
 
 def _ratio(value: float | None) -> str:
@@ -145,8 +149,9 @@ def _notes(found: Findings) -> tuple[str, ...]:
     else:
         notes += [
             "Step: the same on all hosts of a synchronous run. Input, result, barrier: waiting for a batch, for the "
-            "end of the step before, for the last host. Host: the rest. Others wait: the others' median at the barrier "
-            "beyond its own, of a step. Ratio: the step without the barrier, to the others' median.",
+            "end of the step before, for the last host. Host: the rest, with what a full launch queue holds back. "
+            "Others wait: the others' median at the barrier beyond its own and beyond its wait for its devices, of a "
+            "step. Ratio: the step without the barrier, to the others' median.",
             "A device that is slow inside a step makes the others wait in collectives, which a host can't see: the "
             "probe (a fixed computation without a collective) and a trace of every process can.",
             f"{found.hosts.num_hosts} hosts: one that is last by {THRESHOLD:.0%} in every step is named after "
@@ -204,7 +209,7 @@ def _thin(xs: Sequence[int], values: np.ndarray) -> tuple[list[int], list[float]
 
 
 def _hosts_svg(data: HostSteps) -> str:
-    share = (peer_median(data.barrier) - data.barrier) / np.median(data.seconds, axis=0)
+    share = others_wait(data)
 
     def draw(axes: Any) -> None:
         for host in range(data.num_hosts):

@@ -4,13 +4,12 @@ All hosts of such a run take the same time for a step: one that is slow makes th
 least itself. Two signals of each host and step, each held against the median of the other hosts:
 
 `barrier`: seconds at the barrier that all hosts pass before a step is started. What a host lost to slow input, to its
-own Python or to other processes is the time that the others wait there for it. Where the devices' queue hides a slow
-host, nobody waits and nobody is named: it costs nothing. A slow device shows here by no more than what its step has
-after the last collective (the optimizer's update), since the collectives hold the others back inside the step.
+own Python or to other processes is the time that the others wait there for it. Devices have a step queued meanwhile: as
+much as the late host itself still waits for its devices afterwards is hidden by them, costs nothing, and is taken off.
 
 `probe`: seconds of a fixed computation on the host's own devices, without a collective, right behind a step. It shows a
-device that is throttled or shares its machine. What slows a step's own operations and no other (a link, an expert with
-more tokens) is seen in a trace of every process alone.
+device that is throttled or shares its machine. One that is slow at a step's own operations alone (a link, an expert with
+more tokens) holds the others back inside the collectives, where no host sees it; a trace of every process shows it.
 
 A host is hit in a step if it is among the last eighth of the hosts (of up to 15, the last of all) and is behind the
 others' median by `THRESHOLD`. Evidence is a CUSUM of hits over misses (Page, Biometrika 41, 1954). Where no host is
@@ -54,9 +53,10 @@ def peer_median(values: np.ndarray) -> np.ndarray:
 
 
 def behind(data: HostSteps, signal: Signal) -> np.ndarray:
-    """How far each host is behind the others' median, [hosts, steps]: as a share of the step, or of the median."""
+    """How far each host is behind the others' median, [hosts, steps]: as a share of the step, or of the median. Below 0
+    for a host that waits more, and for one that is late in time for its devices."""
     if signal == "barrier":
-        return (peer_median(data.barrier) - data.barrier) / np.median(data.seconds, axis=0)
+        return (peer_median(data.barrier) - data.barrier - data.result) / np.median(data.seconds, axis=0)
     return data.probe / peer_median(data.probe) - 1
 
 
@@ -193,7 +193,6 @@ def _onset(hit: np.ndarray, gain: float, loss: float) -> int:
 PARTS: Mapping[str, str] = {
     "input": "its input",
     "host": "its own Python, or other processes on it",
-    "result": "its devices end the step later",
 }
 
 

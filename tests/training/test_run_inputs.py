@@ -97,7 +97,7 @@ def unboxed(text: str) -> str:
         ("random", {"model.num_kv_heads": 3}, r"model\.num_heads=4 is not divisible by model\.num_kv_heads=3"),
         ("random", {"xla_options": ("fast_math",)}, r"xla_options='fast_math' must be xla_NAME=VALUE"),
         ("random", {"kernels.attention": "cudnn"}, r"cudnn.*cpu"),
-        ("random", {"checkpoint.every": 0}, r"checkpoint\.every=0 must be at least 1"),
+        ("random", {"checkpoint.every": -1}, r"checkpoint\.every=-1 must be at least 0"),
         ("random", {"distributed.mode": "coordinator"}, r"needs distributed\.coordinator_address"),
         ("random", {"name": "../elsewhere"}, r"name='\.\./elsewhere' must be a plain folder name"),
         # Data.
