@@ -8,8 +8,8 @@ own Python or to other processes is the time that the others wait there for it. 
 much as the late host itself still waits for its devices afterwards is hidden by them, costs nothing, and is taken off.
 
 `probe`: seconds of a fixed computation on the host's own devices, without a collective, right behind a step. It shows a
-device that is throttled or shares its machine. One that is slow at a step's own operations alone (a link, an expert with
-more tokens) holds the others back inside the collectives, where no host sees it; a trace of every process shows it.
+device that is throttled or shares its machine. One that is slow at a step's own operations alone (a link, an expert
+with more tokens) holds the others back in the collectives, where no host sees it; a trace of every process shows it.
 
 A host is hit in a step if it is among the last eighth of the hosts (of up to 15, the last of all) and is behind the
 others' median by `THRESHOLD`. Evidence is a CUSUM of hits over misses (Page, Biometrika 41, 1954). Where no host is

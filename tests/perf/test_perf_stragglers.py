@@ -72,7 +72,7 @@ def told(data: HostSteps, every: int = 5) -> list:
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("hosts", [2, 8, 64])
 def test_clean_steps_raise_no_alarm(noise, hosts):
-    for seed in range(40):
+    for seed in range(25):
         # The spread is such that single steps are far above the threshold.
         assert told(simulate(hosts, 200, seed=seed, noise=noise, spread=0.1)) == []
 
