@@ -46,6 +46,8 @@ class DeviceTime:
     steps: int
     window: Span
     nanoseconds: Mapping[str, int]
+    periods: tuple[Mapping[str, int], ...]
+    """The same of each step by itself."""
     collective: int
     """Nanoseconds with a collective under way, hidden or not."""
     hidden: int
@@ -118,6 +120,12 @@ class Breakdown:
         middle = statistics.median(times)
         return max(times) / middle if len(times) > 1 and middle else None
 
+    def typical(self, category: str) -> float:
+        """Median over the steps, mean over devices: one step in which the host was held up is no property of a run."""
+        return statistics.fmean(
+            statistics.median(period[category] for period in device.periods) for device in self.devices
+        )
+
     def share(self, category: str) -> float:
         return self.per_step(category) / self.step
 
@@ -162,7 +170,8 @@ def _window(runs: Sequence[Execution]) -> tuple[Span, int]:
 
 
 def _device(device: Device, program: str, timeline: Timeline, facts: Ops) -> DeviceTime:
-    window, steps = _window([run for run in device.executions if run.module == program])
+    runs = [run for run in device.executions if run.module == program]
+    window, steps = _window(runs)
     pieces = clip(device.pieces, window)
     kinds = {
         event: kernel_kind(event.name, event.op, facts.of(event.name, event.op) if event.module == program else None)
@@ -170,11 +179,10 @@ def _device(device: Device, program: str, timeline: Timeline, facts: Ops) -> Dev
     }
     rank = {kind: number for number, kind in enumerate(KINDS)}
     owned = foremost((start, end, rank[kinds[event]], event) for start, end, event in pieces)
-    spent = dict.fromkeys(CATEGORIES, 0)
-    for start, end, event in owned:
-        spent[kinds[event]] += end - start
-    idle = subtract([window], union((start, end) for start, end, _ in owned))
-    spent |= _idle(idle, device, timeline)
+    starts = [run.start for run in runs]
+    bounds = [*starts[:-1], window[1]] if len(runs) > 1 else list(window)
+    periods = tuple(_period(span, owned, kinds, device, timeline) for span in itertools.pairwise(bounds))
+    spent = {category: sum(period[category] for period in periods) for category in CATEGORIES}
     assert sum(spent.values()) == window[1] - window[0], "categories do not sum to the window"
     busy = union((start, end) for start, end, event in pieces if kinds[event] != "collective")
     talking = union((start, end) for start, end, event in pieces if kinds[event] == "collective")
@@ -183,12 +191,24 @@ def _device(device: Device, program: str, timeline: Timeline, facts: Ops) -> Dev
         steps,
         window,
         spent,
+        periods,
         total(talking),
         total(intersect(talking, busy)),
         _lengths(pieces),
         _ops(owned, kinds, steps, facts),
         _instances(owned, kinds),
     )
+
+
+def _period(
+    span: Span, owned: Sequence[Piece[Event]], kinds: Mapping[Event, Kind], device: Device, timeline: Timeline
+) -> dict[str, int]:
+    """Nanoseconds by category within a span; they sum to it."""
+    spent = dict.fromkeys(CATEGORIES, 0)
+    inside = clip(owned, span)
+    for start, end, event in inside:
+        spent[kinds[event]] += end - start
+    return spent | _idle(subtract([span], union((start, end) for start, end, _ in inside)), device, timeline)
 
 
 def _idle(idle: Sequence[Span], device: Device, timeline: Timeline) -> dict[str, int]:

@@ -28,7 +28,7 @@ def input_bound(evidence: Evidence) -> Finding | None:
     candidates: list[tuple[float, float, str]] = []
     times, run = evidence.breakdown, evidence.run
     if times is not None and times.has_marks:
-        waited = times.per_step("input")
+        waited = times.typical("input")
         candidates.append(
             (waited, times.step, f"trace: devices idle while the host takes a batch, {duration_ns(waited)}")
         )
@@ -103,7 +103,7 @@ def host_bound(evidence: Evidence) -> Finding | None:
     if evidence.timeline is not None and evidence.timeline.compiles:
         # That time is the recompilation's.
         compiling = total(union(span for _, span in evidence.timeline.compiles)) / times.steps
-    waited = max(times.per_step("host") - compiling, 0.0)
+    waited = max(times.typical("host") - compiling, 0.0)
     if waited <= evidence.worth * times.step:
         return None
     evidences = [f"trace: devices idle between programs, host not at its input, {duration_ns(waited)} a step"]
@@ -126,7 +126,7 @@ def launch_bound(evidence: Evidence) -> Finding | None:
     # A CPU starts no kernels: gaps are its cores' at other devices' or threads' work.
     if times is None or times.platform == "cpu":
         return None
-    idle = times.per_step("launch")
+    idle = times.typical("launch")
     if idle <= evidence.worth * times.step:
         return None
     count = sum(times.devices[0].lengths) / times.steps

@@ -90,12 +90,17 @@ def _kind(module: Module, one: Instruction) -> Kind:
         return "collective"
     inside = [inner for _, inner in fused(module, one)]
     opcodes = {inner.opcode for inner in inside}
-    if any(inner.is_collective for inner in inside):
+    targets = {inner.target for inner in inside if inner.opcode == "custom-call"}
+    if targets & {"AsyncCollectiveStart", "AsyncCollectiveDone"}:
+        return "collective"
+    has_product = one.opcode in _MATMUL_OPCODES or bool(opcodes & set(_MATMUL_OPCODES))
+    # TPU's compiler repeats a collective that is under way in the products that hide it.
+    if not has_product and any(inner.is_collective for inner in inside):
         return "collective"
     target = one.target or ""
     if is_attention(one.scope) or _ATTENTION_SCOPE.search(one.scope) or _ATTENTION_KERNEL.search(target):
         return "attention"
-    if one.opcode in _MATMUL_OPCODES or opcodes & set(_MATMUL_OPCODES) or _MATMUL_KERNEL.search(target):
+    if has_product or _MATMUL_KERNEL.search(target):
         return "matmul"
     if one.opcode == "custom-call":
         # A Pallas kernel's target says nothing; its scope may.

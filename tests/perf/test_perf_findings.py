@@ -90,6 +90,16 @@ def test_host_bound(tmp_path):
     assert finding.name == "host-bound" and finding.milliseconds == pytest.approx(0.04)
 
 
+def test_one_step_that_the_host_held_up_is_no_finding(tmp_path):
+    starts = (0, STEP, 2 * STEP, 5 * STEP)
+    kernels = [op for at in starts for op in gpu_step(at, [("nvjet", "dot.1", 0, 99_000)])]
+    timeline = read_trace(write(tmp_path, {"/device:GPU:0": {"Stream #1": kernels}}))
+    times = breakdown(timeline)
+    # Two steps of 100 µs and one of 300, of which the device works 99 each.
+    assert times.per_step("host") == pytest.approx((1000 + 1000 + 201_000) / 3) and times.typical("host") == 1000
+    assert names(Evidence(timeline=timeline, breakdown=times, step_ns=times.step, platform="gpu")) == []
+
+
 def test_launch_bound(tmp_path):
     step = [("tiny_add_fusion", f"add_fusion.{n}", 1000 * n, 600) for n in range(100)]
     (finding,) = examine(traced(tmp_path, step))

@@ -27,16 +27,15 @@ from tests.training import runs
 from training import loop
 
 
-
 class Pause:
-    """Sleeps for three times what went by since it last did: long against a step, on a busy machine too."""
+    """Sleeps for five times what went by since it last did: long against a step, on a busy machine too."""
 
     def __init__(self) -> None:
         self.last: float | None = None
 
     def __call__(self) -> None:
         since = 0.0 if self.last is None else time.monotonic() - self.last
-        time.sleep(min(max(3 * since, 0.1), 2.0))
+        time.sleep(min(max(5 * since, 0.1), 4.0))
         self.last = time.monotonic()
 
 
@@ -123,7 +122,7 @@ def host_sync(folder: Path) -> None:
 
 def bad_mesh(folder: Path) -> None:
     """A tiny model split over both devices in every layer: nothing but communication."""
-    tiny = {"model.embed_dim": 16, "model.mlp_dim": 32, "model.head_dim": 8, "model.num_layers": 8}
+    tiny = {"model.embed_dim": 16, "model.mlp_dim": 32, "model.head_dim": 8, "model.num_layers": 40}
     train(folder, {**tiny, "mesh.data": 1, "mesh.tensor": 2, "data.batch_size": 2, "data.sequence_length": 16})
 
 

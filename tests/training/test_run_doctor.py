@@ -55,10 +55,10 @@ def test_categories_sum_to_the_step(found, name):
 
 
 def test_the_time_at_stake_is_the_pause(found):
-    """Both faults pause for three times as long as the rest of a step, of which the device may still be at one."""
+    """Both faults pause for five times as long as the host needs for a step; the device may be at one meanwhile."""
     for fault in ("slow_loader", "host_sync"):
         share = found[fault]["findings"][0]["milliseconds"] / found[fault]["breakdown"]["step_ms"]
-        assert 0.4 < share < 0.9, found[fault]["findings"][0]
+        assert 0.3 < share < 0.95, found[fault]["findings"][0]
 
 
 def test_ops_of_a_run_are_known_by_its_program(found):
