@@ -14,7 +14,7 @@ import datetime
 import importlib
 import importlib.util
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -198,8 +198,8 @@ def relative_errors(results: Sequence[jax.Array], true: list[np.ndarray]) -> dic
     return errors
 
 
-def measure_all(works: list[Work], impls: list[str], repeats: int) -> list[dict[str, Any]]:
-    rows, target = [], default_target()
+def measure_all(works: list[Work], impls: list[str], repeats: int) -> Iterator[dict[str, Any]]:
+    target = default_target()
     print(f"{'work':<48}{'impl':<9}{'fwd':>7}{'bwd':>7}{'both':>7} TFLOP/s{'err out':>10}{'MiB':>9}", flush=True)
     for work in works:
         given = operands(work)
@@ -208,9 +208,8 @@ def measure_all(works: list[Work], impls: list[str], repeats: int) -> list[dict[
             row: dict[str, Any] = {"work": work.name, "impl": impl}
             reason = lacking(impl, work, target)
             row |= {"lacking": reason} if reason else measure(impl, work, given, true, repeats)
-            rows.append(row)
             print(_line(row), flush=True)
-    return rows
+            yield row
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -236,17 +235,19 @@ def main(arguments: list[str] | None = None) -> None:
         parser.exit(2, f"python -m benchmarks.attention measures NVIDIA GPUs, and the default device is a {target}\n")
     # First, so that the chip's clocks have risen before anything short is timed.
     ceiling = matmul_flops_per_second() / 1e12
-    rows = measure_all([work for work in WORKS if work.name in options.works], options.impls, options.repeats)
-    record = {
+    record: dict[str, Any] = {
         "benchmark": "attention",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "matmul_tflops": ceiling,
-        "rows": rows,
+        "rows": [],
     }
-    if options.out is not None:
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+    for row in measure_all([work for work in WORKS if work.name in options.works], options.impls, options.repeats):
+        record["rows"].append(row)
+        # What is measured is kept, also of a run that is cut off.
+        if options.out is not None:
+            options.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record))
 
 

@@ -295,7 +295,12 @@ WIDE = {"key_dim": 256, "value_dim": 256}
     ("changes", "newer", "older"),
     [
         ({}, "pallas", "cudnn"),
-        ({"causal": False, "gradient": True}, "pallas", "cudnn"),
+        ({"gradient": True}, "pallas", "cudnn"),
+        ({"causal": False}, "cudnn", "cudnn"),
+        ({"window": 1024}, "pallas", "cudnn"),
+        ({"window": 1024, "gradient": True}, "cudnn", "cudnn"),
+        ({"window": 1024, "sinks": True, "gradient": True}, "pallas", "xla"),
+        ({"window": 2048, "gradient": True}, "pallas", "cudnn"),
         ({"segments": True, "sinks": True, "gradient": True}, "pallas", "xla"),
         ({"key_dim": 192}, "pallas", "xla"),
         ({"key_dim": 192, "gradient": True}, "xla", "xla"),
