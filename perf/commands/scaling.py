@@ -326,9 +326,9 @@ def predictions(run: TrainRun, chip_name: str, sizes: list[tuple[int, int]]) -> 
         candidate = Candidate(layout, run.accumulation, run.layers.remat, run.layers.scan)
         sized = dataclasses.replace(run, data=dataclasses.replace(run.data, batch_size=rows))
         try:
-            rates_ = step_rates(chip, run.precision.compute)
+            step = estimate(run.model, program(sized, candidate, chip), layout, step_rates(chip, run.precision.compute))
+        # Everything was measured by now: no reason to lose it.
         except ValueError as error:
             return {}, str(error)
-        step = estimate(run.model, program(sized, candidate, chip), layout, rates_)
         found[devices] = Predicted(step.seconds, step.exposed_seconds)
     return found, None

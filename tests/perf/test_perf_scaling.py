@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import configs
 from perf.breakdown import CATEGORIES, Breakdown, DeviceTime
+from perf.chips import CHIPS
 from perf.command import main
 from perf.commands import scaling
 from perf.scaling import (
@@ -121,8 +123,18 @@ def test_a_part_that_is_not_known_has_a_reason_and_the_rest_takes_it():
 
 def traced(wait: float | None, **nanoseconds: int) -> Breakdown:
     spent = {**dict.fromkeys(CATEGORIES, 0), **nanoseconds}
-    window = (0, 2 * sum(spent.values()) // 2)
-    device = DeviceTime(0, 2, window, spent, spent["collective"], 0, (), (), {})
+    device = DeviceTime(
+        ordinal=0,
+        steps=2,
+        window=(0, sum(spent.values())),
+        nanoseconds=spent,
+        periods=(),
+        collective=spent["collective"],
+        hidden=0,
+        lengths=(),
+        ops=(),
+        instances={},
+    )
     return Breakdown("gpu", "jit_step", (device,), (), wait, {}, True, True)
 
 
@@ -222,6 +234,14 @@ def test_a_prediction_stands_beside_what_was_measured(made_up, capsys):
     assert eight["predicted_tax"] == pytest.approx(expected) and abs(expected) < 0.2
     assert 0 < eight["predicted_exposed_communication"] < 0.2
     assert eight["batch_size"] == 64
+
+
+def test_a_chip_that_the_model_does_not_know_has_no_prediction():
+    run = configs.load("dense-1b").train()
+    unlinked = next(chip.name for chip in CHIPS if chip.scale_up_bandwidth is None)
+    for chip, words in ((unlinked, "no links"), ("cpu", "table of chips")):
+        found, reason = scaling.predictions(run, chip, [(1, 8), (2, 16)])
+        assert found == {} and words in reason
 
 
 def test_virtual_devices_are_called_so_and_predicted_by_nobody(made_up, capsys):

@@ -268,7 +268,18 @@ def traced_process(matmul: int, collective: int) -> Breakdown:
     """Two steps of one device that is number 2048 of its host, of 300 ms."""
     spent = {**dict.fromkeys(CATEGORIES, 0), "matmul": 2 * matmul, "collective": 2 * collective, "launch": 20_000_000}
     spent["host"] = 600_000_000 - sum(spent.values())
-    device = DeviceTime(2048, 2, (0, 600_000_000), spent, 2 * collective, 0, (), (), {})
+    device = DeviceTime(
+        ordinal=2048,
+        steps=2,
+        window=(0, 600_000_000),
+        nanoseconds=spent,
+        periods=(),
+        collective=2 * collective,
+        hidden=0,
+        lengths=(),
+        ops=(),
+        instances={},
+    )
     return Breakdown("gpu", "jit_step", (device,), (), None, {}, True, True)
 
 
