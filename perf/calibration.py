@@ -61,8 +61,8 @@ _V4, _V5E, _V5P = (
 _V6E = "AI-Hypercomputer/tpu-recipes@c8cfe2f training/trillium/{}/README.md"
 _8B, _70B = _V6E.format("Llama3.1-8B-MaxText/v6e-256"), _V6E.format("Llama2-70B-MaxText")
 
-# Of jax 0.10.2 with libtpu 0.0.42.1, 2026-11-23. On v6e the published 70B step hid its reductions by options that its row
-# was compiled without: 2.5 s of its `other_seconds` are waiting for them.
+# Of jax 0.10.2 with libtpu 0.0.42.1, 2026-11-23. On v6e the published 70B step hid its reductions by options that its
+# row was compiled without: 2.5 s of its `other_seconds` are waiting for collectives.
 # fmt: off
 ROWS = (
     Row("TPU v5e", "16B, v5e:16x16, 6 × 2048 a chip", _V5E, 10.275, 9.686, 1.147, 0.614, True),
@@ -107,5 +107,7 @@ def calibration_of(chip: Chip) -> Calibration:
         return Calibration(1.0, f"not calibrated on {chip.name}: no published step of it was compiled")
     scale = fit(fitted)
     held = [row.error(scale) for row in rows_of(chip.name) if not row.fitted]
-    errors = f"off by {' and '.join(f'{error:+.0%}' for error in held)} on those held out" if held else "none held out"
+    errors = (
+        f"off by {' and '.join(f'{error:+.0%}' for error in held)} on {len(held)} held out" if held else "none held out"
+    )
     return Calibration(scale, f"fitted on {len(fitted)} published training step{'s'[: len(fitted) > 1]}, {errors}")
