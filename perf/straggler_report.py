@@ -167,6 +167,11 @@ def _notes(found: Findings) -> tuple[str, ...]:
         )
     if found.traced is None:
         notes.append(f"Traces: {found.traced_reason}.")
+    else:
+        notes.append(
+            "A trace is of a few steps, without the statistics that guard the hosts' verdict from a false alarm: take "
+            "another one before a machine is blamed by it."
+        )
     return tuple(notes)
 
 
