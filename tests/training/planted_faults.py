@@ -27,16 +27,11 @@ from tests.training import runs
 from training import loop
 
 
-class Pause:
-    """Sleeps for five times what went by since it last did: long against a step, on a busy machine too."""
-
-    def __init__(self) -> None:
-        self.last: float | None = None
-
-    def __call__(self) -> None:
-        since = 0.0 if self.last is None else time.monotonic() - self.last
-        time.sleep(min(max(5 * since, 0.1), 4.0))
-        self.last = time.monotonic()
+def outlast(running: Any) -> None:
+    """Takes until what runs on the devices is done, and twice as long again: long against a step on any machine."""
+    began = time.monotonic()
+    jax.block_until_ready(running)
+    time.sleep(max(2 * (time.monotonic() - began), 0.15))
 
 
 # Steps of some length on a device of its own data each: little to communicate, and little host beside it.
@@ -52,7 +47,7 @@ HEALTHY: runs.Settings = {
     "mesh.fsdp": 1,
     "steps": 6,
     "profile": "3:6",
-    "checkpoint.every": 20,
+    "checkpoint.every": 0,
     "tensorboard": False,
 }
 
@@ -67,23 +62,33 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-class SlowLoader(loop.Loader):
-    pause = Pause()
+class SlowLoader:
+    """A run's loader that needs more time than the devices do."""
+
+    def __init__(self, trainer: loop.Trainer, loader: loop.Loader) -> None:
+        self.trainer, self.loader = trainer, loader
 
     def __next__(self):
-        self.pause()
-        return super().__next__()
+        outlast(self.trainer.pending and self.trainer.pending.metrics)
+        return next(self.loader)
+
+    def state(self):
+        return self.loader.state()
+
+    def close(self) -> None:
+        self.loader.close()
+
+
+def slowed(open_loader: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda trainer, start: SlowLoader(trainer, open_loader(trainer, start))
 
 
 def waiting(read: Callable[..., None]) -> Callable[..., None]:
     """A host that waits for the step that runs already, and then does something slow, before it starts the next."""
 
-    pause = Pause()
-
     def wait(trainer, pending, state):
         read(trainer, pending, state)
-        jax.block_until_ready(state.params)
-        pause()
+        outlast(state.params)
 
     return wait
 
@@ -111,7 +116,7 @@ def healthy(folder: Path) -> None:
 
 
 def slow_loader(folder: Path) -> None:
-    with replaced(loop, "Loader", SlowLoader):
+    with replaced(loop.Trainer, "open_loader", slowed(loop.Trainer.open_loader)):
         train(folder, {})
 
 

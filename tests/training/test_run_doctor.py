@@ -1,6 +1,7 @@
 """Faults planted in real runs are what `perf doctor` names first; a healthy run has none."""
 
 import json
+import statistics
 import subprocess
 import sys
 
@@ -55,10 +56,11 @@ def test_categories_sum_to_the_step(found, name):
 
 
 def test_the_time_at_stake_is_the_pause(found):
-    """Both faults pause for five times as long as the host needs for a step; the device may be at one meanwhile."""
+    """Both faults take twice as long as a step, after it."""
     for fault in ("slow_loader", "host_sync"):
-        share = found[fault]["findings"][0]["milliseconds"] / found[fault]["breakdown"]["step_ms"]
-        assert 0.3 < share < 0.95, found[fault]["findings"][0]
+        step = statistics.median(found[fault]["breakdown"]["step_times_ms"])
+        share = found[fault]["findings"][0]["milliseconds"] / step
+        assert 0.3 < share < 1, (found[fault]["findings"][0], found[fault]["breakdown"])
 
 
 def test_ops_of_a_run_are_known_by_its_program(found):
