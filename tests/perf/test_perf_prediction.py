@@ -204,6 +204,7 @@ def test_a_program_adds_up(name):
     assert found.categories["collectives"] == pytest.approx(found.exposed_seconds)
     assert 0 < found.hfu < 1 and all(one.seconds >= 0 for one in found.spent)
     assert found.assumptions[0] == "a prediction: nothing ran on a TPU"
+    assert not any("another computation" in note or "unknown work" in note for note in found.assumptions)
     assert json.loads(json.dumps(found.to_json()))["step_seconds"] == found.step_seconds
 
 
