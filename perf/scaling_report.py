@@ -80,7 +80,8 @@ def _sizes(sizes: Sequence[Size]) -> str:
 
 
 def percent(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.1%}"
+    # Rounded first, and 0 added: what is left of a tax may be -0.00001.
+    return "n/a" if value is None else f"{round(value, 3) + 0.0:.1%}"
 
 
 def _interval(low: float | None, high: float | None) -> str:
@@ -250,7 +251,7 @@ def _svg(survey: Survey, lines: Sequence[_Line]) -> str:
         for line, value in zip(lines, values, strict=True):
             if line.tax is not None:
                 axes.annotate(
-                    f"tax {line.tax.value:.1%}", (line.size.devices, value), (6, 8), textcoords="offset points"
+                    f"tax {line.tax.value:.1%}", (line.size.devices, value), (4, -16), textcoords="offset points"
                 )
         axes.set_xscale("log", base=2)
         axes.set(xlabel="devices", ylabel=label, ylim=(0, 1.2 * max(values)), title=survey.config)
