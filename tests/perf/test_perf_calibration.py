@@ -39,6 +39,7 @@ def test_steps_held_out_are_predicted(chip):
     calibration = calibration_of(CHIP[chip])
     held = [one for one in rows_of(chip) if not one.fitted]
     assert held and 0.7 < calibration.scale < 1.3
+    assert calibration.scale == fit([one for one in rows_of(chip) if one.fitted])
     for one in held:
         error = one.error(calibration.scale)
         assert abs(error) < BOUNDS.get(chip, 0.1), (one.name, error)

@@ -240,6 +240,17 @@ def test_axes_of_a_mesh_are_told_apart():
     assert found.collective_bytes["all-gather"] > 2 * 2 * 1.28e9
 
 
+def test_the_compilers_single_ring_is_priced_as_one():
+    """Gradients of 2048 × 8192 in bfloat16 are scattered along one ring through a plane of 4 × 4 chips."""
+    found = whole("train_v5p_4x4x4")
+    scattered = [wait for wait in found.waits if wait.collective.num_bytes == 2 * 2048 * 8192]
+    assert {wait.collective.kind for wait in scattered} >= {"reduce-scatter"}
+    seconds = 15 / 16 * 2 * 2048 * 8192 / (2 * 90e9) + 8 * HOP_SECONDS
+    for wait in scattered:
+        if wait.collective.kind == "reduce-scatter":
+            assert wait.seconds / wait.count == pytest.approx(seconds)
+
+
 def test_slices_exchange_gradients():
     """Each chip its quarter of two kernels of 1024 × 1024, in bfloat16, and the loss."""
     found = whole("slices_v5e")
