@@ -280,6 +280,7 @@ def _call(statics: _Statics, inputs: _Inputs, interpret):
     run = plgpu.kernel(
         body,
         out_type=outs,
+        kernel_name="attention_forward",
         scratch_types=list(shared.values()),
         # Every program takes item after item, so that the copies of the next one begin before this one ends.
         grid=(statics.num_programs,),

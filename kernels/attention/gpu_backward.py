@@ -338,6 +338,7 @@ def _call(statics: _Statics, inputs: _Inputs, interpret):
     run = plgpu.kernel(
         functools.partial(_body, statics),
         out_type=outs,
+        kernel_name="attention_backward",
         scratch_types=list(_scratch(statics, dtype)),
         grid=(statics.batch * statics.num_kv_heads * statics.key_blocks,),
         grid_names=("item",),

@@ -198,6 +198,7 @@ def _call(statics: _Statics, operands, interpret):
     run = plgpu.kernel(
         functools.partial(_body, statics, len(operands)),
         out_type=outs,
+        kernel_name="paged_prefill",
         scratch_types=list(shared),
         # Every program takes item after item, so that the copies of the next one begin before this one ends.
         grid=(statics.num_programs,),
