@@ -54,6 +54,11 @@ def diagnose_run(folder: Path, serving: ServingFacts | None = None) -> Diagnosis
     if has_trace(folder / "profiles"):
         evidence, missing, more = with_trace(evidence, find_trace(folder / "profiles"))
         unjudged, notes = [*unjudged, *missing], [*notes, *more]
+        if facts.step_seconds is not None and evidence.step_ns is not None:
+            change = evidence.step_ns / 1e9 / facts.step_seconds - 1
+            notes.append(
+                f"the traced steps took {change:+.1%} against the run's median, {facts.step_seconds * 1e3:.1f} ms"
+            )
     else:
         unjudged.append(
             "host, launches, communication, recompilation: the run has no trace; add --profile 10:13 to train.py"
