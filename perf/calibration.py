@@ -70,6 +70,8 @@ ROWS = (
     Row("TPU v5e", "64B, v5e:16x16, 2 × 2048 a chip", _V5E, 13.472, 12.068, 2.378, 0.409, False),
     Row("TPU v4", "22B, v4:4x4x4, 13 × 2048 a chip", _V4, 23.715, 17.807, 2.757, 1.072, True),
     Row("TPU v4", "52B, v4:4x4x12, 7 × 2048 a chip", _V4, 29.607, 22.057, 4.09, 0.513, False),
+    Row("TPU v5p", "32B, v5p:4x4x4, 6 × 2048 a chip", _V5P, 7.299, 6.036, 0.785, 0.263, True),
+    Row("TPU v5p", "64B, v5p:4x4x4, 3 × 2048 a chip", _V5P, 7.389, 6.135, 1.297, 0.263, False),
     Row("TPU v6e", "Llama 3.1 8B, v6e:16x16, 4 × 8192 a chip", _8B, 4.546, 3.432, 0.763, 0.703, True),
     Row("TPU v6e", "Llama 2 70B, v6e:16x16, 2 × 4096 a chip", _70B, 9.052, 7.81, 3.136, 0.439, False),
 )
