@@ -267,7 +267,6 @@ def test_jobs_are_answered_in_order_by_other_processes():
     assert sorted(followed) == [(0, 2.0), (1, 3.0), (2, 5.0), (3, 4.0)]
 
 
-@pytest.mark.slow
 def test_a_process_that_dies_is_an_error_that_says_what_to_do():
     with pytest.raises(OSError, match="set --workers to 1"):
         run_jobs(os._exit, [3], 1, lambda index, found: [])

@@ -178,7 +178,6 @@ def test_a_wrong_setting_of_decode_is_one_line_on_stderr(capsys, arguments, said
     assert status == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and said in err
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiles for TPU: needs libtpu")
 def test_a_real_round_is_compiled_and_predicted(capsys, monkeypatch, tmp_path):
     module = types.SimpleNamespace(serve=lambda: ServeRun(name="tiny", model=TINY))
