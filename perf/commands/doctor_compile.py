@@ -12,7 +12,6 @@ import jax
 from jax.sharding import Mesh
 
 import serving.resolve
-from model.config import ModelConfig
 from parallel.compilation import Options
 from parallel.mesh import make_mesh
 from parallel.topology import tpu_devices
@@ -28,7 +27,7 @@ from perf.serving_facts import DecodePoint, ServingFacts
 from perf.step_model import Layout
 from serving.config import ServeRun
 from serving.startup import make_runner
-from training.config import TrainRun
+from training.config import ModelConfig, TrainRun
 from training.loop import as_json, lower_step
 from training.resolve import resolve
 
