@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import re
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,15 +163,19 @@ def key(program: str, topology: str, options: Options, devices: list[int]) -> st
 
 
 def read(where: Path) -> Compiled | None:
-    """None where nothing is kept. The JSON file is written last: without it there is nothing."""
-    try:
-        fields: dict[str, Any] = json.loads(where.with_suffix(".json").read_text())
-    except FileNotFoundError:
+    """None where nothing is kept. The JSON file is written last: without it there is nothing.
+
+    Raises ValueError for what can't be read.
+    """
+    facts = where.with_suffix(".json")
+    if not facts.exists():
         return None
-    text = None
-    if fields["fits"]:
-        text = gzip.decompress(where.with_suffix(".hlo.gz").read_bytes()).decode()
-    return Compiled(**fields, text=text, kept=True)
+    try:
+        fields: dict[str, Any] = json.loads(facts.read_text())
+        text = gzip.decompress(where.with_suffix(".hlo.gz").read_bytes()).decode() if fields["fits"] else None
+        return Compiled(**fields, text=text, kept=True)
+    except (ValueError, OSError, EOFError, zlib.error, KeyError, TypeError) as error:
+        raise ValueError(f"{facts} and what is beside it can't be read ({error}); delete them") from error
 
 
 def write(where: Path, made: Compiled) -> None:

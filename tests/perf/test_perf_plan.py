@@ -244,6 +244,18 @@ def test_what_was_compiled_is_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["abc.hlo.gz", "abc.json", "other.json"]
 
 
+@pytest.mark.parametrize("damaged", ["abc.json", "abc.hlo.gz"])
+def test_what_is_kept_and_damaged_is_named(tmp_path, damaged):
+    write(tmp_path / "abc", Compiled(True, 5.0, False, None, None, 2.5, "HloModule m\n"))
+    whole = (tmp_path / damaged).read_bytes()
+    (tmp_path / damaged).write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match=r"abc\.json and what is beside it can't be read .*; delete them"):
+        read(tmp_path / "abc")
+    (tmp_path / damaged).unlink()
+    if damaged == "abc.json":
+        assert read(tmp_path / "abc") is None
+
+
 def test_a_key_holds_all_that_an_answer_depends_on():
     first = ("program", "v5e:2x2", {"xla_a": True}, [0, 1])
     others = [
