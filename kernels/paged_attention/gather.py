@@ -35,8 +35,8 @@ def gather_pages(q_BTNH, k_pages_PSKH, v_pages_PSKH, page_table_BM, lengths_B, s
     B, T = q_BTNH.shape[:2]
     S, K = k_pages_PSKH.shape[1:3]
     width = page_table_BM.shape[1] * S
-    k_BSKH = jnp.take(k_pages_PSKH, page_table_BM, axis=0).reshape(B, width, K, -1)
-    v_BSKH = jnp.take(v_pages_PSKH, page_table_BM, axis=0).reshape(B, width, K, -1)
+    k_BSKH = jnp.take(k_pages_PSKH, page_table_BM, axis=0, mode="clip").reshape(B, width, K, -1)
+    v_BSKH = jnp.take(v_pages_PSKH, page_table_BM, axis=0, mode="clip").reshape(B, width, K, -1)
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (B, width))
     counts = positions < lengths_B[:, None]
     # What an earlier owner left in a page has weight 0, and 0 times infinity is NaN: it is taken out of the values.
