@@ -128,6 +128,7 @@ class Attention(nnx.Module):
             soft_cap=self.config.attention_soft_cap,
             scale=self.config.scale,
             impl=execution.attention[self.pattern_entry],
+            target=execution.target,
         )
         sinks = None if self.sinks is None else self.sinks[...].astype(jnp.float32)
 

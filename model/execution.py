@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from kernels.target import Target
 from model.precision import Precision
 from parallel.sharding import Placement
 
@@ -26,6 +27,8 @@ class Execution:
     attention: tuple[str, ...] = ("xla",)
     paged_attention: str = "xla"
     grouped_matmul: str = "ragged_dot"
+    target: Target | None = None
+    """Device kind of the kernels; None for the default device's."""
     remat: Remat = "none"
     check_finite: bool = False
     """Also return, per layer, whether its output is finite (the diagnosis after a non-finite loss)."""

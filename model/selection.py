@@ -11,7 +11,7 @@ from kernels import attention as attention_op
 from kernels import grouped_matmul as grouped_op
 from kernels import paged_attention as paged_op
 from kernels.attention import xla as attention_xla
-from kernels.target import target_of
+from kernels.target import Target, target_of
 from model.config import ModelConfig
 from parallel.sharding import Placement
 
@@ -22,6 +22,7 @@ class Selection(NamedTuple):
     attention: tuple[str, ...]
     grouped_matmul: str
     reasons: tuple[str, ...]
+    target: Target
 
     def query_block(self, sequence_length: int) -> int | None:
         """Queries that share a range of computed keys in XLA's attention; None where no layer uses it."""
@@ -70,7 +71,7 @@ def select_kernels(
     grouped, reason = _select_grouped(config, grouped_matmul, dtype, tokens, placement, target)
     if config.moe is not None and config.moe.dispatch == "dropless":
         reasons.append(f"grouped product: {grouped}, {reason}")
-    return Selection(tuple(chosen), grouped, tuple(dict.fromkeys(reasons)))
+    return Selection(tuple(chosen), grouped, tuple(dict.fromkeys(reasons)), target)
 
 
 def _select_grouped(config, impl, dtype, tokens, placement, target) -> tuple[str, str]:

@@ -11,18 +11,18 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 MESH_AXES = ("slice", "data", "fsdp", "expert", "context", "tensor", "stage")
-RESERVED_AXES = ("slice", "context", "stage")
+RESERVED_AXES = ("context", "stage")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis; at most one may be -1, for all devices that the others leave.
 
-    `slice`, `context` and `stage` are reserved: they must be 1.
+    `context` and `stage` are reserved: they must be 1.
     """
 
     slice: int = 1
-    """Slices joined by the data-centre network. Reserved."""
+    """Slices joined by the data-centre network: each has the whole state, and its part of the batch."""
     data: int = 1
     """Copies of the whole state, each with its part of the batch."""
     fsdp: int = -1
@@ -74,16 +74,24 @@ def _named(sizes: dict[str, int]) -> str:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
     """Mesh over `devices` with every axis of `MESH_AXES`, all of them Auto (GSPMD decides what is not constrained).
 
-    Inner axes (tensor) get the closest devices. Raises ValueError as `MeshConfig.shape` does, and for TPU devices of
-    several slices.
+    Inner axes (tensor) get the closest devices. Raises ValueError as `MeshConfig.shape` does, and where `slice` is not
+    the number of TPU slices that the devices are of: all other axes stay within one.
     """
     shape = config.shape(len(devices))
-    slices = {device.slice_index for device in devices if device.platform == "tpu" and hasattr(device, "slice_index")}
-    if len(slices) > 1:
+    if devices[0].platform != "tpu":
+        grid = mesh_utils.create_device_mesh(shape, devices)
+        return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    # Devices of a single slice may not say so.
+    slices = {device.slice_index if hasattr(device, "slice_index") else 0 for device in devices}
+    if len(slices) != shape[0]:
         raise ValueError(
-            f"the {len(devices)} devices are of {len(slices)} TPU slices, and mesh axis 'slice' is reserved and not "
-            "implemented; use the devices of one slice"
+            f"mesh.slice={shape[0]}, and the {len(devices)} devices are of {len(slices)} TPU slices; "
+            f"set mesh.slice to {len(slices)}"
         )
     # A TPU slice's torus rarely factors into the mesh exactly: allow an axis to span parts of two torus axes.
-    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if len(slices) == 1:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        within, between = (1, *shape[1:]), (shape[0], *(1 for _ in shape[1:]))
+        grid = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

@@ -123,22 +123,25 @@ def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def layouts(num_devices: int) -> Iterator[Layout]:
-    """Every way to spread exactly `num_devices` over the mesh axes."""
-    num_axes = len(dataclasses.fields(Layout))
-    sizes = divisors(num_devices)
-    for first in itertools.product(sizes, repeat=num_axes - 1):
-        rest, remainder = divmod(num_devices, math.prod(first))
+def layouts(num_devices: int, num_slices: int = 1) -> Iterator[Layout]:
+    """Every way to spread exactly `num_devices`, of `num_slices` equal slices, over the mesh axes."""
+    num_axes, each = len(dataclasses.fields(Layout)) - 1, num_devices // num_slices
+    for first in itertools.product(divisors(each), repeat=num_axes - 1):
+        rest, remainder = divmod(each, math.prod(first))
         if not remainder and rest:
-            yield Layout(*first, rest)
+            yield Layout(*first, rest, slice=num_slices)
 
 
 def enumerate_candidates(
-    num_devices: int, accumulations: Iterable[int], remats: Iterable[Remat], scans: Iterable[bool]
+    num_devices: int,
+    accumulations: Iterable[int],
+    remats: Iterable[Remat],
+    scans: Iterable[bool],
+    num_slices: int = 1,
 ) -> Iterator[Candidate]:
     """Every combination; what a run's settings refuse is among them."""
     choices = list(itertools.product(accumulations, remats, scans))
-    for layout in layouts(num_devices):
+    for layout in layouts(num_devices, num_slices):
         for choice in choices:
             yield Candidate(layout, *choice)
 

@@ -23,6 +23,8 @@ CATEGORIES: tuple[Category, ...] = ("matmul", "attention", "elementwise", "copie
 # Instructions of the program that say nothing about time by themselves.
 _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone", "Sharding")
 _COPIES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "pad", "transpose", "reshape")
+# Kinds of a transfer between slices that are not named as the collective that they are.
+_TRANSFERS = {"ONE_TO_ONE": "collective-permute"}
 _HOST = 5  # The memory space.
 _DMA = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start")
 
@@ -217,7 +219,7 @@ class Walk:
         if kind is None or name is None:
             self.notes["sends and receives that are not between slices take no time"] = None
             return
-        kind = kind.lower().replace("_", "-")
+        kind = _TRANSFERS.get(kind, kind.lower().replace("_", "-"))
         queue.rendezvous[one.name] = name
         if one.opcode == "send":
             num_bytes = one.results[0].num_bytes

@@ -31,19 +31,20 @@ class Layout:
     fsdp: int = 1
     expert: int = 1
     tensor: int = 1
+    slice: int = 1
 
     @property
     def num_devices(self) -> int:
-        return self.data * self.fsdp * self.expert * self.tensor
+        return self.slice * self.data * self.fsdp * self.expert * self.tensor
 
     @property
     def row_shards(self) -> int:
         """Parts of the batch: every axis but the tensor's."""
-        return self.data * self.fsdp * self.expert
+        return self.slice * self.data * self.fsdp * self.expert
 
     @property
     def state_shards(self) -> int:
-        """Parts of parameters and moments: the axis of whole copies leaves them whole."""
+        """Parts of parameters and moments: the axes of whole copies leave them whole."""
         return self.fsdp * self.expert * self.tensor
 
     @property
@@ -55,15 +56,16 @@ class Layout:
         return " × ".join(f"{name} {size}" for name, size in self.sizes.items()) or "one device"
 
 
-DATA, FSDP, EXPERT, TENSOR = (field.name for field in dataclasses.fields(Layout))
+DATA, FSDP, EXPERT, TENSOR, SLICE = (field.name for field in dataclasses.fields(Layout))
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
     """What one JAX device reaches in a train step: FLOP/s of products, of attention (recomputation in its kernel
     counted) and of grouped products by implementation (where they run otherwise than as plain products); bytes/s of
-    memory in elementwise ops, and in plain copies; bytes/s of collectives, each direction. `overlap`: share of the
-    gathers and reductions of parameters that runs beside compute. `launch`: seconds of a kernel.
+    memory in elementwise ops, and in plain copies; bytes/s of collectives, each direction, on the links and between
+    slices (0 where there are none). `overlap`: share of the gathers and reductions of parameters that runs beside
+    compute. `launch`: seconds of a kernel.
 
     `kept_elementwise_bytes`: what the compiler keeps for the backward pass of each value of norms, rotations and
     activations, where nothing is recomputed by request.
@@ -74,6 +76,7 @@ class Rates:
     memory: float
     copy: float
     link: float
+    between_slices: float
     overlap: float
     launch: float
     kept_elementwise_bytes: float
@@ -244,9 +247,10 @@ class _Model:
             once = whole * (1 - 1 / shards) * again
             self._add(axes, FSDP if layout.fsdp > 1 else EXPERT, self.rates.overlap, {"all-gather": 2 * once})
             self._add(axes, FSDP if layout.fsdp > 1 else EXPERT, self.rates.overlap, {"reduce-scatter": once})
-        if layout.data > 1:
-            gradients = self.parameters * self.work.state.gradient / layout.state_shards
-            self._add(axes, DATA, self.rates.overlap, {"all-reduce": 2 * gradients * (1 - 1 / layout.data)})
+        gradients = self.parameters * self.work.state.gradient / layout.state_shards
+        for axis, copies in ((DATA, layout.data), (SLICE, layout.slice)):
+            if copies > 1:
+                self._add(axes, axis, self.rates.overlap, {"all-reduce": 2 * gradients * (1 - 1 / copies)})
         stream = self.device_tokens * self.config.embed_dim * self.work.activation_bytes
         if layout.tensor > 1:
             # An all-reduce after attention and one after the feed-forward, in each pass; and around the vocabulary.
@@ -259,10 +263,11 @@ class _Model:
 
     def _add(self, axes: dict[str, Communication], axis: str, overlap: float, moved: dict[str, float]) -> None:
         """Raises ValueError for a chip without links."""
-        if not self.rates.link:
+        rate = self.rates.between_slices if axis == SLICE else self.rates.link
+        if not rate:
             raise ValueError(f"mesh {self.layout}: this chip has no links between devices; plan for one device")
         before = axes.get(axis, Communication({}, 0.0, 0.0))
-        seconds = sum(moved.values()) / self.rates.link
+        seconds = sum(moved.values()) / rate
         exposed = seconds * (1 - overlap)
         axes[axis] = Communication(before.bytes | moved, before.seconds + seconds, before.exposed_seconds + exposed)
 

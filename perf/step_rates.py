@@ -51,10 +51,10 @@ def step_rates(chip: Chip, dtype: str) -> Rates:
             f"no dense {dtype} peak is published for {chip.name}; set precision.compute to one of: "
             f"{', '.join(sorted(chip.peaks))}"
         )
-    if chip.scale_up_bandwidth is None:
-        link = 0.0
-    else:
-        link = chip.scale_up_bandwidth / chip.devices_per_chip
+    link, network = (
+        0.0 if rate is None else rate / chip.devices_per_chip
+        for rate in (chip.scale_up_bandwidth, chip.scale_out_bandwidth)
+    )
     bandwidth = chip.memory_bandwidth / chip.devices_per_chip
     if chip.name.startswith("TPU"):
         return Rates(
@@ -63,6 +63,7 @@ def step_rates(chip: Chip, dtype: str) -> Rates:
             memory=_TPU_MEMORY * bandwidth,
             copy=_TPU_MEMORY * bandwidth,
             link=_TPU_LINK * link,
+            between_slices=network,
             overlap=_TPU_OVERLAP,
             launch=0.0,
             kept_elementwise_bytes=_TPU_KEPT,
@@ -77,6 +78,7 @@ def step_rates(chip: Chip, dtype: str) -> Rates:
         memory=_H100_MEMORY * bandwidth / _H100_BANDWIDTH,
         copy=_H100_COPY * bandwidth / _H100_BANDWIDTH,
         link=_LINK_SHARE * link,
+        between_slices=network,
         overlap=_OVERLAP,
         launch=LAUNCH_SECONDS,
         kept_elementwise_bytes=_H100_KEPT,

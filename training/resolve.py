@@ -58,6 +58,7 @@ def resolve(run: TrainRun, devices: Sequence[jax.Device]) -> Resolved:
         precision=run.precision,
         placement=placement if placement.mesh.size > 1 else None,
         attention=selection.attention,
+        target=selection.target,
         grouped_matmul=selection.grouped_matmul,
         remat=run.layers.remat,
     )

@@ -110,7 +110,7 @@ def settle(
 ) -> tuple[TrainRun, list[Candidate], list[str]]:
     """(the run with the rows of its step, the candidates that it accepts, what to say about them)."""
     accumulations = sorted({*MICROBATCHES, run.accumulation})
-    candidates = list(enumerate_candidates(num_devices, accumulations, REMATS, scans))
+    candidates = list(enumerate_candidates(num_devices, accumulations, REMATS, scans, settings.slices))
     rows, spread = run.data.batch_size, run.data.batch_size * num_devices
     given = settings.batch
     if settings.batch_per_device is not None:
@@ -118,7 +118,7 @@ def settle(
     reason = None
     for tried in [rows, spread] if given is None else [given]:
         changed = dataclasses.replace(run, data=dataclasses.replace(run.data, batch_size=tried), accumulation=1)
-        reasons = {one: refusal(changed, one, num_devices, settings.slices) for one in candidates}
+        reasons = {one: refusal(changed, one, num_devices) for one in candidates}
         accepted = [one for one, refused in reasons.items() if refused is None]
         if accepted:
             notes = [] if given or tried == rows else [f"no mesh takes the config's {rows} rows; {rows} on each device"]
@@ -127,10 +127,10 @@ def settle(
     raise ValueError(f"no mesh over {num_devices} devices can run {settings.name}; the first of them: {reason}")
 
 
-def refusal(run: TrainRun, candidate: Candidate, num_devices: int, num_slices: int) -> str | None:
+def refusal(run: TrainRun, candidate: Candidate, num_devices: int) -> str | None:
     """Why the run's own checks refuse a candidate; None if they do not."""
     try:
-        changed = apply(run, candidate, num_slices)
+        changed = apply(run, candidate)
         sizes = changed.mesh.shape(num_devices)
         check_placement(changed, Placement(AbstractMesh(sizes, MESH_AXES), changed.rules))
     except ValueError as error:
@@ -138,12 +138,12 @@ def refusal(run: TrainRun, candidate: Candidate, num_devices: int, num_slices: i
     return None
 
 
-def apply(run: TrainRun, candidate: Candidate, num_slices: int = 1) -> TrainRun:
+def apply(run: TrainRun, candidate: Candidate) -> TrainRun:
     """The run as a candidate has it. Raises ValueError as TrainRun does."""
     layers = dataclasses.replace(run.layers, scan=candidate.scan, remat=candidate.remat)
     return dataclasses.replace(
         run,
-        mesh=MeshConfig(slice=num_slices, **dataclasses.asdict(candidate.layout)),
+        mesh=MeshConfig(**dataclasses.asdict(candidate.layout)),
         accumulation=candidate.accumulation,
         layers=layers,
         xla_options=(*run.xla_options, *candidate.options),
@@ -188,7 +188,7 @@ def compile_spaces(settings: Settings, run: TrainRun, spaces: list[Space]) -> li
 
     def add(space: Space, ranked: Ranked) -> Job:
         tasks.append((space, ranked))
-        changed = apply(space.run, ranked.candidate, space.num_slices)
+        changed = apply(space.run, ranked.candidate)
         return Job(changed, space.name, space.num_slices, ranked.estimate.model_flops, folder)
 
     def follow(index: int, found: Answer) -> list[Job]:
@@ -222,7 +222,8 @@ def slice_group(
     settings: Settings, run: TrainRun, space: Space, tasks: list[tuple[Space, Ranked]], answers: dict[int, Answer]
 ) -> Group:
     mine = [(one, answers[index]) for index, (other, one) in enumerate(tasks) if other is space]
-    return as_group(settings, run, space, space.name, mine)
+    name = space.name if space.num_slices == 1 else f"{space.num_slices} × {space.name}"
+    return as_group(settings, run, space, name, mine)
 
 
 def as_group(
@@ -239,7 +240,7 @@ def as_group(
             Entry(
                 one,
                 answer,
-                command_line("train.py", str(settings.name), run, apply(space.run, one.candidate, space.num_slices)),
+                command_line("train.py", str(settings.name), run, apply(space.run, one.candidate)),
             )
             for one, answer in found
         ),

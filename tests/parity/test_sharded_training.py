@@ -27,7 +27,7 @@ MESHES = {
     "tensor 4 × data 2": MeshConfig(tensor=4, data=2, fsdp=1),
     "expert 4 × fsdp 2": MeshConfig(expert=4, fsdp=2),
     "expert 2 × tensor 2 × data 2": MeshConfig(expert=2, tensor=2, data=2, fsdp=1),
-    "tensor 2 × fsdp 4": MeshConfig(tensor=2, fsdp=4),
+    "slice 2 × tensor 2 × fsdp 2": MeshConfig(slice=2, tensor=2, fsdp=2),
     "expert 8": MeshConfig(expert=8, fsdp=1),
 }
 
@@ -73,19 +73,19 @@ CASES = [
     ("dense", "tensor 4 × data 2", "adamw"),
     ("dense", "expert 4 × fsdp 2", "adamw"),
     ("dense", "expert 2 × tensor 2 × data 2", "muon"),
-    ("dense", "tensor 2 × fsdp 4", "adamw"),
+    ("dense", "slice 2 × tensor 2 × fsdp 2", "adamw"),
     ("dense", "expert 8", "adamw"),
     ("softmax", "fsdp 8", "adamw"),
     ("softmax", "tensor 4 × data 2", "adamw"),
     ("softmax", "expert 4 × fsdp 2", "muon"),
     ("softmax", "expert 2 × tensor 2 × data 2", "adamw"),
     ("sigmoid", "data 8", "adamw"),
-    ("sigmoid", "tensor 2 × fsdp 4", "adamw"),
+    ("sigmoid", "slice 2 × tensor 2 × fsdp 2", "adamw"),
     ("sigmoid", "expert 8", "adamw"),
     ("sigmoid", "expert 2 × tensor 2 × data 2", "muon"),
     ("capacity", "expert 4 × fsdp 2", "adamw"),
     ("capacity", "expert 2 × tensor 2 × data 2", "adamw"),
-    ("capacity", "tensor 2 × fsdp 4", "adamw"),
+    ("capacity", "slice 2 × tensor 2 × fsdp 2", "adamw"),
 ]
 GROUPED = {"tensor 4 × data 2": "ragged_dot", "expert 4 × fsdp 2": "batched", "expert 8": "ragged_dot"}
 

@@ -150,8 +150,14 @@ def test_unknown_slices_are_refused(topology, message):
 def test_slices_are_not_joined_in_silence():
     devices = tpu_devices("v5e:2x2", num_slices=2)
     assert len(devices) == 8 and {d.slice_index for d in devices} == {0, 1}
-    with pytest.raises(ValueError, match="8 devices are of 2 TPU slices, and mesh axis 'slice' is reserved"):
+    with pytest.raises(ValueError, match=r"mesh\.slice=1, and the 8 devices are of 2 TPU slices; set mesh\.slice to 2"):
         make_mesh(MeshConfig(), devices)
+    with pytest.raises(ValueError, match=r"mesh\.slice=2, and the 4 devices are of 1 TPU slices; set mesh\.slice to 1"):
+        make_mesh(MeshConfig(slice=2), tpu_devices("v5e:2x2"))
+    mesh = make_mesh(MeshConfig(slice=2, tensor=2), devices)
+    assert {axis: size for axis, size in mesh.shape.items() if size > 1} == {"slice": 2, "fsdp": 2, "tensor": 2}
+    # Every axis but the first stays within a slice.
+    assert [{d.slice_index for d in part.flat} for part in mesh.devices] == [{0}, {1}]
     with pytest.raises(ValueError, match="num_slices=0 must be at least 1"):
         tpu_devices("v5e:2x2", num_slices=0)
 

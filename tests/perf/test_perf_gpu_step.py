@@ -126,6 +126,11 @@ def test_bytes_of_collectives_by_hand():
     again = dense(Layout(fsdp=8), accumulation=2).communication
     assert next(iter(again.values())).seconds == pytest.approx(2 * gathered.seconds)
     assert dense(Layout(data=8), accumulation=2).communication == copies.communication
+    # Copies in other slices sum over the network.
+    (between,) = dense(Layout(slice=8)).communication.values()
+    assert between.bytes == summed.bytes
+    assert between.seconds == pytest.approx(summed.bytes["all-reduce"] / H100.scale_out_bandwidth)
+    assert dense(Layout(slice=8)).memory == copies.memory
 
 
 def test_tensor_parallelism_is_exposed_and_grows_with_recomputation():

@@ -74,10 +74,14 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
 def test_layouts_are_all_that_multiply_to_the_devices(num_devices):
     found = list(layouts(num_devices))
     expected = {
-        sizes for sizes in itertools.product(divisors(num_devices), repeat=4) if math.prod(sizes) == num_devices
+        (*sizes, 1) for sizes in itertools.product(divisors(num_devices), repeat=4) if math.prod(sizes) == num_devices
     }
     assert len(found) == len(set(found)) and {dataclasses.astuple(one) for one in found} == expected
     assert all(one.num_devices == num_devices for one in found)
+    # No other axis goes over several slices.
+    joined = list(layouts(3 * num_devices, num_slices=3))
+    assert joined == [dataclasses.replace(one, slice=3) for one in found]
+    assert all(one.num_devices == 3 * num_devices for one in joined)
 
 
 def test_divisors():
@@ -96,7 +100,7 @@ def test_candidates_are_what_a_run_can_be_started_with(model, rows):
         except ValueError as error:
             refused = str(error)
         accepted += refused is None
-        assert command.refusal(base, candidate, 8, 1) == refused
+        assert command.refusal(base, candidate, 8) == refused
     assert accepted > 0
 
 
@@ -415,7 +419,7 @@ def test_gpus_are_planned_by_the_model(capsys, tmp_path):
         (["dense-1b", "--topology", "v5e:2x2", "--chip", "h100"], "give either --topology"),
         (["dense-1b", "--topology", "v5e:3"], "unknown TPU topology 'v5e:3'; known forms: "),
         (["dense-1b", "--topology", "v9:2x2"], "known forms: v4:XxYxZ, v5e:XxY"),
-        (["dense-1b", "--topology", "v5e:2x2", "--slices", "2"], "axis 'slice' is reserved"),
+        (["dense-1b", "--topology", "v5e:2x2", "--slices", "0"], "--slices 0 must be at least 1"),
         (["dense-1b", "--topology", "v5e:2x2", "--devices", "4"], "--devices 4 goes with --chip"),
         (["dense-1b", "--chip", "h1000", "--devices", "8"], "unknown chip 'h1000'; chips: "),
         (["dense-1b", "--chip", "h100"], "--chip h100 needs --devices"),
