@@ -7,7 +7,7 @@ from perf.program_view import by_scope
 from perf.serving_facts import DecodePoint, Drafts
 
 # Share of the bandwidth that good stacks reach in decoding (Databricks and MosaicML, LLM inference: 60% to 85%). On an
-# H100 an 8B model in bf16 reaches 77% at batch 1 and 61% at 256 (benchmarks/results/serving_h100.json).
+# H100 an 8B model in bf16 reaches 80% at batch 1 and 61% at 256 (benchmarks/results/serving_h100.json).
 GOOD_MBU = 0.6
 LOW_MBU = 0.5
 # With more rows the products are compute-bound, and bandwidth says nothing.
