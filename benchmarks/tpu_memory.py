@@ -59,11 +59,14 @@ _EXPERTS = ("mesh.expert", 8)
 # Parameters are split over a plane of the v5p torus, and copied along its third axis: over all 64 chips the compiler
 # turns every all-gather and reduce-scatter into an all-reduce of twice the bytes.
 _PLANE = ("mesh.data", 4)
+_SMALL = (("layers.remat", "full"), ("optimizer.kind", "adamw"))
 CASES = (
     Case("dense-1b", "v5e:4x4", (*_SCANNED, ("data.batch_size", 8 * 16))),
     Case("dense-1b", "v5p:4x4x4", (*_SCANNED, _PLANE, ("data.batch_size", 8 * 64))),
     Case("moe-1b", "v5e:4x4", (*_SCANNED, _EXPERTS, ("data.batch_size", 8 * 16))),
     Case("moe-1b", "v5p:4x4x4", (*_SCANNED, _EXPERTS, _PLANE, ("data.batch_size", 8 * 64))),
+    # Small enough to be compiled in every test run, with every kind of collective of the large ones.
+    Case("quickstart", "v5e:4x4", (*_SMALL, ("mesh.data", 2), ("mesh.expert", 4), ("data.batch_size", 64))),
     Case("llama3-8b", "v5e:4x4", (("data.batch_size", 16),)),
     Case("llama3-8b", "v5p:4x4x4", (_PLANE,)),
 )
@@ -116,8 +119,8 @@ def describe(program: Program) -> dict[str, Any]:
         "scan": run.layers.scan,
         "choices": list(resolved.choices),
         "params": count_params(run.model).total,
-        "peak_gib": round(memory.peak_memory_in_bytes / GIB, 2),
-        "state_gib": round(program.state_bytes / GIB, 2),
+        "peak_gib": round(memory.peak_memory_in_bytes / GIB, 4),
+        "state_gib": round(program.state_bytes / GIB, 4),
         "usable_gib": round(chip.usable_bytes / GIB, 2),
         "trace_seconds": round(program.trace_seconds, 1),
         "compile_seconds": round(program.compile_seconds, 1),

@@ -265,7 +265,7 @@ def test_walks_visit_what_is_seen(case):
         assert (visited[of_row] == (next_turn > 0)).all()
 
 
-@settings(deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 60), st.sampled_from([1, 7, 64, 1000, 10**6]))
 def test_blocks_of_threads_start_in_the_order_of_their_turns(batch, kv_heads, key_blocks, together):
     """All of them, once; what waits for another starts after it."""

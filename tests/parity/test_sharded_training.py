@@ -77,7 +77,7 @@ CASES = [
     ("dense", "expert 8", "adamw"),
     ("softmax", "fsdp 8", "adamw"),
     ("softmax", "tensor 4 × data 2", "adamw"),
-    ("softmax", "expert 4 × fsdp 2", "muon"),
+    ("softmax", "expert 4 × fsdp 2", "adamw"),
     ("softmax", "expert 2 × tensor 2 × data 2", "adamw"),
     ("sigmoid", "data 8", "adamw"),
     ("sigmoid", "slice 2 × tensor 2 × fsdp 2", "adamw"),

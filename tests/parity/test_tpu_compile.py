@@ -27,8 +27,8 @@ RECORDED = {
 }
 REMATERIALIZATION = "Involuntary full rematerialization"
 
-# One to two minutes of a core each: this one shows every kind of collective, and the others are run by name.
-QUICK = "moe-1b@v5p:4x4x4"
+# One to two minutes of a core each, but for this one, which shows every kind of collective; the others are run by name.
+QUICK = "quickstart@v5e:4x4"
 NAMES = [pytest.param(c.name, marks=() if c.name == QUICK else pytest.mark.slow) for c in CASES]
 
 
