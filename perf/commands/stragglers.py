@@ -22,15 +22,27 @@ class Settings(Output):
     """Reads hosts.jsonl (runs of two processes or more), the step times, and traces of all processes (--profile)."""
 
     run: tyro.conf.Positional[str]
-    """Folder of a training run."""
+    """Folder of a training run, or its name under --runs-dir."""
+    runs_dir: Path = Path("runs")
+    """Where runs are looked for by name."""
+
+
+def find_run(settings: Settings) -> Path:
+    """Raises ValueError for what is no run's folder or name, with the runs that there are."""
+    folders = (Path(settings.run), settings.runs_dir / settings.run)
+    for folder in folders:
+        if (folder / METRICS_FILE).is_file():
+            return folder
+    known = []
+    for folder in (folders[0], settings.runs_dir):
+        inside = ", ".join(sorted(entry.parent.name for entry in folder.glob(f"*/{METRICS_FILE}"))) or "none"
+        known.append(f"runs inside {folder}: {inside}")
+    raise ValueError(f"{settings.run} is no training run (no {METRICS_FILE}); {'; '.join(known)}")
 
 
 def report(settings: Settings) -> Report:
-    """Raises ValueError for a folder that is no run's, with the runs inside it."""
-    folder = Path(settings.run)
-    if not (folder / METRICS_FILE).is_file():
-        inside = ", ".join(sorted(entry.parent.name for entry in folder.glob(f"*/{METRICS_FILE}"))) or "none"
-        raise ValueError(f"{folder} is no folder of a training run (no {METRICS_FILE}); runs inside it: {inside}")
+    """Raises ValueError for what is no run's folder or name."""
+    folder = find_run(settings)
     steps, seconds = step_times(folder / METRICS_FILE)
     attempts, hosts_reason = host_steps(folder / FILE_NAME)
     traced, traced_reason = traces(folder / "profiles")

@@ -248,7 +248,8 @@ def test_a_clean_run_has_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_what_is_no_run_is_an_error_with_those_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     write_run(tmp_path / "good", [simulate(2, 10)], np.full(10, STEP))
     assert main(["stragglers", str(tmp_path)]) == 2
-    assert "runs inside it: good" in capsys.readouterr().err
+    assert f"runs inside {tmp_path}: good" in capsys.readouterr().err
+    assert main(["stragglers", "good", "--runs-dir", str(tmp_path)]) == 0
     (tmp_path / "good" / FILE_NAME).write_text("nothing\n")
     assert main(["stragglers", str(tmp_path / "good")]) == 0
     assert "not judged" in capsys.readouterr().out
