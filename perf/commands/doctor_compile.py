@@ -11,23 +11,18 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-import serving.resolve
+from model.config import ModelConfig
 from parallel.compilation import Options
-from parallel.mesh import make_mesh
 from parallel.topology import tpu_devices
-from perf.chips import Chip, find_chip
-from perf.commands.plan_compile import compile_lowered, run_jobs
-from perf.commands.plan_decode import Question, utilization
+from perf.commands.plan_compile import chip_of, compile_lowered, predict_compiled, run_jobs
+from perf.commands.plan_decode import Question, lower_round, utilization
 from perf.doctor import Diagnosis, predicted_costs
 from perf.findings import Cost, Evidence, Finding, Trial, Verified, examine
 from perf.hlo import parse
-from perf.interconnect import places_of, torus
-from perf.prediction import predict
 from perf.serving_facts import DecodePoint, ServingFacts
 from perf.step_model import Layout
 from serving.config import ServeRun
-from serving.startup import make_runner
-from training.config import ModelConfig, TrainRun
+from training.config import TrainRun
 from training.loop import as_json, lower_step
 from training.resolve import resolve
 
@@ -73,27 +68,19 @@ def make(job: Job) -> Made:
     devices = tpu_devices(job.topology, job.num_slices)
     try:
         lowered, mesh, options, dtype = (lower_decode if job.is_decode else lower_train)(job, devices)
-        compiled = compile_lowered(lowered, job.topology, mesh, options, job.folder)
-    except (ValueError, NotImplementedError) as error:
+    except ValueError as error:
         return Made(refused=str(error))
+    compiled = compile_lowered(lowered, job.topology, mesh, options, job.folder)
     if compiled.text is None:
         need = "" if compiled.need_bytes is None else f": {compiled.need_bytes / 2**30:.2f} GiB"
         return Made(refused=f"it does not fit in memory{need}")
-    devices = mesh.devices.flatten()
-    kind = devices[0].device_kind
-    prediction = predict(
-        parse(compiled.text),
-        chip=_chip(kind),
-        mesh=dict(mesh.shape),
-        network=torus(_chip(kind), places_of(devices)),
-        dtype=dtype,
-    )
+    prediction = predict_compiled(compiled.text, mesh, dtype)
     return Made(
         None,
         compiled.text,
         predicted_costs(prediction),
         prediction.step_seconds,
-        kind,
+        devices[0].device_kind,
         dict(mesh.shape),
         prediction.assumptions,
     )
@@ -113,18 +100,8 @@ def lower_decode(job: Job, devices: Sequence[jax.Device]) -> Lowered:
     """The model's pass of a round; drawing the tokens is a program of its own, and small."""
     assert isinstance(job.run, ServeRun) and job.model is not None
     question = Question(job.run, job.model, job.rows, job.context)
-    run = question.of_server(Layout(tensor=len(devices)))
-    resolved = serving.resolve.resolve(run, devices)
-    (cell,) = (one for one in resolved.cells if one.drafts == 0)
-    runner = make_runner(resolved, cell.rows * cell.width // run.engine.page_size + 1)
-    forward, _ = runner.lower_round(cell)
-    return forward, make_mesh(run.mesh, devices), resolved.options, question.dtype
-
-
-def _chip(kind: str) -> Chip:
-    chip = find_chip(kind)
-    assert chip is not None, kind
-    return chip
+    (forward, _), mesh, options = lower_round(question.of_server(Layout(tensor=len(devices))), devices)
+    return forward, mesh, options, question.dtype
 
 
 def diagnose_config(name: str, first: Job, verify: bool, workers: int) -> Diagnosis:
@@ -192,7 +169,7 @@ def decode_share(job: Job, made: Made) -> float | None:
     assert made.device_kind is not None and made.mesh is not None and made.step_seconds is not None
     question = Question(job.run, job.model, job.rows, job.context)
     layout = Layout(tensor=math.prod(made.mesh.values()))
-    return utilization(question, layout, _chip(made.device_kind), made.step_seconds)
+    return utilization(question, layout, chip_of(made.device_kind), made.step_seconds)
 
 
 def apply(run: TrainRun | ServeRun, trial: Trial) -> TrainRun | ServeRun:

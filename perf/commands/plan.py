@@ -16,8 +16,8 @@ from jax.sharding import AbstractMesh
 from parallel.mesh import MESH_AXES, MeshConfig
 from parallel.sharding import Placement
 from parallel.topology import tpu_devices
-from perf.chips import Chip, find_chip
-from perf.commands.plan_compile import Job, answer, run_jobs
+from perf.chips import Chip
+from perf.commands.plan_compile import Job, answer, chip_of, run_jobs
 from perf.commands.plan_decode import decode_groups
 from perf.commands.plan_settings import Settings, check, gpu_named
 from perf.commands.roofline import find_config, train_state
@@ -88,8 +88,7 @@ class Space:
 
 def slice_space(settings: Settings, run: TrainRun, topology: str) -> Space:
     devices = tpu_devices(topology, settings.slices)
-    chip = find_chip(devices[0].device_kind)
-    assert chip is not None, devices[0].device_kind
+    chip = chip_of(devices[0].device_kind)
     # A scan compiles one layer, whatever their number.
     return make_space(settings, run, topology, chip, len(devices), scans=(True,))
 

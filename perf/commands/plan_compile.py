@@ -26,11 +26,11 @@ from jax.sharding import Mesh
 
 from parallel.compilation import Options, compile_program
 from parallel.topology import tpu_devices
-from perf.chips import find_chip
+from perf.chips import Chip, find_chip
 from perf.hlo import parse
 from perf.interconnect import places_of, torus
 from perf.plan import Answer
-from perf.prediction import predict
+from perf.prediction import Prediction, predict
 from training.config import TrainRun
 from training.loop import lower_step
 from training.resolve import resolve
@@ -83,8 +83,8 @@ def answer(job: Job) -> Answer:
     """Traces the step, compiles it unless that was done before, and predicts."""
     try:
         resolved = resolve(job.run, tpu_devices(job.topology, job.num_slices))
-    except (ValueError, NotImplementedError) as error:
-        # The mesh can't be laid over the slice's torus, or a kernel can't run there.
+    except ValueError as error:
+        # A length doesn't divide over the mesh, or a kernel can't run there.
         return Answer(refused=str(error))
     mesh = resolved.placement.mesh
     compiled = compile_lowered(lower_step(resolved), job.topology, mesh, resolved.compiler_options, job.folder)
@@ -93,9 +93,8 @@ def answer(job: Job) -> Answer:
 
 def judge(compiled: Compiled, mesh: Mesh, dtype: str, model_flops: int) -> Answer:
     """What a program promises, of `model_flops` on all devices of `mesh` together."""
-    devices = mesh.devices.flatten()
-    chip = find_chip(devices[0].device_kind)
-    assert chip is not None and chip.usable_bytes is not None, devices[0].device_kind
+    chip = chip_of(mesh.devices.flat[0].device_kind)
+    assert chip.usable_bytes is not None, chip.name
     facts = Answer(
         fits=compiled.fits,
         need_bytes=compiled.need_bytes,
@@ -107,8 +106,7 @@ def judge(compiled: Compiled, mesh: Mesh, dtype: str, model_flops: int) -> Answe
     )
     if compiled.text is None:
         return facts
-    network = torus(chip, places_of(devices))
-    prediction = predict(parse(compiled.text), chip=chip, mesh=dict(mesh.shape), network=network, dtype=dtype)
+    prediction = predict_compiled(compiled.text, mesh, dtype)
     moved = prediction.collective_bytes
     return dataclasses.replace(
         facts,
@@ -116,6 +114,20 @@ def judge(compiled: Compiled, mesh: Mesh, dtype: str, model_flops: int) -> Answe
         prediction=prediction.to_json(),
         mfu=prediction.mfu(model_flops / mesh.size),
     )
+
+
+def chip_of(kind: str) -> Chip:
+    """Of devices to compile for, by their kind: all of them are in the table."""
+    chip = find_chip(kind)
+    assert chip is not None, kind
+    return chip
+
+
+def predict_compiled(text: str, mesh: Mesh, dtype: str) -> Prediction:
+    """From the optimised text of a program for the devices of `mesh`, that multiplies in `dtype`."""
+    chip = chip_of(mesh.devices.flat[0].device_kind)
+    network = torus(chip, places_of(mesh.devices.flatten()))
+    return predict(parse(text), chip=chip, mesh=dict(mesh.shape), network=network, dtype=dtype)
 
 
 def compile_lowered(lowered: jax.stages.Lowered, topology: str, mesh: Mesh, options: Options, folder: Path) -> Compiled:

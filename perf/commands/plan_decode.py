@@ -10,17 +10,22 @@ import dataclasses
 import itertools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from jax.sharding import AbstractMesh
+import jax
+from jax.sharding import AbstractMesh, Mesh
 
+from checkpoint.pretrained import open_pretrained
+from model.config import ModelConfig
+from model.placement import check_model_placement
+from parallel.compilation import Options
 from parallel.mesh import MESH_AXES, MeshConfig, make_mesh
 from parallel.sharding import Placement
 from parallel.topology import tpu_devices
-from perf.chips import Bandwidth, Chip, find_chip
-from perf.commands.plan_compile import compile_lowered, judge, run_jobs
+from perf.chips import Bandwidth, Chip
+from perf.commands.plan_compile import chip_of, compile_lowered, judge, run_jobs
 from perf.commands.plan_settings import Settings, gpu_named
 from perf.commands.roofline import DEFAULT_LENGTH
 from perf.formats import CACHE, WEIGHTS, cache_token_bytes, stored_weight_bytes
@@ -31,9 +36,8 @@ from perf.roofline import StepFloor, machine, step_floor
 from perf.step_model import TENSOR, Communication, Layout, StepEstimate
 from perf.traffic import Traffic, decode_mbu
 from serving.config import ServeRun
-from serving.resolve import check_model_placement, open_pretrained, resolve
+from serving.resolve import resolve
 from serving.startup import make_runner
-from training.config import ModelConfig
 
 # Rows of each device in decode, where none are given.
 DECODE_ROWS = 8
@@ -197,21 +201,26 @@ def decode_job(question: Question, ranked: Ranked, topology: str, folder: Path) 
     )
 
 
-def answer_decode(job: DecodeJob) -> Answer:
-    """Traces both programs of a round, compiles them unless that was done before, and predicts their sum."""
-    devices = tpu_devices(job.topology)
-    try:
-        resolved = resolve(job.run, devices)
-    except ValueError as error:
-        return Answer(refused=str(error))
-    engine = job.run.engine
+def lower_round(
+    run: ServeRun, devices: Sequence[jax.Device]
+) -> tuple[tuple[jax.stages.Lowered, jax.stages.Lowered], Mesh, Options]:
+    """The two programs of a server's round, up to the draw and the draw, for devices present or only described."""
+    resolved = resolve(run, devices)
     (cell,) = (one for one in resolved.cells if one.drafts == 0)
     # A page is never anyone's.
-    runner = make_runner(resolved, cell.rows * cell.width // engine.page_size + 1)
-    mesh = make_mesh(job.run.mesh, devices)
+    runner = make_runner(resolved, cell.rows * cell.width // run.engine.page_size + 1)
+    return runner.lower_round(cell), make_mesh(run.mesh, devices), resolved.options
+
+
+def answer_decode(job: DecodeJob) -> Answer:
+    """Traces both programs of a round, compiles them unless that was done before, and predicts their sum."""
+    try:
+        programs, mesh, options = lower_round(job.run, tpu_devices(job.topology))
+    except ValueError as error:
+        return Answer(refused=str(error))
     answers = []
-    for lowered, flops in zip(runner.lower_round(cell), (job.model_flops, 0), strict=True):
-        compiled = compile_lowered(lowered, job.topology, mesh, resolved.options, job.folder)
+    for lowered, flops in zip(programs, (job.model_flops, 0), strict=True):
+        compiled = compile_lowered(lowered, job.topology, mesh, options, job.folder)
         answers.append(judge(compiled, mesh, job.dtype, flops))
         if not compiled.fits:
             return answers[-1]
@@ -257,8 +266,7 @@ def decode_groups(settings: Settings, module: ModuleType) -> list[Group]:
     if settings.chip is None:
         for topology in settings.topology.split(","):
             devices = tpu_devices(topology)
-            chip = find_chip(devices[0].device_kind)
-            assert chip is not None, devices[0].device_kind
+            chip = chip_of(devices[0].device_kind)
             spaces.append(server_space(settings, run, model, context, topology, chip, len(devices)))
         answers = compile_servers(settings, spaces, (settings.cache_dir or run.cache_dir) / "plan")
     else:

@@ -48,7 +48,9 @@ ROWS: dict[str, tuple[str, ...]] = {
 
 # An entry point inside a package has a row of its own, and is imported by nothing outside of it. A command compiles and
 # runs what train.py and serve.py would.
-ENTRY_ROWS: dict[str, tuple[str, ...]] = {"perf.commands": ("perf", "configs", "parallel", "training", "serving")}
+ENTRY_ROWS: dict[str, tuple[str, ...]] = {
+    "perf.commands": ("perf", "configs", "parallel", "model", "checkpoint", "training", "serving"),
+}
 
 # Plain Python over ints: a scheduler step must not wait for a device.
 NO_ARRAYS = ("serving/scheduler.py", "serving/pages.py", "serving/request.py")
