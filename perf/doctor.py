@@ -12,7 +12,6 @@ from perf.findings import Cost, Evidence, Finding, examine
 from perf.hlo import Module, parse
 from perf.op_kind import Ops, program_ops
 from perf.prediction import Prediction
-from perf.run_facts import METRICS_FILE as RUN_METRICS
 from perf.run_facts import read_run, run_settings
 from perf.serving_facts import METRICS_FILE as SERVER_METRICS
 from perf.serving_facts import ServingFacts, read_serving
@@ -31,10 +30,6 @@ class Diagnosis:
     findings: tuple[Finding, ...]
     unjudged: tuple[str, ...]
     notes: tuple[str, ...]
-
-
-def has_run(folder: Path) -> bool:
-    return (folder / RUN_METRICS).is_file()
 
 
 def has_trace(path: Path) -> bool:

@@ -192,8 +192,7 @@ def _candidates(group: dict[str, Any], mode: str) -> Table:
             _memory(one),
             duration(one["step_seconds"]),
             _share(one["mfu"]),
-            duration(_total(one["exposed_seconds_by_axis"])),
-            "" if one.get("compile_seconds") is None else f"{one['compile_seconds']:.0f} s",
+            *_costs(one),
         )
         for index, one in enumerate(group["candidates"])
     )
@@ -217,8 +216,7 @@ def _servers(group: dict[str, Any]) -> Table:
             number(one["tokens_per_second"]),
             _share(one["mbu"]),
             _share(one["mfu"]),
-            duration(_total(one["exposed_seconds_by_axis"])),
-            "" if one.get("compile_seconds") is None else f"{one['compile_seconds']:.0f} s",
+            *_costs(one),
         )
         for index, one in enumerate(group["candidates"])
     )
@@ -228,6 +226,12 @@ def _servers(group: dict[str, Any]) -> Table:
         f"{group['num_candidates']} candidates"
     )
     return Table(title, columns, rows, left=4)
+
+
+def _costs(one: dict[str, Any]) -> tuple[str, str]:
+    """Communication that nothing hides, and what the compile took."""
+    took = "" if one.get("compile_seconds") is None else f"{one['compile_seconds']:.0f} s"
+    return duration(_total(one["exposed_seconds_by_axis"])), took
 
 
 def _fits(one: dict[str, Any]) -> str:

@@ -42,10 +42,19 @@ class RunFacts:
     """The record that ended the run; empty where it has not ended."""
 
 
+def is_run(folder: Path) -> bool:
+    return (folder / METRICS_FILE).is_file()
+
+
+def runs_in(folder: Path) -> str:
+    """Names of the runs inside a folder, for an error."""
+    return ", ".join(sorted(path.parent.name for path in folder.glob(f"*/{METRICS_FILE}"))) or "none"
+
+
 def read_run(folder: Path) -> RunFacts:
     """Raises ValueError for a folder without the metrics of a training run, or whose metrics have no step."""
     path = folder / METRICS_FILE
-    if not path.is_file():
+    if not is_run(folder):
         raise ValueError(f"{folder} is no folder of a training run: it has no {METRICS_FILE}")
     records = read_lines(path)
     steps = [record for record in records if record.get("event") == "train"]

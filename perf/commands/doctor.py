@@ -19,9 +19,10 @@ import configs
 from parallel.topology import tpu_devices
 from perf.command import Output
 from perf.commands.roofline import DEFAULT_LENGTH, find_config
-from perf.doctor import Diagnosis, diagnose_run, diagnose_trace, has_run, has_trace
+from perf.doctor import Diagnosis, diagnose_run, diagnose_trace, has_trace
 from perf.doctor_report import doctor_report
 from perf.report import Report
+from perf.run_facts import is_run, runs_in
 from perf.serving_facts import read_serving
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def diagnose(settings: Settings) -> Diagnosis:
     serving = None if settings.metrics is None else read_serving(settings.metrics)
     path = Path(settings.target)
     for folder in (path, settings.runs_dir / settings.target):
-        if has_run(folder):
+        if is_run(folder):
             return diagnose_run(folder, serving)
         if has_trace(folder):
             return diagnose_trace(folder, serving)
@@ -87,8 +88,7 @@ def diagnose(settings: Settings) -> Diagnosis:
 
 
 def known(settings: Settings) -> str:
-    runs = sorted(folder.name for folder in settings.runs_dir.glob("*") if has_run(folder))
-    return f"runs in {settings.runs_dir}: {', '.join(runs) or 'none'}; configs: {', '.join(configs.names())}"
+    return f"runs in {settings.runs_dir}: {runs_in(settings.runs_dir)}; configs: {', '.join(configs.names())}"
 
 
 def compile_config(settings: Settings) -> Diagnosis:

@@ -15,6 +15,7 @@ from perf.fleet_report import check_report, fleet_report, record_report
 from perf.fleet_store import Contents, open_store
 from perf.records import from_summary
 from perf.report import Report
+from perf.run_facts import METRICS_FILE, is_run, runs_in
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,10 +109,11 @@ def read_summary(path: Path) -> dict[str, Any]:
     Raises ValueError for a path that has none.
     """
     if path.is_dir():
-        metrics = path / "metrics.jsonl"
-        if not metrics.is_file():
-            inside = ", ".join(sorted(entry.parent.name for entry in path.glob("*/metrics.jsonl"))) or "none"
-            raise ValueError(f"{path} is no folder of a training run (no metrics.jsonl); runs inside it: {inside}")
+        metrics = path / METRICS_FILE
+        if not is_run(path):
+            raise ValueError(
+                f"{path} is no folder of a training run (no {METRICS_FILE}); runs inside it: {runs_in(path)}"
+            )
         summaries = [one for one in map(_object, metrics.read_text().splitlines()) if one.get("event") == "summary"]
         if not summaries:
             raise ValueError(f"{metrics} has no summary: the run has not ended; start it again, and it goes on")

@@ -11,7 +11,7 @@ from perf.change_point import Change, changes
 from perf.command import Output
 from perf.host_steps import FILE_NAME, HostSteps, read_hosts
 from perf.report import Report
-from perf.run_facts import METRICS_FILE, WARMUP, read_lines
+from perf.run_facts import METRICS_FILE, WARMUP, is_run, read_lines, runs_in
 from perf.straggler_report import Findings, straggler_report
 from perf.straggler_traces import TracedRun, read_window
 from perf.stragglers import Straggler, StragglerJudge
@@ -31,13 +31,10 @@ def find_run(settings: Settings) -> Path:
     """Raises ValueError for what is no run's folder or name, with the runs that there are."""
     folders = (Path(settings.run), settings.runs_dir / settings.run)
     for folder in folders:
-        if (folder / METRICS_FILE).is_file():
+        if is_run(folder):
             return folder
-    known = []
-    for folder in (folders[0], settings.runs_dir):
-        inside = ", ".join(sorted(entry.parent.name for entry in folder.glob(f"*/{METRICS_FILE}"))) or "none"
-        known.append(f"runs inside {folder}: {inside}")
-    raise ValueError(f"{settings.run} is no training run (no {METRICS_FILE}); {'; '.join(known)}")
+    known = "; ".join(f"runs inside {folder}: {runs_in(folder)}" for folder in (folders[0], settings.runs_dir))
+    raise ValueError(f"{settings.run} is no training run (no {METRICS_FILE}); {known}")
 
 
 def report(settings: Settings) -> Report:
