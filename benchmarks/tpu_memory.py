@@ -24,13 +24,13 @@ from typing import Any
 import jax
 
 import configs
-from benchmarks.train import with_setting
 from parallel.compilation import compile_program
 from parallel.topology import tpu_devices
 from perf.chips import find_chip
 from perf.flops import count_params
 from perf.hlo import parse
 from perf.hlo_cost import Collective, collectives
+from perf.plan import with_setting
 from training.config import TrainRun
 from training.loop import lower_step
 from training.resolve import Resolved, resolve

@@ -28,6 +28,7 @@ from benchmarks.ceilings import copy_bytes_per_second, matmul_flops_per_second
 from data import RandomRows
 from perf.chips import peak_flops
 from perf.flops import count_params, ledger
+from perf.plan import with_setting
 from training.config import TrainRun
 from training.feed import to_device
 from training.loop import compile_program, lower_step
@@ -60,13 +61,6 @@ def variants() -> list[Variant]:
         Variant("moe-1b loop", "moe-1b", (("kernels.grouped_matmul", "loop"),)),
         Variant("moe-1b capacity 1.25", "moe-1b", (("model.moe.dispatch", "capacity"),)),
     ]
-
-
-def with_setting(config: Any, path: str, value: Any) -> Any:
-    """A copy of nested dataclasses with one field changed."""
-    name, _, rest = path.partition(".")
-    new = with_setting(getattr(config, name), rest, value) if rest else value
-    return dataclasses.replace(config, **{name: new})
 
 
 @dataclasses.dataclass

@@ -194,6 +194,13 @@ def next_smaller(
     return min(smaller, key=lambda one: one.estimate.memory_bytes, default=None)
 
 
+def with_setting(config: Any, path: str, value: Any) -> Any:
+    """A copy of nested dataclasses with one field changed."""
+    name, _, rest = path.partition(".")
+    new = with_setting(getattr(config, name), rest, value) if rest else value
+    return dataclasses.replace(config, **{name: new})
+
+
 def command_line(entry_point: str, name: str, config: Any, changed: Any) -> str:
     """What starts a run: the entry point with each setting in which it differs from the config."""
     return " ".join([entry_point, name, *_flags(config, changed, "")])

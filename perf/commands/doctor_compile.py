@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -19,6 +18,7 @@ from perf.commands.plan_decode import Question, lower_round, utilization
 from perf.doctor import Diagnosis, predicted_costs
 from perf.findings import Cost, Evidence, Finding, Trial, Verified, examine
 from perf.hlo import parse
+from perf.plan import with_setting
 from perf.serving_facts import DecodePoint, ServingFacts
 from perf.step_model import Layout
 from serving.config import ServeRun
@@ -178,11 +178,6 @@ def apply(run: TrainRun | ServeRun, trial: Trial) -> TrainRun | ServeRun:
         run = (
             dataclasses.replace(run, xla_options=(*run.xla_options, value))
             if path == "xla_options"
-            else _set(run, path, value)
+            else with_setting(run, path, value)
         )
     return run
-
-
-def _set(config: Any, path: str, value: Any) -> Any:
-    name, _, rest = path.partition(".")
-    return dataclasses.replace(config, **{name: _set(getattr(config, name), rest, value) if rest else value})

@@ -210,7 +210,10 @@ def next_candidate(space: Space, ranked: Ranked, found: Answer, tried: list[Cand
     """What an answer asks for: less memory where it doesn't fit, whole products where they were cut in parts."""
     candidate = ranked.candidate
     if found.fits is False:
-        need, limit = found.need_bytes or 2.0, found.limit_bytes or 1.0
+        # Where the compiler names no bytes, what is tried next is half as large by the estimate: a search's step, and no
+        # figure that is shown.
+        need, limit = (2.0, 1.0) if found.need_bytes is None else (found.need_bytes, found.limit_bytes)
+        assert limit is not None, found
         return next_smaller(space.ranked, candidate, need, limit, tried)
     if found.windowed and not candidate.options:
         return dataclasses.replace(ranked, candidate=dataclasses.replace(candidate, options=(NO_WINDOWS,)))

@@ -7,10 +7,9 @@ from typing import NamedTuple
 import pytest
 
 import configs
-from benchmarks.train import with_setting
 from perf.chips import CHIPS
 from perf.commands.plan import program
-from perf.plan import Candidate, layouts
+from perf.plan import Candidate, layouts, with_setting
 from perf.roofline import chip_named
 from perf.step_model import Layout, estimate
 from perf.step_rates import step_rates
