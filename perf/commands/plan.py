@@ -210,8 +210,8 @@ def next_candidate(space: Space, ranked: Ranked, found: Answer, tried: list[Cand
     """What an answer asks for: less memory where it doesn't fit, whole products where they were cut in parts."""
     candidate = ranked.candidate
     if found.fits is False:
-        # Where the compiler names no bytes, what is tried next is half as large by the estimate: a search's step, and no
-        # figure that is shown.
+        # Where the compiler names no bytes, what is tried next is half as large by the estimate: a step of the search,
+        # and no figure that is shown.
         need, limit = (2.0, 1.0) if found.need_bytes is None else (found.need_bytes, found.limit_bytes)
         assert limit is not None, found
         return next_smaller(space.ranked, candidate, need, limit, tried)
