@@ -14,7 +14,8 @@ OURS = {*PACKAGES, *ENTRY_POINTS, "tests"}
 
 # A row allows whole packages ("model") or single modules ("model.config"). Its own package is always allowed.
 ROWS: dict[str, tuple[str, ...]] = {
-    "kernels": (),
+    # The array type that operators of few-bit numbers take.
+    "kernels": ("quantization.qarray",),
     "parallel": (),
     "quantization": ("kernels",),
     "model": ("parallel", "kernels", "quantization"),

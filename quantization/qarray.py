@@ -1,0 +1,146 @@
+"""An array of few-bit values with scales: one type for weights, activations, checkpoints and kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+Layout = Literal["rows", "columns"]
+"""How `values` lie in memory: "rows" in the array's own order, "columns" with the last two axes exchanged, so that the
+elements of a column are neighbours (what FP8 tensor cores need of a product's second operand)."""
+
+LARGEST = {"int4": 7.0, "int8": 127.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
+"""Magnitude that the largest element of a block becomes. Integers keep clear of -8 and -128, so that -x is a value."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QArray:
+    """(values - zero_points) · scales, each scale for a block of elements.
+
+    `scales` has an entry for each block: the array's rank, and each of its axes divides the array's; the quotient is
+    the length of a block along that axis. One scale for all of a [K, N] is [1, 1], one for each column [1, N], groups
+    of 128 along K [K/128, N], blocks of 128 × 128 [K/128, N/128]. A leading axis of layers or of experts is divided
+    into blocks of one: a slice along it of each field is the QArray of the slice, so scans and maps over it work.
+
+    Attributes:
+      values: int4, int8, float8_e4m3fn or float8_e5m2.
+      scales: float32, in the order of the array's axes whatever the layout.
+      zero_points: float32 of the scales' shape, in units of `values`; None for zeros (symmetric).
+      layout: static.
+    """
+
+    values: jax.Array
+    scales: jax.Array
+    zero_points: jax.Array | None = None
+    layout: Layout = dataclasses.field(default="rows", metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array that it stands for."""
+        shape = tuple(self.values.shape)
+        return shape if self.layout == "rows" else (*shape[:-2], shape[-1], shape[-2])
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def block(self) -> tuple[int, ...]:
+        """Elements that share a scale, along each axis."""
+        return tuple(size // count for size, count in zip(self.shape, self.scales.shape, strict=True))
+
+    def check(self) -> QArray:
+        """Itself. Raises ValueError where its fields disagree.
+
+        Not done when it is made: JAX makes trees of placeholders too.
+        """
+        if self.layout not in get_args(Layout):
+            raise ValueError(f"QArray layout={self.layout!r} is unknown; choose one of {', '.join(get_args(Layout))}")
+        name = jnp.dtype(self.values.dtype).name
+        if name not in LARGEST:
+            raise ValueError(f"QArray of {name} values: they can be {', '.join(LARGEST)}")
+        shape, scales = self.shape, tuple(self.scales.shape)
+        divide = len(scales) == len(shape) and all(n and size % n == 0 for size, n in zip(shape, scales, strict=True))
+        if not divide:
+            raise ValueError(f"QArray of shape {list(shape)} with scales {list(scales)}: each axis must divide its own")
+        if self.scales.dtype != jnp.float32:
+            raise ValueError(f"QArray with {self.scales.dtype} scales: they must be float32")
+        zeros = self.zero_points
+        if zeros is not None and (tuple(zeros.shape) != scales or zeros.dtype != jnp.float32):
+            raise ValueError(
+                f"QArray with zero points {zeros.dtype}{list(zeros.shape)}: they must be float32{list(scales)}, "
+                "as the scales are"
+            )
+        return self
+
+    def dequantize(self, dtype=jnp.float32) -> jax.Array:
+        """The array that it stands for, computed in float32 and rounded once."""
+        values = self.values if self.layout == "rows" else jnp.swapaxes(self.values, -1, -2)
+        wide = _split(values.astype(jnp.float32), self.scales.shape)
+        if self.zero_points is not None:
+            wide = wide - _between(self.zero_points)
+        return (wide * _between(self.scales)).reshape(self.shape).astype(dtype)
+
+
+def quantize(
+    x: jax.Array, dtype: str, block: tuple[int | None, ...], *, layout: Layout = "rows", asymmetric: bool = False
+) -> QArray:
+    """`x` with a scale for each block of `block[i]` elements along axis i (None: all of the axis), by its extremes.
+
+    A block's largest magnitude becomes `LARGEST[dtype]`; with `asymmetric` (integers only) its least and largest
+    elements become the ends of the range, by a zero point. Rounds to nearest, ties to even. A block of zeros has scale
+    1; one with a NaN or an infinity dequantises to NaN.
+
+    Raises ValueError for an unknown dtype and for a block that does not divide its axis.
+    """
+    if dtype not in LARGEST:
+        raise ValueError(f"quantize to {dtype!r}: choose one of {', '.join(LARGEST)}")
+    if asymmetric and not dtype.startswith("int"):
+        raise ValueError(f"quantize to {dtype} with zero points: only int4 and int8 have them")
+    if len(block) != x.ndim:
+        raise ValueError(f"quantize an array of shape {list(x.shape)} in blocks {block}: one length for each axis")
+    sizes = [size if length is None else length for size, length in zip(x.shape, block, strict=True)]
+    if any(length < 1 or size % length for size, length in zip(x.shape, sizes, strict=True)):
+        raise ValueError(f"quantize an array of shape {list(x.shape)} in blocks {block}: each must divide its axis")
+    counts = tuple(size // length for size, length in zip(x.shape, sizes, strict=True))
+    wide = _split(x.astype(jnp.float32), counts)
+    inside = tuple(range(1, wide.ndim, 2))
+    if asymmetric:
+        low, high = wide.min(inside, keepdims=True), wide.max(inside, keepdims=True)
+        scale = _positive((high - low) / (2 * LARGEST[dtype]))
+        zero = jnp.round(-LARGEST[dtype] - low / scale)
+    else:
+        scale = _positive(jnp.abs(wide).max(inside, keepdims=True) / LARGEST[dtype])
+        zero = None
+    scaled = (wide / scale if zero is None else wide / scale + zero).reshape(x.shape)
+    values = _round(scaled, dtype)
+    values = values if layout == "rows" else jnp.swapaxes(values, -1, -2)
+    zero_points = None if zero is None else zero.reshape(counts)
+    return QArray(values, scale.reshape(counts), zero_points, layout).check()
+
+
+def _round(scaled: jax.Array, dtype: str) -> jax.Array:
+    limit = LARGEST[dtype]
+    # A conversion to e4m3 makes NaN of what is too large, and XLA's to an integer wraps.
+    clipped = jnp.clip(scaled, -limit, limit)
+    return (jnp.round(clipped) if dtype.startswith("int") else clipped).astype(dtype)
+
+
+def _positive(scale: jax.Array) -> jax.Array:
+    """Not zero, nor so small that 1 / scale is infinite. An infinity becomes NaN, which integer values cannot say."""
+    scale = jnp.where(jnp.isinf(scale), jnp.nan, scale)
+    return jnp.where(scale == 0, 1.0, jnp.maximum(scale, jnp.finfo(jnp.float32).tiny))
+
+
+def _split(x: jax.Array, counts: tuple[int, ...]) -> jax.Array:
+    """[count, length] in the place of each axis."""
+    return x.reshape([n for size, count in zip(x.shape, counts, strict=True) for n in (count, size // count)])
+
+
+def _between(per_block: jax.Array) -> jax.Array:
+    """[count, 1] in the place of each axis."""
+    return per_block.reshape([n for count in per_block.shape for n in (count, 1)])
