@@ -57,6 +57,7 @@ def variants() -> list[Variant]:
         Variant("dense-1b attention xla", "dense-1b", (("kernels.attention", "xla"), scan, ("layers.remat", "full"))),
         Variant("dense-1b with Triton products", "dense-1b", (("xla_options", ()),)),
         Variant("moe-1b", "moe-1b"),
+        Variant("moe-1b balanced", "moe-1b", (("model.moe.force_balance", True),)),
         Variant("moe-1b ragged_dot", "moe-1b", (("kernels.grouped_matmul", "ragged_dot"),)),
         Variant("moe-1b loop", "moe-1b", (("kernels.grouped_matmul", "loop"),)),
         Variant("moe-1b capacity 1.25", "moe-1b", (("model.moe.dispatch", "capacity"),)),

@@ -95,6 +95,8 @@ class MoEConfig:
     """Each expert has a bias that joins its score in the choice of experts, and not in their weights."""
     bias_update_rate: float = 0.0
     """Step of the router's bias after each update, by the sign of the load error (arXiv 2408.15664); 0 keeps it."""
+    force_balance: bool = False
+    """To measure speed: tokens take experts in turn, equally many each, whatever the router scores. Learns no routing."""
 
 
 @dataclasses.dataclass(frozen=True)

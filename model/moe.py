@@ -65,12 +65,21 @@ class Router(nnx.Module):
         else:
             scores_BTE = jax.nn.sigmoid(logits_BTE)
         ranked_BTE = scores_BTE if self.bias is None else scores_BTE + self.bias[...]
-        _, experts_BTA = jax.lax.top_k(jax.lax.stop_gradient(ranked_BTE), moe.experts_per_token)
+        if moe.force_balance:
+            experts_BTA = _in_turn(moe, x_BTD.shape[:2])
+        else:
+            _, experts_BTA = jax.lax.top_k(jax.lax.stop_gradient(ranked_BTE), moe.experts_per_token)
         weights_BTA = jnp.take_along_axis(scores_BTE, experts_BTA, axis=-1)
         if moe.normalize_weights:
             weights_BTA = weights_BTA / (weights_BTA.sum(axis=-1, keepdims=True) + 1e-20)
         routing = Routing(experts_BTA, weights_BTA * moe.weight_scale)
         return routing, _metrics(moe, logits_BTE, scores_BTE, experts_BTA, valid_BT)
+
+
+def _in_turn(moe: MoEConfig, shape: tuple[int, int]) -> jax.Array:
+    """Experts of each token [B, T, A]: those after the experts of the token before."""
+    index_BTA = jnp.arange(shape[0] * shape[1] * moe.experts_per_token, dtype=jnp.int32) % moe.num_experts
+    return index_BTA.reshape(*shape, moe.experts_per_token)
 
 
 def _metrics(

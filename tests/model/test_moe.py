@@ -56,6 +56,16 @@ def test_weights_are_the_scores_of_the_chosen(scoring, normalize, scale):
     np.testing.assert_allclose(routing.weights_BTA, weights * scale, rtol=1e-4)
 
 
+def test_forced_balance_takes_experts_in_turn():
+    config = moe(force_balance=True, normalize_weights=False, experts_per_token=2)
+    made, x = router(config), hidden(config)
+    routing, metrics = made(x, VALID)
+    np.testing.assert_array_equal(metrics.load_E, B * T * 2 / E)
+    assert (routing.experts_BTA[..., 0] != routing.experts_BTA[..., 1]).all()
+    _, scores = scores_of(config, x, made.kernel[...])
+    np.testing.assert_allclose(routing.weights_BTA, np.take_along_axis(scores, routing.experts_BTA, -1), rtol=1e-4)
+
+
 def test_the_balancing_bias_chooses_and_does_not_weigh():
     config = moe(scoring="sigmoid", router_bias=True, bias_update_rate=0.1, normalize_weights=False)
     bias = np.array([0, 0, 0, 5.0, 0, 0, 0, -5.0])
