@@ -96,7 +96,7 @@ class MoEConfig:
     bias_update_rate: float = 0.0
     """Step of the router's bias after each update, by the sign of the load error (arXiv 2408.15664); 0 keeps it."""
     force_balance: bool = False
-    """To measure speed: tokens take experts in turn, equally many each, whatever the router scores. Learns no routing."""
+    """To measure speed: tokens take experts in turn, whatever the router scores, so that all have equally many."""
 
 
 @dataclasses.dataclass(frozen=True)
