@@ -76,6 +76,13 @@ CASES = {
     },
     "forward, 64, causal": AttentionCase("bfloat16", 4096, 4096, 32, 8, 64, 64),
     "forward, 256, positions": AttentionCase("bfloat16", 4096, 4096, 16, 4, 256, 256, True, 1000, True, True, True),
+    "forward, float8": AttentionCase("float8_e4m3fn", 8192, 8192, 32, 8, 128, 128),
+    **{
+        f"forward, float8, {width}, all masks": AttentionCase(
+            "float8_e4m3fn", 4096, 1001, 32, 8, width, width, True, 1000, segments=True, soft_cap=True, sinks=True
+        )
+        for width, _ in attention_tiles.FLOAT8_WIDTHS
+    },
     "backward": GradientsCase(AttentionCase("bfloat16", 8192, 8192, 32, 8, 128, 128)),
     "backward, full": GradientsCase(AttentionCase("float16", 8192, 8192, 32, 8, 128, 128, causal=False)),
     "backward, ragged": GradientsCase(AttentionCase("float16", 1001, 777, 32, 8, 128, 128)),
@@ -208,7 +215,8 @@ def _compile_attention(case: AttentionCase | GradientsCase, mesh: jax.sharding.M
         if backward:
             out, lse = jnp.zeros(q.shape, q.dtype), jnp.zeros(q.shape[:3])
             return gpu_backward.attention_gradients(q, k, v, out, lse, out, None, **statics, **marks)
-        return gpu.forward(q, k, v, **statics, **marks, tiles=attention_tiles.choose_tiles(case))
+        scales = tuple(jnp.ones((B, x.shape[2])) for x in (q, k, v)) if case.float8 else None
+        return gpu.forward(q, k, v, **statics, **marks, tiles=attention_tiles.choose_tiles(case), scales=scales)
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jax.jit(attend).trace(*floats, *integers).lower(lowering_platforms=("cuda",))

@@ -12,12 +12,15 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 LOG2_E = math.log2(math.e)
 LOWEST = -1e30
 """Below any score, and finite: the difference of two of them is 0, not NaN."""
 MATRIX = plgpu.Layout.WGMMA
+FLOAT8 = plgpu.Layout.WGMMA_8BIT
+"""Of a float8 matrix that is the first operand of a product."""
 ROWS, COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 """Of a matrix: a value for each row, and one for each column."""
 
@@ -68,3 +71,51 @@ def remainder(x, divisor: int):
 def along(x, shape: tuple[int, int], axis: int) -> jax.Array:
     """`x` of an axis, repeated along the other."""
     return lax.broadcast_in_dim(x, shape, [axis])
+
+
+def float8_operand(weights) -> jax.Array:
+    """float32 [64, n] as the first operand of a float8_e4m3fn product, n a multiple of 16.
+
+    Within sixteen columns their order becomes 0 1 8 9, 2 3 10 11, 4 5 12 13, 6 7 14 15, which moves nothing between
+    threads: four in a row are what a thread has. The second operand's rows must have that order too. What is above 448
+    becomes 448.
+    """
+    rows, columns = weights.shape
+
+    @plgpu.inline_mgpu(
+        arg_types=(MATRIX,),
+        return_type=plgpu.ShapeDtypeStruct((rows, columns), jnp.float8_e4m3fn, layout=FLOAT8),
+    )
+    def pack(ctx, matrix):
+        del ctx
+        return _packed_float8(matrix)
+
+    return pack(weights)
+
+
+def _packed_float8(matrix):
+    """A Mosaic GPU array of `float8_operand`'s layout."""
+    from jax.experimental.mosaic.gpu import fragmented_array
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import llvm, vector
+
+    layout = fragmented_array.WGMMA_LAYOUT_8BIT
+    shape = layout.registers_shape(matrix.shape)
+    # Registers of a thread: pairs by [eights of columns, eights of rows], and fours by [sixteens, eights of rows].
+    pairs = matrix.registers.reshape(matrix.shape[0] // 64, matrix.shape[1] // 8, 2)
+    fours = np.empty((pairs.shape[0], pairs.shape[1] // 2, 2), dtype=object)
+    word, bytes_of = ir.IntegerType.get_signless(32), ir.VectorType.get((4,), ir.Float8E4M3FNType.get())
+    narrow = (
+        "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
+        "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }"
+    )
+    for i, j, half in np.ndindex(fours.shape):
+        floats = [
+            vector.extract(pairs[i, 2 * j + k, half], dynamic_position=[], static_position=[one])
+            for k in range(2)
+            for one in range(2)
+        ]
+        packed = llvm.inline_asm(word, floats, narrow, "=r,f,f,f,f")
+        one_word = vector.broadcast(ir.VectorType.get((1,), word), packed)
+        fours[i, j, half] = vector.bitcast(bytes_of, one_word)
+    return fragmented_array.FragmentedArray(_registers=fours.reshape(shape), _layout=layout, _is_signed=None)

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from kernels.attention import cudnn, reference, tiles, tpu_tiles, xla
+from kernels.attention import cudnn, float8, reference, tiles, tpu_tiles, xla
 from kernels.target import Target, default_target
 
 Impl = Literal["auto", "reference", "xla", "cudnn", "pallas"]
@@ -47,14 +47,20 @@ class AttentionCase:
     gradient: bool = False
     """Its backward pass is asked for too."""
 
+    @property
+    def float8(self) -> bool:
+        return self.dtype == float8.DTYPE
+
     def __post_init__(self) -> None:
-        if self.dtype not in ("bfloat16", "float16", "float32", "float64"):
-            raise ValueError(f"attention of {self.dtype}: use bfloat16, float16 or float32")
+        if self.dtype not in ("bfloat16", "float16", "float32", "float64", float8.DTYPE):
+            raise ValueError(f"attention of {self.dtype}: use bfloat16, float16, float32 or {float8.DTYPE}")
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"attention of {self.num_heads} query heads and {self.num_kv_heads} kv heads: "
                 "the number of query heads must be a multiple of the number of kv heads"
             )
+        if self.float8 and self.gradient:
+            raise ValueError(float8.NO_GRADIENT)
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1 (a token sees itself), or None for no window")
 
@@ -82,6 +88,8 @@ def choose(impl: Impl, case: AttentionCase, target: Target) -> tuple[Impl, str]:
         if reason is not None:
             raise ValueError(f"attention impl={impl!r} can't run: {reason}; set the attention impl to 'auto' or 'xla'")
         return impl, "asked for by name"
+    if case.float8:
+        return "xla", "pallas with float8 operands has not been measured"
     if target.platform == "tpu":
         return "xla", "pallas has been compiled for TPU, and not measured there"
     if target.platform != "gpu":
@@ -117,6 +125,9 @@ def attention(
     kv_positions: jax.Array | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
+    q_scale: jax.Array | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     impl: Impl = "auto",
     target: Target | None = None,
     return_lse: bool = False,
@@ -130,7 +141,8 @@ def attention(
     A query that sees nothing gives zeros, and zero gradients.
 
     Args:
-      q_BTNH, k_BSKH, v_BSKH: one dtype: bfloat16, float16 or float32. The last width of v may differ from H.
+      q_BTNH, k_BSKH, v_BSKH: one dtype: bfloat16, float16, float32 or float8_e4m3fn. The last width of v may differ
+        from H.
       scale: factor on q·k.
       q_segments, kv_segments: int32 [B, T] and [B, S]; kv_segments may be left out where T = S, and equals q_segments.
       q_positions, kv_positions: int32 [B, T] and [B, S], for causal and window; left out, the index in the row.
@@ -138,6 +150,8 @@ def attention(
         static knowledge of which keys lie in the future, so those are computed and masked.
       soft_cap: scores become soft_cap · tanh(score / soft_cap), before masking.
       sinks: float32 [N], a logit per head that joins every softmax of the head and carries no value (gpt-oss).
+      q_scale, k_scale, v_scale: of float8 operands, and of those alone: float32 [B, N], [B, K] and [B, K], as
+        `float8.quantize_heads` gives with them. The result is bfloat16, and has no gradient.
       impl: "auto" chooses for `target`, as `choose` does; a named one that can't run raises.
       target: device kind; None for the default device. Read only where `impl` depends on it.
       return_lse: also return the log of the softmax's normaliser (sinks included), float32 [B, T, N], -inf for a
@@ -149,7 +163,8 @@ def attention(
     """
     case = _case(q_BTNH, k_BSKH, v_BSKH, causal, window, q_segments, q_positions, soft_cap, sinks, return_lse)
     # Whether a caller differentiates can't be known here: what "auto" chooses can be.
-    case = dataclasses.replace(case, gradient=impl == "auto")
+    case = dataclasses.replace(case, gradient=impl == "auto" and not case.float8)
+    scales = _scales(case, q_BTNH.shape[0], q_scale, k_scale, v_scale)
     q_segments, kv_segments = _pair("segments", q_segments, kv_segments, q_BTNH, k_BSKH)
     q_positions, kv_positions = _pair("positions", q_positions, kv_positions, q_BTNH, k_BSKH)
     if sinks is not None and sinks.shape != (case.num_heads,):
@@ -162,20 +177,19 @@ def attention(
             case "cudnn":
                 return cudnn.attention(q_BTNH, k_BSKH, v_BSKH, scale=scale, causal=causal, window=window)
             case "reference" | "xla" | "pallas":
-                out, lse = _implementation(impl, case, target)(
-                    q_BTNH,
-                    k_BSKH,
-                    v_BSKH,
-                    scale=scale,
-                    causal=causal,
-                    window=window,
-                    q_segments=q_segments,
-                    kv_segments=kv_segments,
-                    q_positions=q_positions,
-                    kv_positions=kv_positions,
-                    soft_cap=soft_cap,
-                    sinks=sinks,
-                )
+                arguments = {"scale": scale, "causal": causal, "window": window, "soft_cap": soft_cap}
+                marks = {
+                    "q_segments": q_segments,
+                    "kv_segments": kv_segments,
+                    "q_positions": q_positions,
+                    "kv_positions": kv_positions,
+                    "sinks": sinks,
+                }
+                run = functools.partial(_implementation(impl, case, target), **arguments)
+                if case.float8:
+                    out, lse = float8.without_gradient(run, q_BTNH, k_BSKH, v_BSKH, scales, marks)
+                else:
+                    out, lse = run(q_BTNH, k_BSKH, v_BSKH, **marks)
                 return (out, lse) if return_lse else out
             case _:
                 raise ValueError(f"attention impl={impl!r} is unknown; choose one of {', '.join(get_args(Impl))}")
@@ -187,9 +201,9 @@ def _implementation(
     """What gives (out, lse)."""
     match impl:
         case "reference":
-            return reference.attention
+            return float8.dequantized(reference.attention, jnp.float32) if call.float8 else reference.attention
         case "xla":
-            return xla.attention
+            return float8.dequantized(xla.attention, jnp.bfloat16) if call.float8 else xla.attention
     # Not at import: Pallas's modules take half a second, and only Hopper or a TPU needs its own.
     if target is not None and target.platform == "tpu":
         from kernels.attention import tpu
@@ -197,7 +211,28 @@ def _implementation(
         return tpu.attention
     from kernels.attention import gpu
 
-    return functools.partial(gpu.attention, tiles=tiles.choose_tiles(call))
+    return functools.partial(gpu.forward if call.float8 else gpu.attention, tiles=tiles.choose_tiles(call))
+
+
+def _scales(case: AttentionCase, batch: int, *scales):
+    """All three, or None where the operands are not float8. ValueError for others."""
+    names = ("q_scale", "k_scale", "v_scale")
+    given = [name for name, scale in zip(names, scales, strict=True) if scale is not None]
+    if not case.float8:
+        if given:
+            raise ValueError(f"{given[0]} was given with {case.dtype} operands; scales belong to {float8.DTYPE} ones")
+        return None
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise ValueError(f"attention of {case.dtype} was given no {missing[0]}; it needs {', '.join(names)}")
+    heads = (case.num_heads, case.num_kv_heads, case.num_kv_heads)
+    for name, scale, count in zip(names, scales, heads, strict=True):
+        if scale.shape != (batch, count) or scale.dtype != jnp.float32:
+            raise ValueError(
+                f"{name} is {scale.dtype}{list(scale.shape)}; it needs a float32 number for each row and head, "
+                f"[{batch}, {count}]"
+            )
+    return scales
 
 
 def _case(q, k, v, causal, window, q_segments, q_positions, soft_cap, sinks, return_lse) -> AttentionCase:

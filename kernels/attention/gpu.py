@@ -7,6 +7,9 @@ registers, and out [queries, V] += weights · values, with the weights still in 
 that one multiplies while another has its softmax (FlashAttention-3, arXiv 2407.08608, section 3.1). Each processor of
 the chip takes item after item, and copies for the next one before it has finished one. Rows and keys past the last are
 zeros that the copies make, and are not written.
+
+With float8 operands the weights are rounded to float8 too. The matrix unit then wants the second operand of weights ·
+values with neighbouring keys side by side: values come transposed, [B, K, V, S], as `float8.columns` makes them.
 """
 
 from __future__ import annotations
@@ -24,13 +27,14 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels import hopper
-from kernels.attention import gpu_backward
+from kernels.attention import float8, gpu_backward
 from kernels.attention.blocks import Extent, extent_by_index, extents_by_data
 from kernels.attention.masks import Marks, Masks
 from kernels.attention.tiles import NUM_PROCESSORS, WARPGROUP_ROWS, Tiles, swizzle
 
 # Segment 0 sees nothing, itself neither: among the queries it becomes a number that no segment of keys has.
 _NO_SEGMENT = -(2**31)
+_LEAST_UNIT = 1e-30
 # Without the barriers that Pallas would put around every load and store: all threads of a warpgroup arrive at the
 # barriers below, and what a warpgroup writes to shared memory, its outputs, lies between two `commit_smem`.
 _COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
@@ -45,6 +49,7 @@ class _Statics:
     share: int
     key_dim: int
     value_dim: int
+    float8: bool
     scale: float
     soft_cap: float | None
     tiles: Tiles
@@ -63,14 +68,15 @@ class _Statics:
         return self.tiles.block
 
     @property
-    def shift(self) -> float:
-        """The highest logit that a soft cap lets by, in base 2: what the softmax and its sum are relative to."""
-        return 0.0 if self.soft_cap is None else self.soft_cap * hopper.LOG2_E
+    def headroom(self) -> int:
+        """Base-2 logarithm of the largest weight: 256 in float8, whose numbers end at 448 and get sparse below 2**-6.
+        The sum of the weights has the same factor."""
+        return 8 if self.float8 else 0
 
     @property
     def narrows(self) -> bool:
         """Whether outputs are narrower than the queries whose place they take."""
-        return self.value_dim < self.key_dim
+        return self.value_dim < self.key_dim and not self.float8
 
     @property
     def num_marks(self) -> int:
@@ -81,8 +87,9 @@ class _Statics:
 
 class _Shared(NamedTuple):
     """Shared memory of a block of threads: queries of each warpgroup and, in their place when they are multiplied, its
-    outputs; the ring of buffers; 0, 1, .. to the block's last key; and the barriers. `arrived`: the copy is there.
-    `free`: all warpgroups are done with it. `turn`: the matrix unit is left to a warpgroup.
+    outputs (which have a place of their own where queries are float8); the ring of buffers; 0, 1, .. to the block's
+    last key; and the barriers. `arrived`: the copy is there. `free`: all warpgroups are done with it. `turn`: the
+    matrix unit is left to a warpgroup.
     """
 
     q: Any
@@ -103,13 +110,16 @@ class _Shared(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """Arrays in device memory, or None: `columns` [block] that counts from 0, `extents` [B, tiles, 4] where data masks,
-    segments and positions; all but the first three and the sinks int32."""
+    """Arrays in device memory, or None: `units` [B, N] of float8 operands, what their scores are to be multiplied by,
+    and `v_scales` [B, N]; `columns` [block] that counts from 0, `extents` [B, tiles, 4] where data masks, segments and
+    positions; all from the columns on int32."""
 
     q: Any
     k: Any
     v: Any
     sinks: Any
+    units: Any
+    v_scales: Any
     columns: Any
     extents: Any
     q_segments: Any
@@ -224,10 +234,12 @@ def forward(
     soft_cap: float | None,
     sinks,
     tiles: Tiles,
+    scales=None,
     interpret=None,
 ) -> tuple[jax.Array, jax.Array]:
     """(out_BTNH in q's dtype, lse_BTN in float32); arguments as in `kernels.attention.attention`, with its tiles.
 
+    `scales`: of float8_e4m3fn q, k and v, float32 [B, N], [B, K] and [B, K]; out is then bfloat16.
     `interpret`: parameters of Pallas's interpreter, which tests give.
     """
     B, T, N, H = q_BTNH.shape
@@ -238,7 +250,7 @@ def forward(
     divisors = [n for n in range(1, B * K + 1) if B * K % n == 0]
     together = min(divisors, key=lambda n: max(n / tiles.num_heads, tiles.num_heads / n))
     items = (B * K // together, -(-T // tiles.rows), together * (N // K))
-    statics = _Statics(masks, N, N // K, H, V, scale, soft_cap, tiles, items)
+    statics = _Statics(masks, N, N // K, H, V, scales is not None, scale, soft_cap, tiles, items)
     extents = None
     if masks.by_data:
         extents = extents_by_data(masks, tiles.rows, tiles.block, q_segments, kv_segments, q_positions, kv_positions)
@@ -250,9 +262,18 @@ def forward(
     marks = (q_segments, kv_segments, q_positions, kv_positions)
     columns = jnp.arange(tiles.block, dtype=jnp.int32)
     # Copies fill shared memory by eight rows.
-    arrays = [_padded(array, 8) for array in (q_BTNH, k_BSKH, v_BSKH)]
-    out, lse_BNT = _call(statics, _Inputs(*arrays, sinks, columns, extents, *marks), interpret)
+    q, k = _padded(q_BTNH, 8), _padded(k_BSKH, 8)
+    v, units, v_scales = _padded(v_BSKH, 8), None, None
+    if scales is not None:
+        v, units, v_scales = float8.columns(v_BSKH), *_units(statics, *scales)
+    out, lse_BNT = _call(statics, _Inputs(q, k, v, sinks, units, v_scales, columns, extents, *marks), interpret)
     return out[:, :T], lse_BNT[:, :, :T].transpose(0, 2, 1)
+
+
+def _units(statics: _Statics, q_scale_BN, k_scale_BK, v_scale_BK):
+    """(units, v_scales) as in `_Inputs`."""
+    k_scale_BN, v_scale_BN = (jnp.repeat(scale, statics.share, axis=1) for scale in (k_scale_BK, v_scale_BK))
+    return jnp.maximum(abs(statics.scale) * q_scale_BN * k_scale_BN, _LEAST_UNIT), v_scale_BN
 
 
 def _padded(array, size: int):
@@ -263,10 +284,13 @@ def _padded(array, size: int):
 
 
 def _call(statics: _Statics, inputs: _Inputs, interpret):
-    """[out [B, T, N, V] in q's dtype, lse [B, N, T in whole tiles] in float32]."""
+    """[out [B, T, N, V], lse [B, N, T in whole tiles] in float32]."""
     (B, T, N, _), dtype, tiles = inputs.q.shape, inputs.q.dtype, statics.tiles
-    rows = statics.items[1] * tiles.rows
-    outs = [jax.ShapeDtypeStruct((B, T, N, statics.value_dim), dtype), jax.ShapeDtypeStruct((B, N, rows), jnp.float32)]
+    rows, out_dtype = statics.items[1] * tiles.rows, jnp.bfloat16 if statics.float8 else dtype
+    outs = [
+        jax.ShapeDtypeStruct((B, T, N, statics.value_dim), out_dtype),
+        jax.ShapeDtypeStruct((B, N, rows), jnp.float32),
+    ]
     given = [name for name, array in inputs._asdict().items() if array is not None]
     shared = {name: scratch for name, scratch in _scratch(statics, dtype)._asdict().items() if scratch is not None}
 
@@ -274,7 +298,8 @@ def _call(statics: _Statics, inputs: _Inputs, interpret):
         arrays, results, memory = refs[: len(given)], refs[len(given) : len(given) + 2], refs[len(given) + 2 :]
         arrays = dict.fromkeys(_Inputs._fields) | dict(zip(given, arrays, strict=True))
         memory = dict.fromkeys(_Shared._fields) | dict(zip(shared, memory, strict=True))
-        memory["q"], memory["out"] = memory["q"] if statics.narrows else (memory["q"], memory["q"])
+        if not statics.float8:
+            memory["q"], memory["out"] = memory["q"] if statics.narrows else (memory["q"], memory["q"])
         _body(statics, _Inputs(**arrays), *results, _Shared(**memory))
 
     run = plgpu.kernel(
@@ -296,9 +321,9 @@ def _call(statics: _Statics, inputs: _Inputs, interpret):
 def _scratch(statics: _Statics, dtype) -> _Shared:
     tiles, masks = statics.tiles, statics.masks
 
-    def tiled(*shape):
-        size = swizzle(shape[-1])
-        transforms = (plgpu.TilingTransform((8, size // 2)), plgpu.SwizzleTransform(size))
+    def tiled(*shape, dtype=dtype):
+        size = swizzle(shape[-1] * dtype.itemsize)
+        transforms = (plgpu.TilingTransform((8, size // dtype.itemsize)), plgpu.SwizzleTransform(size))
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
     def barriers(arrivals, number):
@@ -307,13 +332,18 @@ def _scratch(statics: _Statics, dtype) -> _Shared:
     # Narrower outputs get more rows, so that each warpgroup's lie in the place of its own queries.
     places, rows = (tiles.num_queries, tiles.num_warpgroups), WARPGROUP_ROWS * statics.key_dim // statics.value_dim
     queries, outs = tiled(*places, WARPGROUP_ROWS, statics.key_dim), tiled(*places, rows, statics.value_dim)
+    own_outs, values = None, (tiles.block, statics.value_dim)
+    if statics.float8:
+        # Twice as wide as queries. One place does, since outputs are copied away before the next are there.
+        own_outs = tiled(1, places[1], WARPGROUP_ROWS, statics.value_dim, dtype=jnp.dtype(jnp.bfloat16))
+        values = values[::-1]
     marks = plgpu.SMEM((statics.num_marks, tiles.block), jnp.int32)
     return _Shared(
         q=plgpu.RefUnion(queries, outs) if statics.narrows else queries,
-        out=None,
+        out=own_outs,
         columns=plgpu.SMEM((tiles.block,), jnp.int32),
         k=tiled(tiles.num_buffers, tiles.block, statics.key_dim),
-        v=tiled(tiles.num_buffers, tiles.block, statics.value_dim),
+        v=tiled(tiles.num_buffers, *values),
         segments=marks if masks.segments else None,
         positions=marks if masks.positions else None,
         columns_arrived=barriers(1, 1),
@@ -377,7 +407,8 @@ def _attend_all(statics: _Statics, rounds, warpgroup, inputs: _Inputs, out_ref, 
                 pl.when(number > 0)(functools.partial(release, number - 1))
 
         softmax = _attend(statics, work, warpgroup, shared.q.at[place, warpgroup], inputs, shared, under_way)
-        _store(statics, work, softmax, shared.out.at[place, warpgroup, pl.ds(0, WARPGROUP_ROWS)], out_ref, lse_ref)
+        out_smem = shared.out.at[0 if statics.float8 else place, warpgroup, pl.ds(0, WARPGROUP_ROWS)]
+        _store(statics, work, softmax, inputs, out_smem, out_ref, lse_ref)
         if places == 1:
             release(number)
         return start + work.count
@@ -457,7 +488,8 @@ def _copy_blocks(statics: _Statics, work: _Work, inputs: _Inputs, shared: _Share
         if shared.positions is not None:
             plgpu.copy_gmem_to_smem(inputs.kv_positions.at[work.row, keys], shared.positions.at[mark], arrived)
         await_free(shared.v_free)
-        plgpu.copy_gmem_to_smem(inputs.v.at[work.row, keys, kv_head], shared.v.at[buffer], shared.v_arrived.at[buffer])
+        values = inputs.v.at[work.row, kv_head, :, keys] if statics.float8 else inputs.v.at[work.row, keys, kv_head]
+        plgpu.copy_gmem_to_smem(values, shared.v.at[buffer], shared.v_arrived.at[buffer])
 
 
 def _await_all(statics: _Statics, rounds, count, shared: _Shared) -> None:
@@ -476,8 +508,9 @@ def _await_all(statics: _Statics, rounds, count, shared: _Shared) -> None:
 def _attend(statics: _Statics, work: _Work, warpgroup, q_smem, inputs: _Inputs, shared: _Shared, under_way) -> _Softmax:
     """The softmax of a warpgroup's 64 rows over the work's blocks of keys; `under_way` is called after the first."""
     rows = _load_rows(work, inputs)
-    soften = functools.partial(_soften, statics, work, rows, shared)
-    softmax = _nothing_yet(statics, work, inputs, shared.v.dtype)
+    unit = abs(statics.scale) if inputs.units is None else inputs.units[work.row, work.head]
+    soften = functools.partial(_soften, statics, work, rows, unit, shared)
+    softmax = _nothing_yet(statics, work, inputs)
     first = functools.partial(_first, statics, work, q_smem, shared, soften)
     softmax = lax.fori_loop(0, jnp.minimum(work.count, 1), first, softmax)
     under_way()
@@ -497,17 +530,29 @@ def _load_rows(work: _Work, inputs: _Inputs) -> tuple[Any, Any]:
     return load(inputs.q_segments), load(inputs.q_positions)
 
 
-def _nothing_yet(statics: _Statics, work: _Work, inputs: _Inputs, dtype) -> _Softmax:
+def _nothing_yet(statics: _Statics, work: _Work, inputs: _Inputs) -> _Softmax:
     """The softmax before any key: with a sink, that of a key which carries no value."""
     highest, total = jnp.float32(hopper.LOWEST), jnp.float32(0)
     if inputs.sinks is not None:
-        highest, total = inputs.sinks[work.head] * hopper.LOG2_E - statics.shift, jnp.float32(1)
+        highest, total = inputs.sinks[work.head] * hopper.LOG2_E, jnp.float32(2**statics.headroom)
     highest, total = (
         plgpu.layout_cast(lax.broadcast_in_dim(x, (WARPGROUP_ROWS,), ()), hopper.ROWS) for x in (highest, total)
     )
     out = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, statics.value_dim), jnp.float32), hopper.MATRIX)
-    weights = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, statics.block), dtype), hopper.MATRIX)
+    dtype, layout = (jnp.float8_e4m3fn, hopper.FLOAT8) if statics.float8 else (inputs.v.dtype, hopper.MATRIX)
+    weights = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, statics.block), dtype), layout)
     return _Softmax(highest, total, out, weights)
+
+
+def _rounded(statics: _Statics, weights, dtype) -> jax.Array:
+    """Weights as an operand of the next product."""
+    return hopper.float8_operand(weights) if statics.float8 else weights.astype(dtype)
+
+
+def _values(statics: _Statics, shared: _Shared, buffer):
+    """[keys, V] of a block."""
+    values = shared.v.at[buffer]
+    return values.T if statics.float8 else values
 
 
 def _first(statics, work, q_smem, shared, soften, i, softmax: _Softmax) -> _Softmax:
@@ -517,7 +562,7 @@ def _first(statics, work, q_smem, shared, soften, i, softmax: _Softmax) -> _Soft
     scores = hopper.product(q_smem, shared.k.at[buffer].T)
     plgpu.barrier_arrive(shared.k_free.at[buffer])
     highest, total, _, weights = soften(scores, i, softmax.highest, softmax.total)
-    return _Softmax(highest, total, softmax.out, weights.astype(softmax.weights.dtype))
+    return _Softmax(highest, total, softmax.out, _rounded(statics, weights, softmax.weights.dtype))
 
 
 def _step(statics, work, warpgroup, q_smem, shared, soften, i, softmax: _Softmax) -> _Softmax:
@@ -531,7 +576,7 @@ def _step(statics, work, warpgroup, q_smem, shared, soften, i, softmax: _Softmax
     out, scores = hopper.weigh_and_score(
         softmax.out,
         softmax.weights,
-        shared.v.at[before],
+        _values(statics, shared, before),
         q_smem,
         shared.k.at[buffer],
         lambda: plgpu.barrier_arrive(shared.turn.at[after]),
@@ -539,41 +584,40 @@ def _step(statics, work, warpgroup, q_smem, shared, soften, i, softmax: _Softmax
     plgpu.barrier_arrive(shared.k_free.at[buffer])
     plgpu.barrier_arrive(shared.v_free.at[before])
     highest, total, shrink, weights = soften(scores, i, softmax.highest, softmax.total)
-    return _Softmax(highest, total, out * hopper.along(shrink, out.shape, 0), weights.astype(softmax.weights.dtype))
+    out = out * hopper.along(shrink, out.shape, 0)
+    return _Softmax(highest, total, out, _rounded(statics, weights, softmax.weights.dtype))
 
 
 def _last(statics, work, shared, i, softmax: _Softmax) -> _Softmax:
     buffer = _buffer(statics, work, i)
     plgpu.barrier_wait(shared.v_arrived.at[buffer])
-    out = hopper.weigh(softmax.out, softmax.weights, shared.v.at[buffer])
+    out = hopper.weigh(softmax.out, softmax.weights, _values(statics, shared, buffer))
     plgpu.barrier_arrive(shared.v_free.at[buffer])
     return softmax._replace(out=out)
 
 
-def _soften(statics, work, rows, shared, scores, i, highest, total):
+def _soften(statics, work, rows, unit, shared, scores, i, highest, total):
     """(highest, total, shrink, weights) with one block's scores more."""
-    scores, factor = _capped(statics, scores)
+    scores, factor = _capped(statics, unit, scores)
     if statics.masks.hide(statics.block):
         masked = functools.partial(_masked, statics, work, rows, shared, i)
         scores = lax.cond((i < work.full) | (i >= work.left), masked, lambda scores: scores, scores)
     new_highest = jnp.maximum(highest, scores.max(axis=1) * factor)
     shrink = jnp.exp2(highest - new_highest)
-    weights = jnp.exp2(scores * factor - hopper.along(new_highest, scores.shape, 0))
+    weights = jnp.exp2(scores * factor - hopper.along(new_highest - statics.headroom, scores.shape, 0))
     return new_highest, total * shrink + weights.sum(axis=1), shrink, weights
 
 
-def _capped(statics: _Statics, scores) -> tuple[jax.Array, float]:
-    """(scores, positive factor): their product is the logits in base 2, less the statics' `shift`. The factor is left
-    for a later fused step."""
-    if statics.soft_cap is not None:
-        # tanh(x) = 1 - 2 / (1 + exp(2x)), of which the 1 is the shift. Squaring the hardware's reciprocal root takes
-        # two instructions, and its division about eight.
-        root = lax.rsqrt(1 + jnp.exp2(scores * (2 * statics.scale / statics.soft_cap * hopper.LOG2_E)))
-        return -root * root, 2 * statics.shift
+def _capped(statics: _Statics, unit, scores) -> tuple[jax.Array, Any]:
+    """(scores, positive factor): their product is the logits in base 2. The factor is left for a later fused step."""
     if statics.scale < 0:
         scores = -scores
+    if statics.soft_cap is not None:
+        # One instruction of the hardware, off by up to 2**-11 of its result, as in FlashAttention-3. By an exponential
+        # and a reciprocal it took two of the unit that makes the weights as well, which held the kernel back.
+        return jnp.tanh(scores * (unit / statics.soft_cap)), statics.soft_cap * hopper.LOG2_E
     # Not 0, which would make NaN of what a mask hides.
-    return scores, max(abs(statics.scale) * hopper.LOG2_E, 1e-30)
+    return scores, (unit if statics.float8 else max(unit, _LEAST_UNIT)) * hopper.LOG2_E
 
 
 def _masked(statics: _Statics, work: _Work, rows, shared: _Shared, i, scores) -> jax.Array:
@@ -607,18 +651,18 @@ def _masked(statics: _Statics, work: _Work, rows, shared: _Shared, i, scores) ->
     return jnp.where(functools.reduce(jnp.logical_and, conditions), scores, -jnp.inf)
 
 
-def _store(statics: _Statics, work: _Work, softmax: _Softmax, out_smem, out_ref, lse_ref) -> None:
-    """Starts the copy of the normalised outputs from the queries' place, and writes the log-sum-exp."""
+def _store(statics: _Statics, work: _Work, softmax: _Softmax, inputs: _Inputs, out_smem, out_ref, lse_ref) -> None:
+    """Starts the copy of the normalised outputs from their place, and writes the log-sum-exp."""
     highest, total, out, _ = softmax
-    seen = total > 0
-    out = out * hopper.along(jnp.where(seen, 1 / total, 0.0), out.shape, 0)
+    seen, one = total > 0, 1 if inputs.v_scales is None else inputs.v_scales[work.row, work.head]
+    out = out * hopper.along(jnp.where(seen, one / total, 0.0), out.shape, 0)
     rows = pl.ds(work.base, WARPGROUP_ROWS)
     # Every warp has multiplied its queries.
     plgpu.commit_smem()
     out_smem[...] = out.astype(out_ref.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(out_smem, out_ref.at[work.row, rows, work.head])
-    lse = (highest + statics.shift) / hopper.LOG2_E + jnp.log(total)
+    lse = (highest - statics.headroom) / hopper.LOG2_E + jnp.log(total)
     lse_ref[work.row, work.head, rows] = jnp.where(seen, lse, -jnp.inf)
 
 

@@ -24,6 +24,9 @@ NUM_PROCESSORS = 132
 WIDTHS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
 # Of the backward pass. Wider ones have more sums than the registers hold: 64 keys of 256 take them all.
 GRADIENT_WIDTHS = ((64, 64), (128, 128))
+# Keys of a block with float8 operands, by the width of the values.
+FLOAT8_WIDTHS = ((64, 64), (128, 128), (256, 256))
+FLOAT8_BLOCKS = {64: 128, 128: 128, 256: 64}
 # Keys and values that may be in use at a time: an H100's second-level cache has 50 MiB, and queries and outputs pass
 # through it too.
 _CACHED_BYTES = 32 * 2**20
@@ -59,6 +62,8 @@ def choose_tiles(case: AttentionCase) -> Tiles:
     """
     num_warpgroups = 3 if case.key_dim <= 64 else 2
     block = 64 if case.value_dim > 128 else 128
+    if case.float8:
+        block = FLOAT8_BLOCKS[case.value_dim]
     heads = _cached_heads(case)
     # The next tile's queries arrive while one is multiplied, where there is room, and then as many blocks as fit.
     options = [Tiles(num_warpgroups, block, buffers, queries, heads) for queries in (2, 1) for buffers in (4, 3, 2)]
@@ -68,21 +73,28 @@ def choose_tiles(case: AttentionCase) -> Tiles:
 def _cached_heads(case: AttentionCase) -> int:
     """Of one row each: as many as the cache holds, so that each key is read from memory once, and then from there."""
     span = case.kv_length if case.window is None else min(case.kv_length, 2 * case.window)
-    return max(1, _CACHED_BYTES // (2 * span * (case.key_dim + case.value_dim)))
+    return max(1, _CACHED_BYTES // (_item_bytes(case) * span * (case.key_dim + case.value_dim)))
+
+
+def _item_bytes(case: AttentionCase) -> int:
+    return 1 if case.float8 else 2
 
 
 def shared_bytes(case: AttentionCase, tiles: Tiles) -> int:
     """Shared memory of one block of threads: queries, the buffers, segments and positions of keys (int32), and what
     Mosaic takes for reductions and barriers."""
-    queries = 2 * tiles.num_queries * tiles.rows * case.key_dim
-    buffers = 2 * tiles.num_buffers * tiles.block * (case.key_dim + case.value_dim)
+    queries = _item_bytes(case) * tiles.num_queries * tiles.rows * case.key_dim
+    if case.float8:
+        # Outputs have a place of their own.
+        queries += 2 * tiles.rows * case.value_dim
+    buffers = _item_bytes(case) * tiles.num_buffers * tiles.block * (case.key_dim + case.value_dim)
     marks = 4 * tiles.block * (1 + (tiles.num_buffers + 1) * (case.segments + case.positions))
     return queries + buffers + marks + 2048 + 512
 
 
 def swizzle(width: int) -> int:
-    """Bytes of a row of a tile in shared memory, which divides a row of `width` elements of two bytes."""
-    return math.gcd(2 * width, 128)
+    """Bytes of a row of a tile in shared memory, which divides a row of `width` bytes."""
+    return math.gcd(width, 128)
 
 
 def unsupported(case: AttentionCase, target: Target) -> str | None:
@@ -91,11 +103,12 @@ def unsupported(case: AttentionCase, target: Target) -> str | None:
         return f"the kernel is written for NVIDIA GPUs of compute capability 9.0, and the target is {target}"
     if JAX_VERSION < (0, 11):
         return f"the kernel needs JAX 0.11 (Python 3.12), and this is JAX {'.'.join(map(str, JAX_VERSION))}"
-    if case.dtype not in ("bfloat16", "float16"):
-        return f"the kernel takes bfloat16 and float16, not {case.dtype}"
-    if (case.key_dim, case.value_dim) not in WIDTHS:
-        widths = ", ".join(f"{key}/{value}" for key, value in WIDTHS)
-        return f"the kernel takes key/value widths of {widths}, not {case.key_dim}/{case.value_dim}"
+    if case.dtype not in ("bfloat16", "float16", "float8_e4m3fn"):
+        return f"the kernel takes bfloat16, float16 and float8_e4m3fn, not {case.dtype}"
+    allowed = FLOAT8_WIDTHS if case.float8 else WIDTHS
+    if (case.key_dim, case.value_dim) not in allowed:
+        widths = ", ".join(f"{key}/{value}" for key, value in allowed)
+        return f"the kernel takes {case.dtype} key/value widths of {widths}, not {case.key_dim}/{case.value_dim}"
     if case.gradient and (case.key_dim, case.value_dim) not in GRADIENT_WIDTHS:
         return gradient_unsupported(case.key_dim, case.value_dim)
     if 0 in (case.query_length, case.kv_length):
