@@ -9,10 +9,10 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from kernels.grouped_matmul import batched, loop, ragged_dot, reference
+from kernels.grouped_matmul import batched, loop, ragged_dot, reference, tiles
 from kernels.target import Target, default_target
 
-Impl = Literal["auto", "reference", "ragged_dot", "loop", "batched"]
+Impl = Literal["auto", "reference", "ragged_dot", "loop", "batched", "pallas"]
 
 _IMPLEMENTATIONS = {"ragged_dot": ragged_dot, "loop": loop, "batched": batched}
 
@@ -36,13 +36,18 @@ def supports(impl: Impl, case: GroupedCase, target: Target) -> str | None:
     """Why `impl` can't compute `case` on `target`; None where it can. Raises ValueError for an unknown name."""
     if impl == "auto" or impl not in get_args(Impl):
         raise ValueError(f"grouped_matmul impl={impl!r} is unknown; choose one of {', '.join(get_args(Impl))}")
-    return None
+    return tiles.unsupported(case, target) if impl == "pallas" else None
 
 
 def choose(impl: Impl, case: GroupedCase, target: Target) -> tuple[Impl, str]:
-    """Concrete implementation and the reason for it; "auto" is decided here. ValueError for an unknown name."""
+    """Concrete implementation and the reason for it; "auto" is decided here.
+
+    Raises ValueError for an unknown name and, with the reason, for a named implementation that can't run.
+    """
     if impl != "auto":
-        supports(impl, case, target)
+        reason = supports(impl, case, target)
+        if reason is not None:
+            raise ValueError(f"grouped_matmul impl={impl!r} can't run: {reason}; set the grouped_matmul impl to 'auto'")
         return impl, "asked for by name"
     match target.platform:
         case "tpu":
@@ -69,16 +74,15 @@ def grouped_matmul(
     Args:
       x_MK, w_EKN: one dtype: bfloat16, float16 or float32.
       group_sizes_E: int32 [E], none negative, with a sum of at most M (not checked: the values are data).
-      impl: "auto" chooses for `target`, as `choose` does.
-      target: device kind; None for the default device. Read only where `impl` is "auto".
+      impl: "auto" chooses for `target`, as `choose` does; a named one that can't run raises.
+      target: device kind; None for the default device. Read only where `impl` depends on it.
 
-    Raises ValueError for shapes or dtypes that disagree and for an unknown `impl`.
+    Raises ValueError for shapes or dtypes that disagree and for an `impl` that is unknown or can't run.
     """
     case = _case(x_MK, w_EKN, group_sizes_E)
-    if impl == "auto":
-        impl, _ = choose(impl, case, default_target() if target is None else target)
-    else:
-        supports(impl, case, target)
+    if impl in ("auto", "pallas"):
+        target = default_target() if target is None else target
+    impl, _ = choose(impl, case, target)
     if case.num_rows == 0:
         return jnp.zeros((0, case.out_dim), x_MK.dtype)
     with jax.named_scope("grouped_matmul"):
@@ -98,18 +102,28 @@ def _case(x, w, group_sizes) -> GroupedCase:
     return GroupedCase(jnp.dtype(x.dtype).name, *x.shape, w.shape[0], w.shape[2])
 
 
+def _implementation(impl: Impl):
+    """A module with `product` and `weight_gradient`."""
+    if impl != "pallas":
+        return _IMPLEMENTATIONS[impl]
+    # Not at import: Pallas's modules take half a second, and only Hopper needs them.
+    from kernels.grouped_matmul import gpu
+
+    return gpu
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_matmul(impl: Impl, x, w, group_sizes):
-    return _IMPLEMENTATIONS[impl].product(x, w, group_sizes)
+    return _implementation(impl).product(x, w, group_sizes)
 
 
 def _grouped_matmul_fwd(impl: Impl, x, w, group_sizes):
-    return _IMPLEMENTATIONS[impl].product(x, w, group_sizes), (x, w, group_sizes)
+    return _grouped_matmul(impl, x, w, group_sizes), (x, w, group_sizes)
 
 
 def _grouped_matmul_bwd(impl: Impl, saved, dy):
     x, w, group_sizes = saved
-    implementation = _IMPLEMENTATIONS[impl]
+    implementation = _implementation(impl)
     dx = implementation.product(dy, w, group_sizes, transpose=True)
     return dx, implementation.weight_gradient(x, dy, group_sizes), None
 

@@ -1,0 +1,105 @@
+"""The grouped product's gradient of the weights on Hopper: for each group, xᵀ dy over its rows.
+
+The rows are what is summed over, in steps of 64 from a group's first row on, or up to seven before it, since copies
+begin at multiples of eight. Rows of other groups in a group's first and last step are made zeros, in both operands:
+whatever they hold, zero times it would be NaN if that is not finite.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from kernels import hopper
+from kernels.grouped_matmul import persistent
+from kernels.grouped_matmul.persistent import Tile, aligned, rows_from, tiles_of
+from kernels.grouped_matmul.tiles import ROW_ALIGNMENT, WIDTH, Tiles, choose_gradient_tiles
+
+
+class _WeightGradient(persistent.Kernel):
+    """x [M, K] and dy [M, N]; tiles of [E, K, N]."""
+
+    name = "grouped_matmul_weight_gradient"
+
+    @property
+    def shapes(self):
+        return (WIDTH, self.tiles.rows), (WIDTH, self.tiles.columns)
+
+    @property
+    def num_columns(self) -> int:
+        return -(-self.out_dim // self.tiles.columns)
+
+    @property
+    def num_row_tiles(self) -> int:
+        return -(-self.in_dim // self.tiles.rows)
+
+    @property
+    def max_tiles(self) -> int:
+        return self.num_groups * self.num_row_tiles * self.num_columns
+
+    @property
+    def num_visits(self) -> int:
+        return self.num_groups
+
+    def extent(self, group, begin, size):
+        return jnp.int32(self.num_row_tiles), tiles_of(begin, size, WIDTH)
+
+    def first_row(self, begin):
+        return 0
+
+    def copy(self, tile: Tile, step, a_ref, b_ref, a_smem, b_smem, arrived) -> None:
+        rows = rows_from(aligned(tile.begin) + step * WIDTH, WIDTH)
+        plgpu.copy_gmem_to_smem(a_ref.at[rows, pl.ds(tile.row, self.tiles.rows)], a_smem, arrived)
+        plgpu.copy_gmem_to_smem(b_ref.at[rows, pl.ds(tile.column, self.tiles.columns)], b_smem, arrived)
+
+    def operands(self, a_smem, b_smem, warpgroup):
+        rows, columns = self.tiles.piece
+        if self.tiles.split == "rows":
+            return a_smem.at[:, pl.ds(warpgroup * rows, rows)].T, b_smem
+        return a_smem.T, b_smem.at[:, pl.ds(warpgroup * columns, columns)]
+
+    def prepare(self, tile: Tile, step, a_smem, b_smem, warpgroup, masked) -> None:
+        row = aligned(tile.begin) + step * WIDTH
+
+        @pl.when((row < tile.begin) | (row + WIDTH > tile.end))
+        def _():
+            for smem in (a_smem, b_smem):
+                share = smem.shape[1] // 2
+                _keep_rows(smem.at[:, pl.ds(warpgroup * share, share)], tile.begin - row, tile.end - row)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(masked)
+            plgpu.barrier_wait(masked)
+
+    def place(self, out_ref, tile: Tile, rows, columns):
+        return out_ref.at[tile.group, rows, columns]
+
+
+def _keep_rows(smem, first, last) -> None:
+    """Makes zeros of all rows but [first, last)."""
+    for i in range(smem.shape[1] // WIDTH):
+        part = smem.at[:, pl.ds(i * WIDTH, WIDTH)]
+        row = plgpu.broadcasted_iota(jnp.int32, (WIDTH, WIDTH), 0, layout=hopper.MATRIX)
+        values = plgpu.load(part, layout=hopper.MATRIX)
+        part[...] = jnp.where((row >= first) & (row < last), values, jnp.zeros_like(values))
+
+
+# A jit of its own, so that a model's layers are built once.
+@functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
+def weight_gradient(x, dy, group_sizes, *, tiles: Tiles | None = None, interpret=None) -> jax.Array:
+    """[E, K, N]: xᵀ dy over each group's rows, of x [M, K] and dy [M, N].
+
+    `tiles`: None for the choice of `choose_gradient_tiles`. `interpret`: parameters of Pallas's interpreter, which
+    tests give.
+    """
+    num_groups, num_rows, in_dim, out_dim = group_sizes.shape[0], *x.shape, dy.shape[1]
+    tiles = choose_gradient_tiles(num_rows, num_groups, in_dim, out_dim) if tiles is None else tiles
+    # Copies fill shared memory by eight rows.
+    padding = -num_rows % ROW_ALIGNMENT
+    x, dy = (jnp.pad(array, ((0, padding), (0, 0))) if padding else array for array in (x, dy))
+    kernel = _WeightGradient(num_groups, num_rows + padding, in_dim, out_dim, tiles)
+    out_type = jax.ShapeDtypeStruct((num_groups, in_dim, out_dim), x.dtype)
+    return persistent.call(kernel, x, dy, group_sizes, out_type, interpret)

@@ -1,0 +1,331 @@
+"""What the Hopper kernels of the grouped product share: programs that stay, a ring of buffers, the way out.
+
+A tile of the output is a sum over steps of 64. One warpgroup copies both operands of each step into a ring of buffers,
+and two multiply, half of the tile each, with the sums in registers. Each processor of the chip takes tile after tile,
+and copies for the next one before it has finished one. Which tile that is it finds itself, from the group sizes: they
+are data, and a table of tiles would take several launches to make.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from kernels import hopper
+from kernels.grouped_matmul.tiles import NUM_PROCESSORS, ROW_ALIGNMENT, WIDTH, Tiles
+
+_COPIER = 2
+# Registers of a thread: three warpgroups start with 168 each, and share them out anew.
+_REGISTERS, _FEW_REGISTERS = 240, 24
+# Without the barriers that Pallas would put around every load and store: all threads of a warpgroup arrive at the
+# barriers below, and what a warpgroup writes to shared memory lies between two `commit_smem`.
+_COMPILER = plgpu.CompilerParams(unsafe_no_auto_barriers=True)
+
+
+class Tile(NamedTuple):
+    """One tile of the output, int32 each: its group, that group's rows [begin, end) of all rows, the tile's first row
+    and column in the output (of the group, where each has one), and the number of steps that it is a sum of."""
+
+    group: jax.Array
+    begin: jax.Array
+    end: jax.Array
+    row: jax.Array
+    column: jax.Array
+    steps: jax.Array
+
+
+class Shared(NamedTuple):
+    """Shared memory of a block of threads: the group sizes, the ring with both operands, two places [64, 64] for
+    outputs of each warpgroup, swizzled and (for single rows, in the same memory) plain; and the barriers.
+    `arrived`: the copy is there. `free`: both warpgroups are done with it. `masked`: both have masked their share."""
+
+    sizes: Any
+    a: Any
+    b: Any
+    out: Any
+    sizes_arrived: Any
+    arrived: Any
+    free: Any
+    masked: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What is fixed when a kernel is traced, and what distinguishes one kernel from another."""
+
+    num_groups: int
+    num_rows: int
+    in_dim: int
+    out_dim: int
+    tiles: Tiles
+
+    name = ""
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of both operands of a step, as they lie in memory."""
+        raise NotImplementedError
+
+    @property
+    def num_columns(self) -> int:
+        """Tiles side by side."""
+        raise NotImplementedError
+
+    @property
+    def max_tiles(self) -> int:
+        """At least as many as there are for any group sizes."""
+        raise NotImplementedError
+
+    @property
+    def num_visits(self) -> int:
+        """Groups, and with them whatever else has tiles."""
+        raise NotImplementedError
+
+    def extent(self, group, begin, size) -> tuple[Any, Any]:
+        """(tiles of rows, steps of each) of a group."""
+        raise NotImplementedError
+
+    def first_row(self, begin):
+        """Of a group's first tile, in the output."""
+        raise NotImplementedError
+
+    def copy(self, tile: Tile, step, a_ref, b_ref, a_smem, b_smem, arrived) -> None:
+        """Starts both copies of a step."""
+        raise NotImplementedError
+
+    def operands(self, a_smem, b_smem, warpgroup) -> tuple[Any, Any]:
+        """A warpgroup's operands of its product, of a step's."""
+        raise NotImplementedError
+
+    def prepare(self, tile: Tile, step, a_smem, b_smem, warpgroup, masked) -> None:
+        """What is to be done to a step's operands before they are multiplied."""
+
+    def place(self, out_ref, tile: Tile, rows, columns):
+        """Where rows and columns (of the output, of the tile's group) lie."""
+        raise NotImplementedError
+
+    def owned(self, tile: Tile) -> tuple[Any, Any] | None:
+        """Rows [first, last) of the output that are the tile's own; None where all of them are."""
+        return None
+
+
+def call(kernel: Kernel, a, b, group_sizes, out_type, interpret):
+    """The output of `out_type`, which nothing else is written to."""
+    sizes = group_sizes.astype(jnp.int32)
+    # Copies are in units of 16 bytes.
+    sizes = jnp.pad(sizes, (0, -kernel.num_groups % 4))
+    run = plgpu.kernel(
+        functools.partial(_body, kernel),
+        out_type=out_type,
+        kernel_name=kernel.name,
+        scratch_types=list(_scratch(kernel, a.dtype, sizes.shape)),
+        grid=(min(kernel.max_tiles, NUM_PROCESSORS),),
+        grid_names=("program",),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=_COMPILER,
+        interpret=interpret,
+    )
+    return run(a, b, sizes)
+
+
+def _scratch(kernel: Kernel, dtype, sizes_shape) -> Shared:
+    tiled = (plgpu.TilingTransform((8, WIDTH)), plgpu.SwizzleTransform(2 * WIDTH))
+    buffers, (a_shape, b_shape) = kernel.tiles.num_buffers, kernel.shapes
+    outputs = (2, 2, WIDTH, WIDTH)
+    return Shared(
+        sizes=plgpu.SMEM(sizes_shape, jnp.int32),
+        a=plgpu.SMEM((buffers, *a_shape), dtype, transforms=tiled),
+        b=plgpu.SMEM((buffers, *b_shape), dtype, transforms=tiled),
+        out=_in_one_place(plgpu.SMEM(outputs, dtype, transforms=tiled), plgpu.SMEM(outputs, dtype)),
+        sizes_arrived=plgpu.Barrier(num_barriers=1),
+        arrived=plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
+        free=plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
+        masked=plgpu.Barrier(num_arrivals=2, num_barriers=1),
+    )
+
+
+def _in_one_place(*arrays):
+    """The interpreter takes two warpgroups' parts of what shares memory for one; tests put them side by side."""
+    return plgpu.RefUnion(*arrays)
+
+
+def _body(kernel: Kernel, a_ref, b_ref, sizes_ref, out_ref, *shared):
+    shared = Shared(*shared)
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == _COPIER)
+    def _():
+        plgpu.set_max_registers(_FEW_REGISTERS, action="decrease")
+        plgpu.copy_gmem_to_smem(sizes_ref, shared.sizes, shared.sizes_arrived.at[0])
+        plgpu.barrier_wait(shared.sizes_arrived.at[0])
+        total = walk(kernel, shared.sizes, functools.partial(_copy, kernel, a_ref, b_ref, shared))
+        # Every completion of a barrier is waited for, so that all is free at the end (the interpreter asks it).
+        for buffer in range(kernel.tiles.num_buffers):
+            pl.when(buffer < total)(functools.partial(plgpu.barrier_wait, shared.free.at[buffer]))
+
+    @pl.when(warpgroup < _COPIER)
+    def _():
+        plgpu.set_max_registers(_REGISTERS, action="increase")
+        plgpu.barrier_wait(shared.sizes_arrived.at[0])
+        walk(kernel, shared.sizes, functools.partial(_compute, kernel, warpgroup, out_ref, shared))
+        plgpu.wait_smem_to_gmem(0)
+
+
+def walk(kernel: Kernel, sizes_smem, visit: Callable[[Tile, Any], None]):
+    """Calls `visit(tile, start)` for each tile of this program, in order; `start`: steps of its tiles before this one.
+    Returns how many steps all have. All programs together take every tile once."""
+    program, programs = lax.axis_index("program"), min(kernel.max_tiles, NUM_PROCESSORS)
+
+    def in_group(group, carry):
+        before, begin, start = carry
+        # What comes after the last group are rows of none.
+        inside = group < kernel.num_groups
+        size = jnp.where(inside, sizes_smem[jnp.minimum(group, kernel.num_groups - 1)], kernel.num_rows - begin)
+        num_rows, steps = kernel.extent(group, begin, size)
+        count = num_rows * kernel.num_columns
+        # The program takes every tile whose number, of those of all groups, it leaves as a remainder.
+        ahead = hopper.remainder(before, programs)
+        skipped = jnp.where(program >= ahead, program - ahead, program - ahead + programs)
+        number = hopper.floor(count - skipped + programs - 1, programs)
+
+        def in_turn(i, start):
+            row, column = _position(kernel, skipped + i * programs, num_rows)
+            row = kernel.first_row(begin) + row * kernel.tiles.rows
+            visit(Tile(group, begin, begin + size, row, column * kernel.tiles.columns, steps), start)
+            return start + steps
+
+        return before + count, begin + size, lax.fori_loop(0, number, in_turn, start)
+
+    zeros = (jnp.int32(0),) * 3
+    return lax.fori_loop(0, kernel.num_visits, in_group, zeros)[2]
+
+
+def _position(kernel: Kernel, index, num_rows):
+    """(row, column) of a group's tile: panel after panel, and in each column after column."""
+    panel = kernel.tiles.panel
+    number = hopper.floor(index, panel * kernel.num_columns)
+    rest = index - number * (panel * kernel.num_columns)
+    height = jnp.minimum(num_rows - number * panel, panel)
+    column = lax.div(rest, height)
+    return number * panel + (rest - column * height), column
+
+
+def _copy(kernel: Kernel, a_ref, b_ref, shared: Shared, tile: Tile, start) -> None:
+    """Both operands of every step of a tile to their buffers, as soon as those are free."""
+    buffers = kernel.tiles.num_buffers
+
+    @pl.loop(0, tile.steps)
+    def _(step):
+        buffer = hopper.remainder(start + step, buffers)
+        pl.when(start + step >= buffers)(lambda: plgpu.barrier_wait(shared.free.at[buffer]))
+        arrived = shared.arrived.at[buffer]
+        kernel.copy(tile, step, a_ref, b_ref, shared.a.at[buffer], shared.b.at[buffer], arrived)
+
+
+def _compute(kernel: Kernel, warpgroup, out_ref, shared: Shared, tile: Tile, start) -> None:
+    """A warpgroup's part of a tile, multiplied and on its way out."""
+    sums = pl.run_scoped(
+        functools.partial(_multiply, kernel, warpgroup, shared, tile, start),
+        plgpu.ACC(kernel.tiles.piece, jnp.float32),
+    )
+    _store(kernel, warpgroup, out_ref, shared, tile, sums.astype(out_ref.dtype))
+
+
+def _multiply(kernel: Kernel, warpgroup, shared: Shared, tile: Tile, start, acc):
+    buffers = kernel.tiles.num_buffers
+
+    def release(step):
+        plgpu.barrier_arrive(shared.free.at[hopper.remainder(start + step, buffers)])
+
+    @pl.loop(0, tile.steps)
+    def _(step):
+        buffer = hopper.remainder(start + step, buffers)
+        plgpu.barrier_wait(shared.arrived.at[buffer])
+        a_smem, b_smem = shared.a.at[buffer], shared.b.at[buffer]
+        kernel.prepare(tile, step, a_smem, b_smem, warpgroup, shared.masked.at[0])
+        plgpu.wgmma(acc, *kernel.operands(a_smem, b_smem, warpgroup))
+        # The product of the step before is complete, and this one goes on.
+        plgpu.wgmma_wait(1)
+        pl.when(step > 0)(lambda: release(step - 1))
+
+    plgpu.wgmma_wait(0)
+    pl.when(tile.steps > 0)(lambda: release(tile.steps - 1))
+    return acc[...]
+
+
+def _store(kernel: Kernel, warpgroup, out_ref, shared: Shared, tile: Tile, values) -> None:
+    """Starts the copies of a warpgroup's outputs, 64 rows at a time."""
+    by_rows = kernel.tiles.split == "rows"
+    first_row = tile.row + (warpgroup * values.shape[0] if by_rows else 0)
+    first_column = tile.column + (0 if by_rows else warpgroup * values.shape[1])
+    owned = kernel.owned(tile)
+    swizzled, plain = shared.out
+    for offset in range(0, values.shape[0], WIDTH):
+        row, block = first_row + offset, values[offset : offset + WIDTH]
+        store = functools.partial(_store_whole, kernel, out_ref, tile, row, first_column, swizzled.at[warpgroup], block)
+        if owned is None:
+            store()
+            continue
+        first, last = jnp.maximum(owned[0] - row, 0), jnp.minimum(owned[1] - row, WIDTH)
+        whole = (first == 0) & (last == WIDTH)
+        pl.when(whole)(store)
+        some = functools.partial(_store_some, kernel, out_ref, tile, row, first_column, plain.at[warpgroup], block)
+        pl.when(~whole & (first < last))(functools.partial(some, first, last))
+
+
+def _store_whole(kernel: Kernel, out_ref, tile: Tile, row, column, places, block) -> None:
+    """64 rows."""
+    for i in range(block.shape[1] // WIDTH):
+        smem = places.at[i % 2]
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        smem[...] = block[:, i * WIDTH : (i + 1) * WIDTH]
+        plgpu.commit_smem()
+        target = kernel.place(out_ref, tile, rows_from(row, WIDTH), pl.ds(column + i * WIDTH, WIDTH))
+        plgpu.copy_smem_to_gmem(smem, target)
+
+
+def _store_some(kernel: Kernel, out_ref, tile: Tile, row, column, places, block, first, last) -> None:
+    """Rows [first, last) of fewer than 64: by copies of 32, 16, .. rows, whose number is fixed for each."""
+    for i in range(block.shape[1] // WIDTH):
+        smem = places.at[i % 2]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        smem[...] = block[:, i * WIDTH : (i + 1) * WIDTH]
+        plgpu.commit_smem()
+        _store_rows(kernel, out_ref, tile, row, pl.ds(column + i * WIDTH, WIDTH), smem, first, last - first)
+    # The count above of copies under way is of whole blocks' alone.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _store_rows(kernel: Kernel, out_ref, tile: Tile, row, columns, smem, offset, count) -> None:
+    for size in (32, 16, 8, 4, 2, 1):
+
+        @pl.when((count & size) != 0)
+        def _(size=size, offset=offset):
+            target = kernel.place(out_ref, tile, pl.ds(row + offset, size), columns)
+            plgpu.copy_smem_to_gmem(smem.at[pl.ds(offset, size)], target)
+
+        offset = offset + (count & size)
+
+
+def aligned(row):
+    """The last row at or before `row` that copies may begin at."""
+    return hopper.floor(row, ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+def rows_from(row, count: int):
+    """`count` rows from an aligned one on, which the compiler is told that it is."""
+    return pl.ds(pl.multiple_of(row, ROW_ALIGNMENT), count)
+
+
+def tiles_of(begin, size, length: int):
+    """Stretches of `length` rows, the first from an aligned row on, that hold a group's rows."""
+    return jnp.where(size > 0, hopper.floor(begin - aligned(begin) + size + (length - 1), length), 0)
