@@ -1,0 +1,356 @@
+"""int8 times int8 and FP8 times FP8 on Hopper, with scales outside of the sums or of blocks of 128 along K.
+
+A tile is 128 rows of x by some columns of w. Two warpgroups multiply, 64 rows each, and one more copies blocks of 128
+along K of both into a ring of buffers. Clusters of two tiles, one below the other, read each block of w once, for both.
+Each cluster of processors takes tile after tile, and copies for the next one before it has finished one.
+
+Scales that do not change along K multiply the finished sums. Where they do, a product of one block is scaled and added
+to the total in registers, as DeepSeek-V3's technical report describes (arXiv 2412.19437, section 3.3): that also keeps
+the total in full float32, where the tensor core's own FP8 sums have about 14 bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from kernels import hopper
+from kernels.quantized_matmul import case_of
+from kernels.quantized_matmul.tiles import (
+    BLOCK,
+    NUM_OUTS,
+    NUM_PROCESSORS,
+    OUT_BYTES,
+    SCALED_COLUMNS,
+    WARPGROUP_ROWS,
+    Tiles,
+    choose_tiles,
+    piece_columns,
+)
+from quantization.qarray import QArray
+
+# Without the barriers that Pallas would put around every load and store: all threads of a warpgroup arrive at the
+# barriers below, and the results that a warpgroup writes to shared memory lie between two `commit_smem`.
+_COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Statics:
+    """What is fixed when the kernel is traced: shapes, `w_columns` (elements of w along N that share a scale) and
+    whether scales are `outside` of the sums."""
+
+    num_rows: int
+    in_dim: int
+    out_dim: int
+    w_columns: int
+    outside: bool
+    tiles: Tiles
+
+    @property
+    def steps(self) -> int:
+        return -(-self.in_dim // BLOCK)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Clusters of tiles along M, and tiles along N."""
+        return -(-self.num_rows // (self.tiles.rows * self.tiles.cluster)), -(-self.out_dim // self.tiles.columns)
+
+    @property
+    def num_programs(self) -> int:
+        return min(math.prod(self.grid), NUM_PROCESSORS // self.tiles.cluster)
+
+    @property
+    def scaled_columns(self) -> int:
+        """Columns of a tile that share a scale in every block along K."""
+        columns = self.tiles.columns
+        return columns if self.w_columns % columns == 0 or self.w_columns >= self.out_dim else SCALED_COLUMNS
+
+
+class _Inputs(NamedTuple):
+    """x [M, K], w [N, K]; outside: x_scales [M], w_scales [N]; else x_scales [K / 128, M], w_scales [N / .., K / 128].
+    bias [N] or None. All but the first two float32, and vectors of whole tiles."""
+
+    x: Any
+    w: Any
+    x_scales: Any
+    w_scales: Any
+    bias: Any
+
+
+class _Shared(NamedTuple):
+    """Shared memory of a block of threads: the ring of buffers, each warpgroup's pieces of results, and the barriers.
+    `arrived`: the copies are there. `free`: all warpgroups, of the whole cluster, are done with a buffer."""
+
+    x: Any
+    w: Any
+    out: Any
+    arrived: Any
+    free: Any
+
+
+class _Tile(NamedTuple):
+    """Its first row and column; its first block along K is the `start`-th that the program copies."""
+
+    row: jax.Array
+    column: jax.Array
+    start: jax.Array
+
+
+def quantized_matmul(x: QArray, w: QArray, bias: jax.Array | None, out_dtype) -> jax.Array:
+    """[M, N] of x [M, K] in rows and w [K, N] in columns, in tiles chosen for the shapes."""
+    return product(x, w, bias, out_dtype, choose_tiles(case_of(x, w, bias, out_dtype)))
+
+
+# A jit of its own, so that a model's layers are built once.
+@functools.partial(jax.jit, static_argnames=("out_dtype", "tiles", "interpret"))
+def product(x: QArray, w: QArray, bias: jax.Array | None, out_dtype, tiles: Tiles, interpret=None) -> jax.Array:
+    """[M, N] of x [M, K] in rows and w [K, N] in columns. `interpret`: parameters of Pallas's interpreter."""
+    (M, K), N, out_dtype = x.shape, w.shape[1], jnp.dtype(out_dtype)
+    if M == 0:
+        return jnp.zeros((M, N), out_dtype)
+    outside = x.scales.shape[1] == 1 and w.scales.shape[0] == 1
+    # Copies fill shared memory by eight rows.
+    rows = -(-M // 8) * 8
+    statics = _Statics(rows, K, N, w.block[1], outside, tiles)
+    x_scales = jnp.repeat(x.scales, x.block[0], axis=0)
+    # Vectors are read straight into registers, in whole tiles.
+    if outside:
+        x_scales = _filled(x_scales[:, 0], tiles.rows * tiles.cluster)
+        w_scales = _filled(jnp.repeat(w.scales[0], w.block[1]), tiles.columns)
+    else:
+        x_scales = _filled(_per_block(x_scales.T, x.block[1]), tiles.rows * tiles.cluster)
+        w_scales = _per_block(w.scales, w.block[0]).T
+    bias = None if bias is None else _filled(bias.astype(jnp.float32), tiles.columns)
+    values = jnp.pad(x.values, ((0, rows - M), (0, 0))) if rows > M else x.values
+    return _call(statics, _Inputs(values, w.values, x_scales, w_scales, bias), out_dtype, interpret)[:M]
+
+
+def _filled(x: jax.Array, multiple: int) -> jax.Array:
+    """`x` with its last axis filled up to a multiple."""
+    missing = -x.shape[-1] % multiple
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
+
+
+def _per_block(scales: jax.Array, length: int) -> jax.Array:
+    """Scales of `length` elements along K, its first axis, as scales of 128 of them."""
+    return jnp.repeat(scales, -(-length // BLOCK), axis=0)
+
+
+def _call(statics: _Statics, inputs: _Inputs, out_dtype, interpret) -> jax.Array:
+    tiles = statics.tiles
+    given = [name for name, array in inputs._asdict().items() if array is not None]
+    shared = {name: scratch for name, scratch in _scratch(statics, inputs, out_dtype)._asdict().items() if scratch}
+
+    def body(*refs):
+        arrays = dict.fromkeys(_Inputs._fields) | dict(zip(given, refs, strict=False))
+        memory = dict.fromkeys(_Shared._fields) | dict(zip(shared, refs[len(given) + 1 :], strict=True))
+        _body(statics, _Inputs(**arrays), refs[len(given)], _Shared(**memory))
+
+    clusters = {"cluster": (tiles.cluster,), "cluster_names": ("tile",)} if tiles.cluster > 1 else {}
+    run = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((statics.num_rows, statics.out_dim), out_dtype),
+        kernel_name="quantized_matmul",
+        scratch_types=list(shared.values()),
+        grid=(statics.num_programs,),
+        grid_names=("program",),
+        num_threads=tiles.num_warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=_COMPILER,
+        interpret=interpret,
+        **clusters,
+    )
+    return run(*(array for array in inputs if array is not None))
+
+
+def _scratch(statics: _Statics, inputs: _Inputs, out_dtype) -> _Shared:
+    tiles, buffers = statics.tiles, statics.tiles.num_buffers
+
+    def tiled(*shape, dtype):
+        transforms = (
+            plgpu.TilingTransform((8, OUT_BYTES // jnp.dtype(dtype).itemsize)),
+            plgpu.SwizzleTransform(OUT_BYTES),
+        )
+        return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+    free = {"num_arrivals": tiles.num_warpgroups, "num_barriers": buffers}
+    together = tiles.cluster > 1
+    return _Shared(
+        x=tiled(buffers, tiles.rows, BLOCK, dtype=inputs.x.dtype),
+        w=tiled(buffers, tiles.columns, BLOCK, dtype=inputs.w.dtype),
+        out=tiled(tiles.num_warpgroups, NUM_OUTS, WARPGROUP_ROWS, piece_columns(out_dtype), dtype=out_dtype),
+        arrived=plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
+        free=plgpu.ClusterBarrier(collective_axes=("tile",), **free) if together else plgpu.Barrier(**free),
+    )
+
+
+def _body(statics: _Statics, inputs: _Inputs, out_ref, shared: _Shared) -> None:
+    warpgroup, tiles = lax.axis_index("warpgroup"), statics.tiles
+    for_products, for_copies = tiles.registers
+    rest = math.prod(statics.grid) - lax.axis_index("program")
+    rounds = hopper.floor(rest + (statics.num_programs - 1), statics.num_programs)
+
+    @pl.when(warpgroup == tiles.num_warpgroups)
+    def _():
+        plgpu.set_max_registers(for_copies, action="decrease")
+        _copy_all(statics, rounds, inputs, shared)
+
+    @pl.when(warpgroup < tiles.num_warpgroups)
+    def _():
+        plgpu.set_max_registers(for_products, action="increase")
+        multiply = _multiply if statics.outside else _multiply_scaled
+
+        def compute(number, _):
+            tile = _tile(statics, number)
+            multiply(statics, tile, warpgroup, inputs, out_ref, shared)
+
+        lax.fori_loop(0, rounds, compute, None)
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _tile(statics: _Statics, number) -> _Tile:
+    tiles, index = statics.tiles, number * statics.num_programs + lax.axis_index("program")
+    row, column = plgpu.planar_snake(index, statics.grid, 0, min(tiles.group, statics.grid[0]))
+    if tiles.cluster > 1:
+        row = row * tiles.cluster + lax.axis_index("tile")
+    return _Tile(row * tiles.rows, column * tiles.columns, number * statics.steps)
+
+
+def _copy_all(statics: _Statics, rounds, inputs: _Inputs, shared: _Shared) -> None:
+    """The copies of all tiles of the program."""
+    buffers = statics.tiles.num_buffers
+
+    def copy_tile(number, _):
+        tile = _tile(statics, number)
+        rows, columns = pl.ds(tile.row, statics.tiles.rows), pl.ds(tile.column, statics.tiles.columns)
+
+        def copy(step, _):
+            count = tile.start + step
+            buffer = hopper.remainder(count, buffers)
+            pl.when(count >= buffers)(lambda: plgpu.barrier_wait(shared.free.at[buffer]))
+            block, arrived = pl.ds(step * BLOCK, BLOCK), shared.arrived.at[buffer]
+            plgpu.copy_gmem_to_smem(inputs.x.at[rows, block], shared.x.at[buffer], arrived)
+            together = {"collective_axes": ("tile",)} if statics.tiles.cluster > 1 else {}
+            plgpu.copy_gmem_to_smem(inputs.w.at[columns, block], shared.w.at[buffer], arrived, **together)
+
+        lax.fori_loop(0, statics.steps, copy, None)
+
+    lax.fori_loop(0, rounds, copy_tile, None)
+    # Every completion of a barrier is waited for: no block of a cluster ends before another has arrived at its
+    # barriers.
+    for buffer in range(buffers):
+        pl.when(buffer < rounds * statics.steps)(functools.partial(plgpu.barrier_wait, shared.free.at[buffer]))
+
+
+def _operands(tile: _Tile, step, warpgroup, shared: _Shared):
+    """(buffer, the warpgroup's x, w) of one block along K, when they are there."""
+    buffer = hopper.remainder(tile.start + step, shared.x.shape[0])
+    plgpu.barrier_wait(shared.arrived.at[buffer])
+    rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+    return buffer, shared.x.at[buffer, rows], shared.w.at[buffer].T
+
+
+def _multiply(statics: _Statics, tile: _Tile, warpgroup, inputs: _Inputs, out_ref, shared: _Shared) -> None:
+    """One warpgroup's rows of a tile whose scales multiply the finished sums."""
+    exact = jnp.int32 if inputs.x.dtype == jnp.int8 else jnp.float32
+
+    def accumulate(acc):
+        def step(k, before):
+            buffer, x_smem, w_smem = _operands(tile, k, warpgroup, shared)
+            plgpu.wgmma(acc, x_smem, w_smem)
+            # All but the product just begun are done.
+            plgpu.wgmma_wait(1)
+            pl.when(k > 0)(lambda: plgpu.barrier_arrive(shared.free.at[before]))
+            return buffer
+
+        last = lax.fori_loop(0, statics.steps, step, jnp.int32(0))
+        # Loaded while the last product runs.
+        rows, columns = pl.ds(_own_row(tile, warpgroup), WARPGROUP_ROWS), pl.ds(tile.column, statics.tiles.columns)
+        x_scales = plgpu.load(inputs.x_scales.at[rows], layout=hopper.ROWS, optimized=False)
+        w_scales = plgpu.load(inputs.w_scales.at[columns], layout=hopper.COLUMNS, optimized=False)
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(shared.free.at[last])
+        sums = acc[...].astype(jnp.float32)
+        return sums * hopper.along(x_scales, sums.shape, 0) * hopper.along(w_scales, sums.shape, 1)
+
+    y = pl.run_scoped(accumulate, plgpu.ACC((WARPGROUP_ROWS, statics.tiles.columns), exact))
+    _store(statics, tile, warpgroup, [y], inputs, out_ref, shared)
+
+
+def _multiply_scaled(statics: _Statics, tile: _Tile, warpgroup, inputs: _Inputs, out_ref, shared: _Shared) -> None:
+    """One warpgroup's rows of a tile whose scales change along K."""
+    tiles, width = statics.tiles, statics.scaled_columns
+    exact = jnp.int32 if inputs.x.dtype == jnp.int8 else jnp.float32
+    groups, rows = range(0, tiles.columns, width), pl.ds(_own_row(tile, warpgroup), WARPGROUP_ROWS)
+
+    def scales_of(k) -> list[jax.Array]:
+        """x's scales times w's, for each group of columns."""
+        x_scales = plgpu.load(inputs.x_scales.at[k, rows], layout=hopper.ROWS, optimized=False)
+        last = inputs.w_scales.shape[0] - 1
+        blocks = [jnp.minimum(hopper.floor(tile.column + group, statics.w_columns), last) for group in groups]
+        return [x_scales * inputs.w_scales[block, k] for block in blocks]
+
+    def add(totals, sums, scales) -> list[jax.Array]:
+        parts = [sums[:, group : group + width] for group in groups] if len(groups) > 1 else [sums]
+        return [
+            total + part.astype(jnp.float32) * hopper.along(scale, part.shape, 0)
+            for total, part, scale in zip(totals, parts, scales, strict=True)
+        ]
+
+    def step(k, carry):
+        totals, sums, before = carry
+        scales = scales_of(k)
+        buffer, x_smem, w_smem = _operands(tile, k, warpgroup, shared)
+
+        def multiply(acc):
+            plgpu.wgmma(acc, x_smem, w_smem)
+            added = add(totals, sums, before) if tiles.overlap else totals
+            return acc[...], added
+
+        new, added = pl.run_scoped(multiply, plgpu.ACC((WARPGROUP_ROWS, tiles.columns), exact))
+        plgpu.barrier_arrive(shared.free.at[buffer])
+        return (added, new, scales) if tiles.overlap else (add(added, new, scales), sums, before)
+
+    def zeros(columns, dtype=jnp.float32):
+        return plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, columns), dtype), hopper.MATRIX)
+
+    totals = [zeros(width) for _ in groups]
+    if tiles.overlap:
+        no_scales = plgpu.layout_cast(jnp.zeros(WARPGROUP_ROWS, jnp.float32), hopper.ROWS)
+        carry = totals, zeros(tiles.columns, exact), [no_scales for _ in groups]
+        totals = add(*lax.fori_loop(0, statics.steps, step, carry))
+    else:
+        totals, _, _ = lax.fori_loop(0, statics.steps, step, (totals, None, None))
+    _store(statics, tile, warpgroup, totals, inputs, out_ref, shared)
+
+
+def _own_row(tile: _Tile, warpgroup):
+    return tile.row + warpgroup * WARPGROUP_ROWS
+
+
+def _store(statics: _Statics, tile: _Tile, warpgroup, parts, inputs: _Inputs, out_ref, shared: _Shared) -> None:
+    """Starts the copies of the results, in `parts` side by side, piece after piece."""
+    width, number = shared.out.shape[-1], 0
+    rows, column = pl.ds(_own_row(tile, warpgroup), WARPGROUP_ROWS), tile.column
+    for part in parts:
+        for offset in range(0, part.shape[1], width):
+            piece = part[:, offset : offset + width]
+            columns, place = pl.ds(column, width), shared.out.at[warpgroup, number % NUM_OUTS]
+            if inputs.bias is not None:
+                bias = plgpu.load(inputs.bias.at[columns], layout=hopper.COLUMNS, optimized=False)
+                piece = piece + hopper.along(bias, piece.shape, 1)
+            # The copy before the last one has been read from its place.
+            plgpu.wait_smem_to_gmem(NUM_OUTS - 1, wait_read_only=True)
+            plgpu.commit_smem()
+            place[...] = piece.astype(out_ref.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(place, out_ref.at[rows, columns])
+            column, number = column + width, number + 1

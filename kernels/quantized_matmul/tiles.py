@@ -1,0 +1,105 @@
+"""What the Hopper kernel of few-bit activations and weights can take, and how it cuts a product into tiles."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from kernels.target import Target
+
+if TYPE_CHECKING:
+    from kernels.quantized_matmul import QuantizedCase
+
+# Mosaic GPU's interface changes with JAX's minor version; the kernel is compiled with 0.11.2.
+JAX_VERSION = jax.__version_info__
+# Rows of one matrix product of a warpgroup.
+WARPGROUP_ROWS = 64
+# Elements along K of one buffer: a row of them, 128 bytes, is what shared memory swizzles; and between scales.
+BLOCK = 128
+# Columns that have one scale in a block-scaled tile.
+SCALED_COLUMNS = 64
+SHARED_BYTES = 227 * 1024
+NUM_PROCESSORS = 132
+# Bytes of a row of the pieces in which results go out through shared memory, and how many pieces are under way.
+OUT_BYTES, NUM_OUTS = 128, 2
+PAIRS = ("int8", "float8_e4m3fn", "float8_e5m2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """num_warpgroups: those that multiply, with 64 rows each; columns: of a tile; num_buffers: blocks of x and of w in
+    shared memory; cluster: tiles along M that read a block of w together, once; group: clusters along M that are
+    computed with the same columns before the next ones. overlap: where scales change along K, a warpgroup adds one
+    block's sums to the total while its next product runs, and not between the two."""
+
+    num_warpgroups: int
+    columns: int
+    num_buffers: int
+    cluster: int
+    group: int
+    overlap: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.num_warpgroups * WARPGROUP_ROWS
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a thread that multiplies, and of one that copies: 65,536 in all, handed out in eights."""
+        return (240, 24) if self.num_warpgroups == 2 else (160, 32)
+
+
+def choose_tiles(case: QuantizedCase) -> Tiles:
+    """Static in the shapes, so that equal calls add in equal order."""
+    # Two float32 sums of a block-scaled tile are in registers: half of the columns.
+    columns = 256 if case.scales_outside else 128
+    cluster = 2 if case.num_rows > 128 else 1
+    fewer = Tiles(2, columns, 2, cluster, 8, not case.scales_outside)
+    options = [dataclasses.replace(fewer, num_buffers=n) for n in (8, 7, 6, 5, 4, 3)]
+    return next((tiles for tiles in options if shared_bytes(tiles) <= SHARED_BYTES), fewer)
+
+
+def shared_bytes(tiles: Tiles) -> int:
+    """Shared memory of one block of threads: the buffers, pieces of results, and barriers."""
+    buffers = tiles.num_buffers * (tiles.rows + tiles.columns) * BLOCK
+    return buffers + NUM_OUTS * tiles.rows * OUT_BYTES + 16 * tiles.num_buffers + 256
+
+
+def unsupported(case: QuantizedCase, target: Target) -> str | None:
+    """Why the kernel can't compute this; None where it can."""
+    if target.platform != "gpu" or target.compute_capability != (9, 0):
+        return f"the kernel is written for NVIDIA GPUs of compute capability 9.0, and the target is {target}"
+    if JAX_VERSION < (0, 11):
+        return f"the kernel needs JAX 0.11 (Python 3.12), and this is JAX {'.'.join(map(str, JAX_VERSION))}"
+    if case.x_dtype not in PAIRS or case.w_dtype not in PAIRS:
+        return f"the kernel takes {', '.join(PAIRS)}, not {case.x_dtype} and {case.w_dtype}"
+    if case.zero_points:
+        return "the kernel takes no zero points"
+    if case.w_layout != "columns":
+        return f"the kernel reads a weight in columns, not in {case.w_layout}; quantize it with layout='columns'"
+    if case.out_dtype not in ("bfloat16", "float16", "float32"):
+        return f"the kernel gives bfloat16, float16 and float32, not {case.out_dtype}"
+    if case.in_dim == 0 or case.in_dim % 16 or case.out_dim == 0 or case.out_dim % 8:
+        return f"the kernel copies 16 bytes at least: K={case.in_dim} must divide by 16, and N={case.out_dim} by 8"
+    if case.scales_outside:
+        return None
+    return _unsupported_blocks(case)
+
+
+def _unsupported_blocks(case: QuantizedCase) -> str | None:
+    along_k = (case.x_block[1], case.w_block[0])
+    if any(length % BLOCK and length != case.in_dim for length in along_k):
+        return f"the kernel takes scales of blocks of a multiple of {BLOCK} along K, not of {along_k}"
+    if case.w_block[1] % BLOCK and case.w_block[1] != case.out_dim:
+        return f"the kernel takes scales of a multiple of {BLOCK} columns where they change along K, not of " + str(
+            case.w_block[1]
+        )
+    return None
+
+
+def piece_columns(out_dtype) -> int:
+    """Columns of a piece of results."""
+    return OUT_BYTES // jnp.dtype(out_dtype).itemsize
