@@ -1,0 +1,259 @@
+"""Grouped products side by side on one GPU: `python -m benchmarks.grouped_matmul --out FILE`.
+
+Ours (Pallas), `jax.lax.ragged_dot`, the batched product, JAX's Mosaic GPU example and torch's `_grouped_mm` where they
+are installed, and one dense product of the same FLOPs, which no grouped one can beat. The product, its gradient of the
+rows (dx) and its gradient of the weights (dw), each alone. Errors are relative, in norms, to float32 of the same
+inputs, over the first, the largest and the last group that is not empty. The last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import importlib
+import importlib.util
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.ceilings import matmul_flops_per_second
+from kernels.grouped_matmul import GroupedCase, grouped_matmul, supports
+from kernels.target import Target, default_target
+
+PASSES = ("forward", "dx", "dw")
+OURS = ("pallas", "batched", "ragged_dot")
+IMPLS = ("dense", *OURS, "jax_mosaic", "torch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """`even`: groups of one size; else as uneven as a router leaves them, and one of them empty."""
+
+    name: str
+    rows: int
+    in_dim: int
+    out_dim: int
+    groups: int
+    even: bool = True
+    dtype: str = "bfloat16"
+
+    def case(self) -> GroupedCase:
+        return GroupedCase(self.dtype, self.rows, self.groups, self.in_dim, self.out_dim)
+
+    def sizes(self) -> np.ndarray:
+        if self.even:
+            return np.full(self.groups, self.rows // self.groups, np.int32)
+        rng = np.random.default_rng(0)
+        share = rng.dirichlet(np.full(self.groups - 1, 4.0))
+        return np.insert(rng.multinomial(self.rows, share), self.groups // 2, 0).astype(np.int32)
+
+    def flops(self) -> float:
+        """Of each of the three products."""
+        return 2 * self.rows * self.in_dim * self.out_dim
+
+
+WORKS = (
+    Work("16384 x 4096 x 14336, 8 groups", 16384, 4096, 14336, 8),
+    Work("moe-1b up, even", 32768, 1024, 3584, 8),
+    Work("moe-1b up, uneven", 32768, 1024, 3584, 8, even=False),
+    Work("moe-1b down, even", 32768, 3584, 1024, 8),
+    Work("moe-1b down, uneven", 32768, 3584, 1024, 8, even=False),
+    Work("131072 x 7168 x 2048, 128 groups", 131072, 7168, 2048, 128),
+    Work("131072 x 7168 x 2048, 128 groups, uneven", 131072, 7168, 2048, 128, even=False),
+    Work("1024 x 2048 x 1024, 64 groups, uneven", 1024, 2048, 1024, 64, even=False),
+)
+
+
+def operands(work: Work) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """x [M, K], w [E, K, N], dy [M, N] and the group sizes."""
+    shapes = ((work.rows, work.in_dim), (work.groups, work.in_dim, work.out_dim), (work.rows, work.out_dim))
+    arrays = [jax.random.normal(jax.random.key(i), shape, work.dtype) for i, shape in enumerate(shapes)]
+    return *arrays, jnp.asarray(work.sizes())
+
+
+def lacking(impl: str, work: Work, target: Target) -> str | None:
+    """Why `impl` isn't measured on this work; None where it is."""
+    match impl:
+        case "dense":
+            return None
+        case "torch":
+            return None if importlib.util.find_spec("torch") else "not installed"
+        case "jax_mosaic":
+            if importlib.util.find_spec("jax.experimental.pallas.ops.gpu.ragged_dot_mgpu") is None:
+                return "not installed"
+            return None if work.groups <= 64 else "unrolls its search over the groups"
+        case _:
+            if impl == "ragged_dot" and work.flops() * work.groups > 2e14:
+                return "multiplies every row by every matrix"
+            return supports(impl, work.case(), target)
+
+
+def function(impl: str, which: str) -> Callable[..., Any]:
+    """The result of (x, w, dy, sizes)."""
+    match impl, which:
+        case "dense", "forward":
+            return lambda x, w, dy, sizes: x @ w[0]
+        case "dense", "dx":
+            return lambda x, w, dy, sizes: dy @ w[0].T
+        case "dense", "dw":
+            return lambda x, w, dy, sizes: x.T @ dy
+        case "jax_mosaic", _:
+            return _jax_mosaic(which)
+        case _, "forward":
+            return lambda x, w, dy, sizes: grouped_matmul(x, w, sizes, impl=impl)
+        case _, "dx":
+            return lambda x, w, dy, sizes: jax.vjp(lambda x: grouped_matmul(x, w, sizes, impl=impl), x)[1](dy)[0]
+        case _:
+            return lambda x, w, dy, sizes: jax.vjp(lambda w: grouped_matmul(x, w, sizes, impl=impl), w)[1](dy)[0]
+
+
+def _jax_mosaic(which: str) -> Callable[..., Any]:
+    package = "jax.experimental.pallas.ops.gpu"
+    tiles = {"block_m": 128, "block_n": 128, "block_k": 64, "max_concurrent_steps": 4, "grid_block_n": 4}
+    if which == "dw":
+        module = importlib.import_module(f"{package}.transposed_ragged_dot_mgpu")
+        return lambda x, w, dy, sizes: module.transposed_ragged_dot(x.T, dy, group_sizes=sizes, **tiles)
+    module = importlib.import_module(f"{package}.ragged_dot_mgpu")
+    if which == "forward":
+        return lambda x, w, dy, sizes: module.ragged_dot(x, w, group_sizes=sizes, **tiles)
+    return lambda x, w, dy, sizes: module.ragged_dot(dy, w, group_sizes=sizes, transpose_rhs=True, **tiles)
+
+
+def _torch(which: str, given) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    """(call, wait and convert) on the same arrays."""
+    torch = importlib.import_module("torch")
+    x, w, dy, sizes = (torch.from_dlpack(array) for array in given)
+    ends = torch.cumsum(sizes, 0).to(torch.int32)
+    # Of the layouts that it takes, those of our arrays.
+    calls = {
+        "forward": lambda: torch._grouped_mm(x, w, offs=ends),
+        "dx": lambda: torch._grouped_mm(dy, w.transpose(1, 2), offs=ends),
+        "dw": lambda: torch._grouped_mm(x.T, dy, offs=ends),
+    }
+
+    def wait(result):
+        torch.cuda.synchronize()
+        return jnp.from_dlpack(result.contiguous())
+
+    return calls[which], wait
+
+
+def compiled(impl: str, which: str, given):
+    return jax.jit(function(impl, which)).lower(*given).compile()
+
+
+def calls(impl: str, which: str, given) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    if impl == "torch":
+        return _torch(which, given)
+    return functools.partial(compiled(impl, which, given), *given), jax.block_until_ready
+
+
+def median_seconds(call, wait, *, repeats: int, inner: int) -> float:
+    """Median over `repeats` of the mean time of `inner` calls in a row, waited for at the end of each row."""
+    wait(call())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for _ in range(inner):
+            out = call()
+        wait(out)
+        times.append((time.perf_counter() - start) / inner)
+    return statistics.median(times)
+
+
+@functools.partial(jax.jit, static_argnames="which")
+def _exact(which: str, x, w, dy):
+    product = functools.partial(jnp.matmul, precision="highest")
+    x, w, dy = (array.astype(jnp.float32) for array in (x, w, dy))
+    return {"forward": lambda: product(x, w), "dx": lambda: product(dy, w.T), "dw": lambda: product(x.T, dy)}[which]()
+
+
+def relative_error(which: str, result, given) -> float:
+    x, w, dy, sizes = given
+    sizes = np.asarray(sizes)
+    ends, filled = np.cumsum(sizes), np.flatnonzero(sizes)
+    errors = []
+    for group in {int(filled[0]), int(np.argmax(sizes)), int(filled[-1])}:
+        rows = slice(int(ends[group] - sizes[group]), int(ends[group]))
+        true = _exact(which, x[rows], w[group], dy[rows])
+        mine = (result[group] if which == "dw" else result[rows]).astype(jnp.float32)
+        errors.append(float(jnp.linalg.norm(mine - true) / jnp.linalg.norm(true)))
+    return max(errors)
+
+
+def measure(impl: str, work: Work, which: str, given, repeats: int) -> dict[str, Any]:
+    call, wait = calls(impl, which, given)
+    error = None if impl == "dense" else relative_error(which, wait(call()), given)
+    inner = max(2, min(20, int(4e13 / work.flops())))
+    seconds = median_seconds(call, wait, repeats=repeats, inner=inner)
+    return {"tflops": work.flops() / seconds / 1e12, "milliseconds": 1e3 * seconds, "relative_error": error}
+
+
+def measure_all(works: list[Work], impls: list[str], repeats: int) -> Iterator[dict[str, Any]]:
+    target = default_target()
+    for work in works:
+        given = operands(work)
+        for impl in impls:
+            for which in PASSES:
+                row: dict[str, Any] = {"work": work.name, "impl": impl, "pass": which}
+                reason = lacking(impl, work, target)
+                if reason is None:
+                    try:
+                        row |= measure(impl, work, which, given, repeats)
+                    except Exception as error:
+                        # A rival may refuse a shape in its own way; a failure of ours is an error.
+                        if impl in ("dense", *OURS):
+                            raise
+                        reason = f"{type(error).__name__}: {error}"[:300]
+                row |= {"lacking": reason} if reason else {}
+                print(_line(row), flush=True)
+                yield row
+
+
+def _line(row: dict[str, Any]) -> str:
+    head = f"{row['work']:<44}{row['impl']:<12}{row['pass']:<9}"
+    if "lacking" in row:
+        return f"{head}{row['lacking']}"
+    error = "" if row["relative_error"] is None else f"   error {row['relative_error']:.1e}"
+    return f"{head}{row['tflops']:7.0f} TFLOP/s{row['milliseconds']:9.3f} ms{error}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.grouped_matmul", description=__doc__.splitlines()[0])
+    names = [work.name for work in WORKS]
+    parser.add_argument("--works", nargs="+", choices=names, default=names, metavar="WORK", help=f"of {names}")
+    parser.add_argument("--impls", nargs="+", choices=IMPLS, default=list(IMPLS))
+    parser.add_argument("--repeats", type=int, default=5, help="rows of calls, of which the median counts")
+    parser.add_argument("--out", type=Path, help="write the JSON here too")
+    options = parser.parse_args(arguments)
+    target = default_target()
+    if target.platform != "gpu":
+        parser.exit(2, f"python -m benchmarks.grouped_matmul measures NVIDIA GPUs; the default device is a {target}\n")
+    record: dict[str, Any] = {
+        "benchmark": "grouped_matmul",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        # First, so that the chip's clocks have risen before anything short is timed.
+        "matmul_tflops": matmul_flops_per_second() / 1e12,
+        "rows": [],
+    }
+    for row in measure_all([work for work in WORKS if work.name in options.works], options.impls, options.repeats):
+        record["rows"].append(row)
+        # What is measured is kept, also of a run that is cut off.
+        if options.out is not None:
+            options.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
