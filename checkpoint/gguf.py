@@ -23,7 +23,7 @@ from checkpoint.stream import Tensor, load_tensors
 from model.config import ModelConfig
 from model.families.gguf import ROPE_FACTORS, interleaved_rotation, parse_metadata
 from model.families.names import gguf_names
-from model.transformer import Definition, Tree
+from model.transformer import Convert, Definition, Tree
 
 _VERSIONS = (2, 3)
 _PLAIN = {
@@ -202,9 +202,11 @@ def read_gguf_config(file: GGUFFile) -> ModelConfig:
         raise ValueError(f"{file.path}: {error}") from error
 
 
-def load_gguf(path: Path, definition: Definition, shardings: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
+def load_gguf(
+    path: Path, definition: Definition, shardings: tuple[Tree, Tree], convert: Convert | None = None
+) -> tuple[Tree, Tree]:
     """(params, biases) of `definition` from a GGUF file; see `load_tensors`."""
     file = GGUFFile(path)
     interleaved = interleaved_rotation(file.metadata["general.architecture"])
     names = gguf_names(definition.config, interleaved=interleaved)
-    return load_tensors(file, names, definition, shardings, ignored=[ROPE_FACTORS])
+    return load_tensors(file, names, definition, shardings, ignored=[ROPE_FACTORS], convert=convert)

@@ -31,7 +31,7 @@ from model.families.huggingface import (
 )
 from model.families.names import Piece, huggingface_names, pieces
 from model.precision import Float
-from model.transformer import Definition, Tree
+from model.transformer import Convert, Definition, Tree
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -125,7 +125,9 @@ def _open(path: Path) -> Any:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
 
 
-def load_huggingface(folder: Path, definition: Definition, shardings: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
+def load_huggingface(
+    folder: Path, definition: Definition, shardings: tuple[Tree, Tree], convert: Convert | None = None
+) -> tuple[Tree, Tree]:
     """(params, biases) of `definition` from the safetensors in `folder`; see `load_tensors`."""
     family: Family = _within(folder, family_of)
     source = SafetensorsFolder(folder)
@@ -139,7 +141,7 @@ def load_huggingface(folder: Path, definition: Definition, shardings: tuple[Tree
         _log.warning("%s: %d tensors for other things than text are left out", folder, len(others))
         ignored += others
     names = huggingface_names(definition.config, interleaved=family.interleaved, roots=roots)
-    return load_tensors(source, names, definition, shardings, ignored=ignored)
+    return load_tensors(source, names, definition, shardings, ignored=ignored, convert=convert)
 
 
 def _check_tied(source: SafetensorsFolder, rows: int = 1024) -> None:

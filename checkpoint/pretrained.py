@@ -14,13 +14,13 @@ from checkpoint.huggingface import CONFIG_FILE, load_huggingface, read_config
 from checkpoint.run import DIRECTORY, load_run, read_run_config
 from model.config import ModelConfig
 from model.families.huggingface import computed_fields
-from model.transformer import Definition, Tree
+from model.transformer import Convert, Definition, Tree
 
 Kind = Literal["huggingface", "gguf", "run"]
 
 PACKAGE = "package:"
 
-_LOADERS: dict[Kind, Callable[[Path, Definition, tuple[Tree, Tree]], tuple[Tree, Tree]]] = {
+_LOADERS: dict[Kind, Callable[[Path, Definition, tuple[Tree, Tree], Convert | None], tuple[Tree, Tree]]] = {
     "huggingface": load_huggingface,
     "gguf": load_gguf,
     "run": load_run,
@@ -38,12 +38,15 @@ class Pretrained:
     kind: Kind
     config: ModelConfig
 
-    def load(self, definition: Definition, shardings: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
+    def load(
+        self, definition: Definition, shardings: tuple[Tree, Tree], convert: Convert | None = None
+    ) -> tuple[Tree, Tree]:
         """(params, biases) of `definition`, which may stack layers and choose the dtype of parameters freely.
 
         `shardings`: trees of jax.sharding.Sharding with the structure of `definition.abstract`. Host memory stays at
-        a few shards of single leaves. Raises ValueError for a definition of another model, and for files that are
-        damaged or do not fit, with their names and those of the tensors; CheckpointError for a torn run of ours.
+        a few shards of single leaves. What `convert` makes of each parameter takes its place, as soon as it is read; of
+        a run of ours, when all are. Raises ValueError for a definition of another model, and for files that are damaged
+        or do not fit, with their names and those of the tensors; CheckpointError for a torn run of ours.
         """
         ours, theirs = computed_fields(self.config), computed_fields(definition.config)
         # Fewer or more positions than a model was made for are for the caller to judge.
@@ -51,7 +54,7 @@ class Pretrained:
         if different:
             given = ", ".join(f"{name}={theirs[name]}" for name in different)
             raise ValueError(f"{self.path} holds another model than the one with {given}; take its `config`")
-        return _LOADERS[self.kind](self.path, definition, shardings)
+        return _LOADERS[self.kind](self.path, definition, shardings, convert)
 
 
 def open_pretrained(source: str | os.PathLike[str]) -> Pretrained:

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from checkpoint.store import Checkpoint, CheckpointReader
 from checkpoint.tree import SEPARATOR
 from model.config import ModelConfig
-from model.transformer import Definition, Tree
+from model.transformer import Convert, Definition, Tree
 
 DIRECTORY = "checkpoints"
 
@@ -76,12 +76,25 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def load_run(path: Path, definition: Definition, shardings: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
+def load_run(
+    path: Path, definition: Definition, shardings: tuple[Tree, Tree], convert: Convert | None = None
+) -> tuple[Tree, Tree]:
     """(params, biases) of `definition` from the newest checkpoint, whose layers may be stacked otherwise.
 
     Each leaf comes from the disk onto its shards, and is converted there. Where layers were stacked and are not any
-    more, or the other way round, devices hold one stacked leaf besides.
+    more, or the other way round, devices hold one stacked leaf besides. `convert` is given the parameters when all of
+    them are there.
     """
+    params, biases = _load(path, definition, shardings)
+    if convert is None:
+        return params, biases
+    flat = traverse_util.flatten_dict(params)
+    # Each one's wide form goes before the next one's narrow form is made.
+    del params
+    return traverse_util.unflatten_dict({key: convert(key, flat.pop(key)) for key in list(flat)}), biases
+
+
+def _load(path: Path, definition: Definition, shardings: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
     reader, checkpoint = open_run(path)
     saved = Definition(_config_of(checkpoint), scan=checkpoint.manifest.architecture["scan"])
     if saved.scan == definition.scan:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import traverse_util
 
 from model.families.names import Names, Piece, Stored, pieces
-from model.transformer import Definition, Tree
+from model.transformer import Convert, Definition, Tree
 
 # Bytes of the file's array that are held besides the shard being filled: bounds what dequantisation multiplies.
 BLOCK_BYTES = 4 << 20
@@ -63,8 +63,9 @@ def load_tensors(
     shardings: tuple[Tree, Tree],
     *,
     ignored: Collection[str] = (),
+    convert: Convert | None = None,
 ) -> tuple[Tree, Tree]:
-    """(params, biases) of `definition`, each leaf in its dtype and on its sharding.
+    """(params, biases) of `definition`, each leaf in its dtype and on its sharding, parameters as `convert` makes them.
 
     Everything is checked before anything is read: ValueError that names file and tensor for those without a place
     (but for `ignored`), missing ones, and ones of another shape or type. Host memory: at most `READERS` shards.
@@ -75,7 +76,8 @@ def load_tensors(
     assert placed.keys() == abstract.keys(), f"shardings of {placed.keys() ^ abstract.keys()}"
 
     def place(path: tuple[int, LeafPath]) -> jax.Array:
-        return _place(source, matches[path], abstract[path], placed[path])
+        array = _place(source, matches[path], abstract[path], placed[path])
+        return array if convert is None or path[0] else convert(path[1], array)
 
     # Copying, converting and dequantising release the interpreter lock.
     with concurrent.futures.ThreadPoolExecutor(max_workers=READERS) as pool:

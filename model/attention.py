@@ -67,27 +67,31 @@ class Attention(nnx.Module):
         """Queries, keys and values, normed and rotated."""
         if self.joined:
             N, K = self.config.num_heads, self.config.num_kv_heads
-            joined = project("btd,dnh->btnh", x_BTD, self.qkv, self.qkv_bias)
+            joined = self._heads(x_BTD, self.qkv, self.qkv_bias, execution)
             q_BTNH, k_BTKH, v_BTKH = jnp.split(joined, (N, N + K), axis=2)
         else:
-            q_BTNH = project("btd,dnh->btnh", x_BTD, self.query, self.query_bias)
-            k_BTKH = project("btd,dkh->btkh", x_BTD, self.key, self.key_bias)
-            v_BTKH = project("btd,dkh->btkh", x_BTD, self.value, self.value_bias)
+            q_BTNH = self._heads(x_BTD, self.query, self.query_bias, execution)
+            k_BTKH = self._heads(x_BTD, self.key, self.key_bias, execution)
+            v_BTKH = self._heads(x_BTD, self.value, self.value_bias, execution)
         if self.query_norm is not None:
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         q_BTNH, k_BTKH = rotate(q_BTNH, rotation), rotate(k_BTKH, rotation)
         heads = ("batch", "sequence", "act_heads", None)
         return tuple(constrain(x, execution.placement, *heads) for x in (q_BTNH, k_BTKH, v_BTKH))
 
+    def _heads(self, x_BTD: jax.Array, kernel: nnx.Param, bias: nnx.Param | None, execution: Execution) -> jax.Array:
+        """[B, T, heads, H]."""
+        y = project("btd,dnh->btnh", x_BTD, kernel, bias, execution)
+        return y.reshape(*x_BTD.shape[:2], -1, self.config.head_dim)
+
     def _output(self, o_BTNH: jax.Array, execution: Execution, *, flat: bool = False) -> jax.Array:
         """`flat`: heads and their widths as one axis. Of two, XLA's CPU compiler takes another order than the kernel
         has, and copies it at each call: SmolLM2's layers take 51 ms of processor time for two tokens so, 32 flat."""
         if flat:
             B, T, N, H = o_BTNH.shape
-            kernel = self.output[...].reshape(N * H, -1)
-            y_BTD = project("btm,md->btd", o_BTNH.reshape(B, T, N * H), kernel, self.output_bias)
+            y_BTD = project("btm,md->btd", o_BTNH.reshape(B, T, N * H), self.output, self.output_bias, execution)
         else:
-            y_BTD = project("btnh,nhd->btd", o_BTNH, self.output, self.output_bias)
+            y_BTD = project("btnh,nhd->btd", o_BTNH, self.output, self.output_bias, execution)
         return constrain(y_BTD, execution.placement, "batch", "sequence", "act_embed")
 
     def _attend_pages(

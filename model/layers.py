@@ -9,7 +9,9 @@ from flax import nnx
 from model.config import Activation, ModelConfig
 from model.execution import Execution
 from model.parameter import Creator, normal, ones, zeros
+from model.products import multiply
 from parallel.sharding import constrain
+from quantization.qarray import QArray
 
 
 class RMSNorm(nnx.Module):
@@ -79,28 +81,42 @@ class MLP(nnx.Module):
 
     @jax.named_scope("mlp")
     def __call__(self, x_BTD: jax.Array, execution: Execution) -> jax.Array:
-        gate_BTF, up_BTF = self._project(x_BTD)
+        gate_BTF, up_BTF = self._project(x_BTD, execution)
         if gate_BTF is None:
             hidden_BTF = activate(up_BTF, self.activation)
         else:
             hidden_BTF = activate(gate_BTF, self.activation) * up_BTF
         hidden_BTF = constrain(hidden_BTF, execution.placement, "batch", "sequence", "act_mlp")
-        y_BTD = project("btf,fd->btd", hidden_BTF, self.down, self.down_bias)
+        y_BTD = project("btf,fd->btd", hidden_BTF, self.down, self.down_bias, execution)
         return constrain(y_BTD, execution.placement, "batch", "sequence", "act_embed")
 
-    def _project(self, x_BTD: jax.Array) -> tuple[jax.Array | None, jax.Array]:
+    def _project(self, x_BTD: jax.Array, execution: Execution) -> tuple[jax.Array | None, jax.Array]:
         """Gate, None where there is none, and up."""
         if self.joined:
-            gate_BTF, up_BTF = jnp.split(project("btd,df->btf", x_BTD, self.gate_up, self.gate_up_bias), 2, axis=-1)
+            both_BTF = project("btd,df->btf", x_BTD, self.gate_up, self.gate_up_bias, execution)
+            gate_BTF, up_BTF = jnp.split(both_BTF, 2, axis=-1)
             return gate_BTF, up_BTF
-        up_BTF = project("btd,df->btf", x_BTD, self.up, self.up_bias)
-        gate_BTF = None if self.gate is None else project("btd,df->btf", x_BTD, self.gate, self.gate_bias)
+        up_BTF = project("btd,df->btf", x_BTD, self.up, self.up_bias, execution)
+        gate_BTF = None if self.gate is None else project("btd,df->btf", x_BTD, self.gate, self.gate_bias, execution)
         return gate_BTF, up_BTF
 
 
-def project(equation: str, x: jax.Array, kernel: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
-    """einsum of x with a kernel, in x's dtype; the unit accumulates in float32."""
-    y = jnp.einsum(equation, x, kernel[...].astype(x.dtype))
+def project(equation: str, x: jax.Array, kernel: nnx.Param, bias: nnx.Param | None, execution: Execution) -> jax.Array:
+    """Product of x with a kernel, in x's dtype; the unit accumulates in float32.
+
+    `equation` is that of an einsum which contracts the last axes of x with the first ones of the kernel, several of
+    the kernel's perhaps as one. The result of a kernel that is held quantised has one axis for all outputs.
+    """
+    operands, result = equation.split("->")
+    kernel_axes = operands.split(",")[1]
+    inputs = sum(axis not in result for axis in kernel_axes)
+    if isinstance(kernel.get_value(), QArray):
+        flat = x.reshape(*x.shape[: x.ndim - inputs], -1)
+        return multiply(flat, kernel, None if bias is None else bias[...], execution)
+    weight = kernel[...].astype(x.dtype)
+    if weight.ndim > len(kernel_axes):
+        weight = weight.reshape(*x.shape[-inputs:], -1)
+    y = jnp.einsum(equation, x, weight)
     return y if bias is None else y + bias[...].astype(x.dtype)
 
 

@@ -34,6 +34,17 @@ def ones(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pending:
+    """A parameter's value that is yet to be made."""
+
+    program: Callable[[jax.Array], jax.Array]
+    keys: jax.Array
+
+    def make(self) -> jax.Array:
+        return self.program(self.keys)
+
+
+@dataclasses.dataclass(frozen=True)
 class Creator:
     """Creates the parameters of a module from keys.
 
@@ -47,7 +58,8 @@ class Creator:
     """Projections of one input are one array: attention's query, key and value, a gated feed-forward's gate and up."""
     place: Place | None = None
     """Makes each parameter where it lives, by a program of its own that all of its kind share: one program that makes
-    all of them takes XLA's GPU compiler 168 s for 20 unrolled layers (one core, JAX 0.11.2). None when traced."""
+    all of them takes XLA's GPU compiler 168 s for 20 unrolled layers (one core, JAX 0.11.2). The values are `Pending`
+    then, for `Definition.init` to make. None when traced."""
 
     def scope(self, name: str | int) -> Creator:
         number = name if isinstance(name, int) else zlib.crc32(name.encode()) & 0x7FFFFFFF
@@ -68,8 +80,9 @@ class Creator:
         dtype = jnp.dtype(dtype or self.dtype)
         keys, logical = self.scope(name).keys, ("layers",) * self.keys.ndim + tuple(logical)
         draw = _draw(init, shape, dtype)
-        value = draw(keys) if self.place is None else _program(draw, self.place(logical))(keys)
-        return kind(value, logical=logical)
+        value = draw(keys) if self.place is None else Pending(_program(draw, self.place(logical)), keys)
+        # `format` is how a product takes it, where that is not as it is (see `Definition`).
+        return kind(value, logical=logical, format=None)
 
 
 @functools.cache
@@ -80,6 +93,34 @@ def _draw(init: Init, shape: tuple[int, ...], dtype: jnp.dtype) -> Callable[[jax
 @functools.cache
 def _program(draw: Callable[[jax.Array], jax.Array], sharding: jax.sharding.Sharding):
     return jax.jit(draw, out_shardings=sharding)
+
+
+Logical = tuple[str | None, ...]
+
+
+def matrix_axes(logical: Logical) -> tuple[int, int] | None:
+    """Number of batch axes and of row axes of a hidden weight [*batch, *rows, *columns]; None for other parameters.
+
+    A hidden weight maps from or to the residual stream: its first or last axis is the model's width, and the axes left
+    are its other side, together ([D, N, H] is [D, N·H]). Biases have no width axis beside another one, a router has an
+    unnamed axis, embedding and head have a vocab axis.
+    """
+    batch, own = split_copies(logical)
+    if len(own) < 2 or "vocab" in own or None in own:
+        return None
+    if own[0] in ("embed", "expert_embed"):
+        return batch, 1
+    if own[-1] in ("embed", "expert_embed"):
+        return batch, len(own) - 1
+    return None
+
+
+def split_copies(logical: Logical) -> tuple[int, Logical]:
+    """Number of leading axes that only enumerate copies (layers, experts), and the names of the others."""
+    batch = 0
+    while batch < len(logical) and logical[batch] in ("layers", "experts"):
+        batch += 1
+    return batch, logical[batch:]
 
 
 def _per_copy(fn: Callable[[jax.Array], jax.Array], keys: jax.Array) -> jax.Array:

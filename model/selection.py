@@ -10,10 +10,14 @@ import jax
 from kernels import attention as attention_op
 from kernels import grouped_matmul as grouped_op
 from kernels import paged_attention as paged_op
+from kernels import quantized_matmul as quantized_op
 from kernels.attention import xla as attention_xla
 from kernels.target import Target, target_of
 from model.config import ModelConfig
+from model.products import Matrix
+from model.transformer import Definition
 from parallel.sharding import Placement
+from quantization.rules import Format
 
 
 class Selection(NamedTuple):
@@ -92,19 +96,21 @@ class PagedSelection(NamedTuple):
 
     paged_attention: str
     grouped_matmul: str
+    quantized_matmul: str
     reasons: tuple[str, ...]
     live_decode: bool
     """Decoding reads live pages alone, so that the width of the page table costs nothing."""
     live_prefill: bool
     """So does the computation of prompts."""
+    target: Target
 
 
 def select_paged_kernels(
-    config: ModelConfig,
+    definition: Definition,
     *,
     paged_attention: str,
     grouped_matmul: str,
-    dtype: str,
+    quantized_matmul: str,
     rows: int,
     tiles: tuple[int, int],
     page_size: int,
@@ -114,7 +120,7 @@ def select_paged_kernels(
 ) -> PagedSelection:
     """Implementations for decoding batches of up to `rows` tokens whose contexts have up to `width`, and for up to so
     many tiles of so many prompt tokens. Raises ValueError for a named one that can't run."""
-    target = target_of(device)
+    config, dtype, target = definition.config, definition.param_dtype, target_of(device)
     paged, reason = paged_op.choose(paged_attention, target)
     decode = paged_op.PagedAttentionCase(
         dtype=dtype,
@@ -132,4 +138,35 @@ def select_paged_kernels(
     grouped, reason = _select_grouped(config, grouped_matmul, dtype, rows, placement, target)
     if config.moe is not None:
         reasons.append(f"grouped product: {grouped}, {reason}")
-    return PagedSelection(paged, grouped, tuple(reasons), in_decode == "pallas", in_prefill == "pallas")
+    sizes = (rows, tiles[0] * tiles[1])
+    reasons += _select_quantized(definition, quantized_matmul, sizes, placement, target)
+    live = (in_decode == "pallas", in_prefill == "pallas")
+    return PagedSelection(paged, grouped, quantized_matmul, tuple(reasons), *live, target)
+
+
+def _select_quantized(
+    definition: Definition, impl: str, sizes: tuple[int, int], placement: Placement, target: Target
+) -> list[str]:
+    """Lines about the matrices of few bits, for up to so many tokens in decode and in prefill."""
+    by_format: dict[Format, list[Matrix]] = {}
+    for matrix in definition.matrices:
+        by_format.setdefault(matrix.format, []).append(matrix)
+    reasons = []
+    for format, matrices in by_format.items():
+        kinds = ", ".join(dict.fromkeys(matrix.name.rsplit("/", 1)[-1] for matrix in matrices))
+        reasons.append(f"precision {format.name}: {len(matrices)} matrices ({kinds}) are {format}")
+        if any(matrix.is_of_experts for matrix in matrices):
+            reasons.append(
+                f"experts: dequantised from {format.name} at each call, since grouped products take no quantised "
+                "weights: that saves memory, and no time"
+            )
+        dense = [matrix for matrix in matrices if not matrix.is_of_experts]
+        for phase, num_rows in zip(("decode", "prefill"), sizes if dense else (), strict=False):
+            found: dict[str, str] = {}
+            for matrix in dense:
+                case = matrix.case(num_rows // placement.size("batch"), definition.param_dtype, placement)
+                chosen, reason = quantized_op.choose(impl, case, target)
+                found.setdefault(chosen, reason)
+            said = "; ".join(f"{chosen}, {reason}" for chosen, reason in found.items())
+            reasons.append(f"product of {num_rows} rows in {phase} with {format.name}: {said}")
+    return reasons

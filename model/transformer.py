@@ -4,24 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, traverse_util
 
+from kernels.target import target_of
 from model.attention import Attention
 from model.cache import LayerPages, PagedRows
 from model.config import ModelConfig
 from model.execution import Execution
 from model.layers import MLP, Embedding, RMSNorm
 from model.moe import MoE, MoEMetrics
-from model.parameter import Creator, Place, RouterBias, normal
+from model.parameter import Creator, Logical, Place, RouterBias, normal
+from model.products import (
+    Matrix,
+    Storage,
+    arrange,
+    join_columns,
+    matrix_name,
+    matrix_shape,
+    multiply,
+    part_of,
+    placed,
+    quantize_matrix,
+    quantized_logical,
+)
 from model.rope import Rotation, rotations
 from parallel.sharding import constrain
+from quantization.qarray import Layout, QArray
+from quantization.rules import Format, ProductRules
 
 Tree = dict[Any, Any]
+Convert = Callable[[tuple[str | int, ...], jax.Array], Any]
+"""What becomes of the parameter at a path of `params`."""
 
 
 class Output(NamedTuple):
@@ -207,7 +225,11 @@ class Transformer(nnx.Module):
     @jax.named_scope("lm_head")
     def logits(self, hidden_BTD: jax.Array, execution: Execution) -> jax.Array:
         """float32 [B, T, V], soft-capped. Training takes `head` instead and never holds all logits."""
-        logits_BTV = jnp.einsum("btd,dv->btv", hidden_BTD, self.head(execution), preferred_element_type=jnp.float32)
+        if self.lm_head is not None and isinstance(self.lm_head.get_value(), QArray):
+            logits_BTV = multiply(hidden_BTD, self.lm_head, None, execution, jnp.float32)
+        else:
+            head_DV = self.head(execution)
+            logits_BTV = jnp.einsum("btd,dv->btv", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
         cap = self.config.final_soft_cap
         logits_BTV = logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
         return constrain(logits_BTV, execution.placement, "batch", "sequence", "act_vocab")
@@ -243,23 +265,96 @@ class Definition:
     joined: bool = False
     """Query, key and value projections as one array, and gate and up as one, by `join_projections`: one product reads
     them faster when a few tokens are all there is. They cannot be split over devices then."""
+    rules: ProductRules = dataclasses.field(default_factory=ProductRules)
+    """In what formats matrices are multiplied."""
+    stored_for: Storage | None = None
+    """Where the matrices are held in their formats. None where they keep `param_dtype` and are quantised at each
+    product, as training does."""
 
-    def init(self, key: jax.Array, place: Place | None = None) -> tuple[Tree, Tree]:
+    def init(self, key: jax.Array, place: Place | None = None, convert: Convert | None = None) -> tuple[Tree, Tree]:
         """(params, biases) from a PRNG key. The same for any mesh, and for scanned or unrolled layers.
 
-        With `place`, arrays on devices: each shard is made where it lives, so that no array is ever whole on one.
+        With `place`, arrays on devices, one after another: each shard is made where it lives, so that no array is ever
+        whole on one, and `convert` (of a definition without formats) is given each parameter before the next is made.
         Without it, for a caller that traces.
         """
+        assert self.stored_for is None, "parameters are drawn as they are, and converted"
         _, params, biases = nnx.split(self._create(key, place), nnx.Param, RouterBias)
-        return nnx.to_pure_dict(params), nnx.to_pure_dict(biases)
+        if place is None:
+            return nnx.to_pure_dict(params), nnx.to_pure_dict(biases)
+        return _made(params, convert), _made(biases, None)
+
+    def stored_on(self, device: jax.Device, impl: str = "auto") -> Definition:
+        """The same with matrices held in their formats, as suits a device and an implementation of their products."""
+        return dataclasses.replace(self, stored_for=Storage(target_of(device), impl))
 
     @functools.cached_property
     def _split(self) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
         abstract = nnx.eval_shape(lambda: self._create(jax.random.key(0)))
-        return nnx.split(abstract, nnx.Param, RouterBias)
+        graphdef, params, biases = nnx.split(abstract, nnx.Param, RouterBias)
+        return graphdef, self._formatted(params), biases
+
+    def _formatted(self, params: nnx.State) -> nnx.State:
+        """Abstract parameters that know their formats. Raises ValueError as `ProductRules` does."""
+        if self.rules.head != "compute" and self.config.tie_embeddings:
+            raise ValueError(
+                f"precision.head={self.rules.head} needs a head of its own, and the model's is its embedding, which "
+                "stays as it is; set precision.head to compute"
+            )
+        flat, names = nnx.to_flat_state(params), set()
+        for path, variable in flat:
+            logical, name = variable.get_metadata("logical"), matrix_name(path)
+            part = part_of(logical)
+            if part is None or (part == "experts" and self.stored_for is None):
+                continue  # Training's grouped products have no quantised form.
+            in_dim = matrix_shape(variable.shape, logical)[-2]
+            if dataclasses.replace(self.rules, keep=()).format_of(name, part, in_dim) is not None:
+                names.add(name)
+            format = self.rules.format_of(name, part, in_dim)
+            if format is None:
+                continue
+            variable.set_metadata(format=format)
+            if self.stored_for is not None:
+                layout = self.stored_for.layout(format, part, matrix_shape(variable.shape, logical))
+                variable.set_value(_describe(variable.get_value(), logical, format, layout))
+                variable.set_metadata(logical=quantized_logical(logical, format, layout))
+        self.rules.check(names)
+        return nnx.from_flat_state(flat)
 
     def _create(self, key: jax.Array, place: Place | None = None) -> Transformer:
         return Transformer(self.config, Creator(key, self.param_dtype, self.joined, place), scan=self.scan)
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        """Those that have a format."""
+        flat = [(matrix_name(path), variable) for path, variable in nnx.to_flat_state(self._split[1])]
+        found = [(name, v.get_metadata("format"), v.get_value(), v.get_metadata("logical")) for name, v in flat]
+        return [Matrix(*each) for each in found if each[1] is not None]
+
+    def converter(self, place: Place) -> Convert:
+        """Makes parameters of the same definition without formats into those of this one, but for their layout."""
+        known = dict(nnx.to_flat_state(dataclasses.replace(self, stored_for=None)._split[1]))
+        stored = {path for path, v in nnx.to_flat_state(self._split[1]) if isinstance(v.get_value(), QArray)}
+
+        def convert(path: tuple[str | int, ...], array: jax.Array) -> jax.Array | QArray:
+            if path not in stored:
+                return array
+            logical, format = (known[path].get_metadata(name) for name in ("logical", "format"))
+            fields = quantized_logical(logical, format, "rows")
+            return placed(quantize_matrix, "rows", place(fields.values), place(fields.scales))(array, logical, format)
+
+        return convert
+
+    def arranged(self, params: Tree, place: Place) -> Tree:
+        """What a `converter` made, in the layouts of this definition. An array of the tree given goes when the next one
+        is there."""
+        flat, described = traverse_util.flatten_dict(params), dict(nnx.to_flat_state(self._split[1]))
+        for path, matrix in flat.items():
+            if isinstance(matrix, QArray):
+                logical = described[path].get_metadata("logical")
+                program = placed(arrange, logical.layout, place(logical.values), place(logical.scales))
+                flat[path] = program(matrix, logical.layout)
+        return traverse_util.unflatten_dict(flat)
 
     @property
     def abstract(self) -> tuple[Tree, Tree]:
@@ -297,6 +392,19 @@ def _logical(state: nnx.State) -> Tree:
     return tree
 
 
+def _describe(x: jax.ShapeDtypeStruct, logical: Logical, format: Format, layout: Layout) -> QArray:
+    return jax.eval_shape(lambda x: arrange(quantize_matrix(x, logical, format), layout), x)
+
+
+def _made(pending: nnx.State, convert: Convert | None) -> Tree:
+    """Values of parameters that are yet to be made, one at a time."""
+    flat = {}
+    for path, variable in nnx.to_flat_state(pending):
+        array = variable.get_value().make()
+        flat[path] = array if convert is None else convert(path, array)
+    return traverse_util.unflatten_dict(flat)
+
+
 def _fill(abstract: nnx.State, values: Tree) -> nnx.State:
     """`abstract` with the arrays of a nested dict; both flatten in the order of sorted keys."""
     structure = jax.tree.structure(nnx.to_pure_dict(abstract))
@@ -321,4 +429,8 @@ def _join(tree: Tree, name: str, parts: tuple[str, ...], axis: int) -> None:
     """The kernels `parts` of a module as one along `axis`, and their biases where it has them."""
     for suffix in ("", "_bias"):
         if parts[0] + suffix in tree:
-            tree[name + suffix] = jnp.concatenate([tree.pop(part + suffix) for part in parts], axis=axis)
+            found = [tree.pop(part + suffix) for part in parts]
+            if isinstance(found[0], QArray):
+                tree[name + suffix] = join_columns(found)
+            else:
+                tree[name + suffix] = jnp.concatenate(found, axis=axis)

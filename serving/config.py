@@ -9,6 +9,7 @@ from typing import Literal
 from model.config import ModelConfig
 from parallel.mesh import MeshConfig
 from parallel.sharding import ShardingRules
+from quantization.rules import ProductRules
 from serving.api_config import ApiConfig
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -78,6 +79,8 @@ class ServingKernels:
     """Attention over pages."""
     grouped_matmul: str = "auto"
     """Products of the experts."""
+    quantized_matmul: str = "auto"
+    """Products with matrices of few bits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +114,8 @@ class ServeRun:
     """Architecture of random weights; None where `source` has it."""
     dtype: Dtype = "auto"
     """Weights, activations and cache; auto: bfloat16, on a CPU float32."""
+    precision: ProductRules = dataclasses.field(default_factory=ProductRules)
+    """Matrices of few bits: quantised as they are loaded, array by array."""
     mesh: MeshConfig = dataclasses.field(default_factory=lambda: MeshConfig(fsdp=1, tensor=-1))
     """Devices: `tensor` splits every layer; the other axes must be 1."""
     rules: ShardingRules = dataclasses.field(default_factory=ShardingRules)

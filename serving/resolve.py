@@ -75,7 +75,9 @@ def resolve(run: ServeRun, devices: Sequence[jax.Device]) -> Resolved:
     platform = devices[0].platform
     dtype = run.dtype if run.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
     max_context = min(run.engine.max_context or model.max_positions, model.max_positions)
-    selection = _select(run, model, dtype, max_context, whole, devices[0])
+    apart = Definition(model, False, dtype, mesh.size == 1, run.precision)
+    definition = apart.stored_on(devices[0], run.kernels.quantized_matmul)
+    selection = _select(run, definition, max_context, whole, devices[0])
     drafting, draft, more = _drafting(run, model, dtype, max_context, whole, devices[0])
     drafts = 0 if drafting is None else drafting.max_draft
     cells = plan_cells(
@@ -94,7 +96,7 @@ def resolve(run: ServeRun, devices: Sequence[jax.Device]) -> Resolved:
         pretrained=pretrained,
         draft=draft,
         programs=Programs(
-            Definition(model, False, dtype, mesh.size == 1),
+            definition,
             _execution(selection, dtype, whole),
             drafting,
             branches=platform != "gpu",
@@ -119,13 +121,13 @@ def _describe(cells: Sequence[Cell], engine: EngineConfig) -> str:
 
 
 def _select(
-    run: ServeRun, model: ModelConfig, dtype: str, max_context: int, placement: Placement, device: jax.Device
+    run: ServeRun, definition: Definition, max_context: int, placement: Placement, device: jax.Device
 ) -> PagedSelection:
     return select_paged_kernels(
-        model,
+        definition,
         paged_attention=run.kernels.paged_attention,
         grouped_matmul=run.kernels.grouped_matmul,
-        dtype=dtype,
+        quantized_matmul=run.kernels.quantized_matmul,
         rows=run.engine.batch_sizes[-1],
         tiles=(run.engine.tile_counts[-1], run.engine.tile_tokens),
         page_size=run.engine.page_size,
@@ -141,6 +143,8 @@ def _execution(selection: PagedSelection, dtype: str, placement: Placement) -> E
         placement=placement if placement.mesh.size > 1 else None,
         paged_attention=selection.paged_attention,
         grouped_matmul=selection.grouped_matmul,
+        quantized_matmul=selection.quantized_matmul,
+        target=selection.target,
     )
 
 
@@ -167,11 +171,12 @@ def _drafting(
             f"{model.vocab_size}; drafts need the same"
         )
     check_model_placement(draft.config, placement)
-    selection = _select(run, draft.config, dtype, max_context, placement, device)
+    definition = Definition(draft.config, False, dtype, placement.mesh.size == 1)
+    selection = _select(run, definition, max_context, placement, device)
     drafting = Drafting(
         "model",
         speculation.max_draft,
-        definition=Definition(draft.config, False, dtype, placement.mesh.size == 1),
+        definition=definition,
         execution=_execution(selection, dtype, placement),
     )
     return drafting, draft, (f"drafts: {speculation.draft}", *selection.reasons)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import math
 import time
 from collections.abc import Callable
 
@@ -15,7 +14,9 @@ from checkpoint.pretrained import Pretrained
 from model.cache import abstract_cache
 from model.config import ModelConfig
 from model.parameter import Place
+from model.products import stored_bytes
 from model.transformer import Definition, Tree, join_projections
+from quantization.rules import ProductRules
 from serving.byte_tokenizer import byte_tokenizer
 from serving.chat import ChatTemplate
 from serving.compilations import CompilationCounter
@@ -59,12 +60,11 @@ def start(resolved: Resolved, say: Say) -> Started:
     run, engine = resolved.run, resolved.run.engine
     compilations = CompilationCounter()
     tokenizer = _tokenizer(resolved)
-    shardings = _shardings(resolved)
-    num_pages = engine.num_pages or _fitting_pages(resolved, shardings)
+    num_pages = engine.num_pages or _fitting_pages(resolved)
     say(f"cache: {num_pages - 1} pages of {engine.page_size} tokens, {num_pages * resolved.page_bytes / 1e9:.1f} GB")
     runner = make_runner(resolved, num_pages)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        weights = pool.submit(_load, resolved, shardings, say)
+        weights = pool.submit(_load, resolved, say)
         compiled = runner.compile(say, weights.result)
     runner.load(*weights.result())
     say(f"compiled {compiled.programs} programs in {compiled.seconds:.1f} s")
@@ -104,7 +104,7 @@ def make_runner(resolved: Resolved, num_pages: int) -> Runner:
     """The programs over caches of `num_pages` pages, for the devices of `resolved`, present or only described."""
     return Runner(
         resolved.programs,
-        _abstract(resolved, _shardings(resolved)),
+        _abstract(resolved),
         _caches(resolved, num_pages),
         cells=resolved.cells,
         engine=resolved.run.engine,
@@ -144,8 +144,13 @@ def _definitions(resolved: Resolved) -> list[tuple[Definition, Pretrained | None
 
 
 def _apart(definition: Definition) -> Definition:
-    """As weights are stored."""
+    """Projections one by one, as files have them."""
     return dataclasses.replace(definition, joined=False)
+
+
+def _plain(definition: Definition) -> Definition:
+    """As weights are in files: apart, and not quantised."""
+    return dataclasses.replace(_apart(definition), rules=ProductRules(), stored_for=None)
 
 
 def _place(resolved: Resolved) -> Place:
@@ -154,38 +159,46 @@ def _place(resolved: Resolved) -> Place:
     return lambda names: resolved.placement.sharding(*names)
 
 
-def _shardings(resolved: Resolved) -> list[tuple[Tree, Tree]]:
-    return [
-        tuple(jax.tree.map(_place(resolved), tree, is_leaf=_is_axes) for tree in _apart(definition).logical)
-        for definition, _ in _definitions(resolved)
-    ]
+def _shardings(definition: Definition, place: Place) -> tuple[Tree, Tree]:
+    return tuple(jax.tree.map(place, tree, is_leaf=_is_axes) for tree in definition.logical)
 
 
-def _abstract(resolved: Resolved, shardings: list[tuple[Tree, Tree]]) -> tuple[Weights, Weights | None]:
+def _abstract(resolved: Resolved) -> tuple[Weights, Weights | None]:
     def describe(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    one, described = jax.sharding.SingleDeviceSharding(resolved.devices[0]), []
-    for (definition, _), placed in zip(_definitions(resolved), shardings, strict=True):
-        if definition.joined:
-            placed = jax.tree.map(lambda _: one, definition.abstract)
-        described.append(jax.tree.map(describe, definition.abstract, placed))
+    described = [
+        jax.tree.map(describe, definition.abstract, _shardings(definition, _place(resolved)))
+        for definition, _ in _definitions(resolved)
+    ]
     return described[0], described[1] if len(described) > 1 else None
 
 
-def _load(resolved: Resolved, shardings: list[tuple[Tree, Tree]], say: Say) -> tuple[Weights, Weights | None]:
-    began, loaded = time.monotonic(), []
-    for (definition, pretrained), placed in zip(_definitions(resolved), shardings, strict=True):
-        if pretrained is None:
-            params, biases = _apart(definition).init(jax.random.key(resolved.run.seed), _place(resolved))
-        else:
-            params, biases = pretrained.load(_apart(definition), placed)
-        loaded.append((join_projections(params) if definition.joined else params, biases))
+def _load(resolved: Resolved, say: Say) -> tuple[Weights, Weights | None]:
+    began = time.monotonic()
+    loaded = [_load_one(resolved, *model) for model in _definitions(resolved)]
     jax.block_until_ready(loaded)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
     source = "random" if resolved.pretrained is None else str(resolved.pretrained.path)
-    say(f"weights: {source}, {size / 1e9:.2f} GB in {time.monotonic() - began:.1f} s")
+    size, wide = stored_bytes(loaded), sum(_plain_bytes(definition) for definition, _ in _definitions(resolved))
+    before = "" if size == wide else f", of {wide / 1e9:.2f} GB in {resolved.dtype}"
+    say(f"weights: {source}, {size / 1e9:.2f} GB{before}, in {time.monotonic() - began:.1f} s")
     return loaded[0], loaded[1] if len(loaded) > 1 else None
+
+
+def _load_one(resolved: Resolved, definition: Definition, pretrained: Pretrained | None) -> Weights:
+    """Each parameter is quantised as soon as it is there: the model is never whole in its wide form."""
+    plain, place = _plain(definition), _place(resolved)
+    convert = _apart(definition).converter(place)
+    if pretrained is None:
+        params, biases = plain.init(jax.random.key(resolved.run.seed), place, convert)
+    else:
+        params, biases = pretrained.load(plain, _shardings(plain, place), convert)
+    params = join_projections(params) if definition.joined else params
+    return definition.arranged(params, place), biases
+
+
+def _plain_bytes(definition: Definition) -> int:
+    return stored_bytes(_plain(definition).abstract)
 
 
 def _is_axes(node: object) -> bool:
@@ -208,7 +221,7 @@ def _caches(resolved: Resolved, num_pages: int) -> tuple[Cache, Cache]:
     return caches[0], caches[1] if len(caches) > 1 else []
 
 
-def _fitting_pages(resolved: Resolved, shardings: list[tuple[Tree, Tree]]) -> int:
+def _fitting_pages(resolved: Resolved) -> int:
     """Pages that fit beside the weights and the scratch of the largest program."""
     engine, device = resolved.run.engine, resolved.devices[0]
     # More than every row at its longest would never be used.
@@ -217,7 +230,7 @@ def _fitting_pages(resolved: Resolved, shardings: list[tuple[Tree, Tree]]) -> in
     if stats is None:
         room = CPU_CACHE_BYTES
     else:
-        scratch, weights = _scratch_bytes(resolved), _bytes_per_device(resolved, shardings)
+        scratch, weights = _scratch_bytes(resolved), _bytes_per_device(resolved)
         room = int(stats["bytes_limit"] * engine.memory_fraction) - weights - scratch
         least = -(-resolved.max_context // engine.page_size) + 1
         if room < least * resolved.page_bytes:
@@ -230,9 +243,11 @@ def _fitting_pages(resolved: Resolved, shardings: list[tuple[Tree, Tree]]) -> in
     return max(2, min(useful, room // resolved.page_bytes))
 
 
-def _bytes_per_device(resolved: Resolved, shardings: list[tuple[Tree, Tree]]) -> int:
-    described = jax.tree.leaves(_abstract(resolved, shardings))
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in described)
+def _bytes_per_device(resolved: Resolved) -> int:
+    def shard(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
+
+    return stored_bytes(jax.tree.map(shard, _abstract(resolved)))
 
 
 def _scratch_bytes(resolved: Resolved) -> int:

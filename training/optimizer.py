@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Sharding
 
+from model.parameter import Logical, matrix_axes, split_copies
 from training.schedule import ScheduleConfig, make_schedule
-
-Logical = tuple[str | None, ...]
 
 # Quintic whose slope at zero is as large as it can be while singular values in (0, 1] end up around 1 (0.7 to 1.2
 # after five steps): Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
@@ -111,7 +110,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, logical: Any) -> o
     }
     for names, group in zip(axes, groups, strict=True):
         if group not in transforms:
-            transforms[group] = _muon(config, schedule, *_matrix(names))
+            transforms[group] = _muon(config, schedule, *matrix_axes(names))
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     return _in_float32(optax.chain(clip, optax.partition(transforms, labels)))
 
@@ -144,37 +143,12 @@ def _is_logical(node: Any) -> bool:
     return isinstance(node, tuple) and all(name is None or isinstance(name, str) for name in node)
 
 
-def _split(names: Logical) -> tuple[int, Logical]:
-    """Number of leading axes that only enumerate copies (layers, experts), and the names of the others."""
-    batch = 0
-    while batch < len(names) and names[batch] in ("layers", "experts"):
-        batch += 1
-    return batch, names[batch:]
-
-
-def _matrix(names: Logical) -> tuple[int, int] | None:
-    """Number of batch axes and of row axes of a hidden weight [*batch, *rows, *columns]; None for other parameters.
-
-    A hidden weight maps from or to the residual stream: its first or last axis is the model's width, and the axes left
-    are its other side, together ([D, N, H] is [D, N·H]). Biases have no width axis beside another one, a router has an
-    unnamed axis, embedding and head have a vocab axis.
-    """
-    batch, own = _split(names)
-    if len(own) < 2 or "vocab" in own or None in own:
-        return None
-    if own[0] in ("embed", "expert_embed"):
-        return batch, 1
-    if own[-1] in ("embed", "expert_embed"):
-        return batch, len(own) - 1
-    return None
-
-
 def _group(config: OptimizerConfig, names: Logical) -> str:
     """Which transformation updates a parameter; those of one group are of one layout."""
-    matrix = _matrix(names)
+    matrix = matrix_axes(names)
     if matrix and config.kind == "muon":
         return f"muon_batch{matrix[0]}_rows{matrix[1]}"
-    _, own = _split(names)
+    _, own = split_copies(names)
     is_router = own[:1] == ("router",)
     is_table = own[:1] == ("vocab",)
     is_head = own[-1:] == ("vocab",)

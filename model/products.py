@@ -1,0 +1,231 @@
+"""Matrices of few bits in a model: how a parameter becomes one, and how it is multiplied.
+
+A parameter [*batch, *inputs, *outputs] is held as a `QArray` [*batch, K, N] of its matrix. The `logical` of a parameter
+that is one is a QArray of its fields' logical axes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Sharding
+
+from kernels.quantized_matmul import QuantizedCase, choose, quantized_matmul
+from kernels.target import Target
+from model.execution import Execution
+from model.parameter import Logical, matrix_axes, split_copies
+from parallel.sharding import Placement, map_shards
+from quantization.qarray import TILE, Layout, QArray, quantize, to_fragments
+from quantization.rules import Format, Part
+
+# Logical axes of activations that a weight's axis meets, or makes.
+_ACTIVATIONS = {
+    "embed": "act_embed",
+    "heads": "act_heads",
+    "kv_heads": "act_heads",
+    "mlp": "act_mlp",
+    "vocab": "act_vocab",
+}
+
+# A parameter's last name to that of the matrix it may be a part of: a joined one has one format.
+_JOINED = {
+    **dict.fromkeys(("query", "key", "value"), "qkv"),
+    **dict.fromkeys(("gate", "up"), "gate_up"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """What matrices are held for: a device kind and an implementation of their products, or "auto"."""
+
+    target: Target
+    impl: str = "auto"
+
+    def layout(self, format: Format, part: Part | None, shape: tuple[int, ...]) -> Layout:
+        """Of a matrix [K, N], as its products in decode read it fastest."""
+        if self.target.platform != "gpu" or part == "experts":
+            return "rows"
+        if format.activation is not None:
+            # Hopper's FP8 tensor cores read the second operand by columns. XLA transposes one in rows at each call: a
+            # product of 8192³ runs at 909 TFLOP/s so, at 1,487 by columns.
+            return "columns"
+        if any(size % TILE for size in shape):
+            return "rows"
+        case = QuantizedCase(
+            x_dtype="bfloat16",
+            w_dtype=format.values,
+            num_rows=1,
+            in_dim=shape[0],
+            out_dim=shape[1],
+            x_block=None,
+            w_block=(format.group or shape[0], 1),
+            w_layout="fragments",
+        )
+        return "fragments" if choose(self.impl, case, self.target)[0] == "pallas" else "rows"
+
+
+class Matrix(NamedTuple):
+    """A parameter with a format, described: its name (see `ProductRules.keep`), its value and its logical axes."""
+
+    name: str
+    format: Format
+    value: QArray | jax.ShapeDtypeStruct
+    logical: QArray | Logical
+
+    @property
+    def is_of_experts(self) -> bool:
+        return self.value.ndim > 2
+
+    def case(self, num_rows: int, dtype: str, placement: Placement) -> QuantizedCase:
+        """One device's product of `num_rows` rows of `dtype` with its part of the matrix."""
+        (in_dim, out_dim), (in_block, out_block) = self.value.shape, self.value.block
+        inputs, outputs = (placement.size(_ACTIVATIONS[axis]) for axis in _matrix_logical(self.logical))
+        in_dim //= inputs
+        return QuantizedCase(
+            x_dtype=self.format.activation or dtype,
+            w_dtype=self.format.values,
+            num_rows=num_rows,
+            in_dim=in_dim,
+            out_dim=out_dim // outputs,
+            x_block=None if self.format.activation is None else (1, in_dim),
+            w_block=(min(in_block, in_dim), out_block),
+            w_layout=self.value.layout,
+            out_dtype=dtype,
+        )
+
+
+def part_of(logical: Logical) -> Part | None:
+    """What a parameter is a matrix of; None for one that is not multiplied as a matrix."""
+    if split_copies(logical)[1] == ("embed", "vocab"):
+        return "head"
+    if matrix_axes(logical) is None:
+        return None
+    return "experts" if "experts" in logical else "projection"
+
+
+def matrix_name(path: tuple[str | int, ...]) -> str:
+    """Of the parameter at a path, as `ProductRules.keep` spells it: layers/0/attention/qkv whether joined or not."""
+    *parents, last = (str(part) for part in path)
+    if parents[:1] == ["prefix"]:
+        parents[0] = "layers"
+    return "/".join([*parents, _JOINED.get(last, last)])
+
+
+def matrix_shape(shape: tuple[int, ...], logical: Logical) -> tuple[int, ...]:
+    """[*batch, K, N] of a parameter that is a matrix."""
+    batch, rows = _axes(logical)
+    own = shape[batch:]
+    return (*shape[:batch], math.prod(own[:rows]), math.prod(own[rows:]))
+
+
+def _axes(logical: Logical) -> tuple[int, int]:
+    return (split_copies(logical)[0], 1) if part_of(logical) == "head" else matrix_axes(logical)
+
+
+def quantize_matrix(x: jax.Array, logical: Logical, format: Format) -> QArray:
+    """A parameter in the format of its matrix, in rows."""
+    matrix = x.reshape(matrix_shape(x.shape, logical))
+    return quantize(matrix, format.values, (*[1] * (matrix.ndim - 2), format.group, 1))
+
+
+def arrange(matrix: QArray, layout: Layout) -> QArray:
+    """A matrix in rows in another layout."""
+    match layout:
+        case "rows":
+            return matrix
+        case "columns":
+            return dataclasses.replace(matrix, values=jnp.swapaxes(matrix.values, -1, -2), layout="columns")
+        case "fragments":
+            return to_fragments(matrix)
+
+
+@functools.cache
+def placed(fn: Callable[..., QArray], layout: Layout, *shardings: Sharding) -> Callable[..., QArray]:
+    """`fn(array, *static)`, whose result has this layout, as a program that places values and scales so."""
+
+    def fields(array: jax.Array | QArray, static: tuple) -> tuple[jax.Array, jax.Array]:
+        made = fn(array, *static)
+        assert made.layout == layout and made.zero_points is None
+        return made.values, made.scales
+
+    program = jax.jit(fields, static_argnums=1, out_shardings=shardings)
+    # Waited for: the next array is read only when this one's wide form can be freed.
+    return lambda array, *static: QArray(*jax.block_until_ready(program(array, static)), layout=layout)
+
+
+def quantized_logical(logical: Logical, format: Format, layout: Layout) -> QArray:
+    """Logical axes of the fields. An axis that was several is split as its major one is."""
+    batch, rows = _axes(logical)
+    copies, inputs, outputs = logical[:batch], logical[batch], logical[batch + rows]
+    values = {"rows": (inputs, outputs), "columns": (outputs, inputs), "fragments": (outputs, inputs, None)}[layout]
+    return QArray((*copies, *values), (*copies, None if format.group is None else inputs, outputs), None, layout)
+
+
+def join_columns(parts: Sequence[QArray]) -> QArray:
+    """Matrices in rows, of one input and one format, as one: the outputs of the first one first."""
+    assert all(part.layout == "rows" for part in parts)
+    fields = [[part.values for part in parts], [part.scales for part in parts]]
+    return QArray(*(jnp.concatenate(field, axis=-1) for field in fields)).check()
+
+
+def stored_bytes(tree: object) -> int:
+    """Bytes of the arrays of a tree, or of their descriptions: two int4 are one."""
+    bits = sum(math.prod(leaf.shape) * element_bits(leaf.dtype) for leaf in jax.tree.leaves(tree))
+    return bits // 8
+
+
+def element_bits(dtype) -> int:
+    return 4 if jnp.dtype(dtype) == jnp.int4 else 8 * jnp.dtype(dtype).itemsize
+
+
+def whole(kernel: nnx.Param, dtype) -> jax.Array:
+    """A kernel's values in `dtype`, dequantised where it is held quantised: for products that take no other."""
+    value = kernel.get_value()
+    return value.dequantize(dtype) if isinstance(value, QArray) else kernel[...].astype(dtype)
+
+
+def multiply(
+    x: jax.Array, kernel: nnx.Param, bias: jax.Array | None, execution: Execution, out_dtype=None
+) -> jax.Array:
+    """x [B, T, K] times the matrix of a parameter that is held quantised: [B, T, N] in `out_dtype`, x's where None.
+
+    Sharded, each device multiplies its part of the matrix. Where K is split it quantises its part of x with scales of
+    its own, and the parts are summed in float32.
+    """
+    w, format = kernel.get_value(), kernel.get_metadata("format")
+    logical, placement = kernel.get_metadata("logical"), execution.placement
+    out_dtype = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
+    inputs, outputs = (_ACTIVATIONS[axis] for axis in _matrix_logical(logical))
+    split = () if placement is None else placement.axes(inputs)
+
+    def local(x, values, scales, bias):
+        y = quantized_matmul(
+            x,
+            dataclasses.replace(w, values=values, scales=scales),
+            activation=format.activation,
+            bias=None if split else bias,
+            out_dtype=jnp.float32 if split else out_dtype,
+            impl=execution.quantized_matmul,
+            target=execution.target,
+        )
+        if not split:
+            return y
+        y = jax.lax.psum(y, split)
+        return (y if bias is None else y + bias.astype(jnp.float32)).astype(out_dtype)
+
+    rows = ("batch", "sequence")
+    needs = ((*rows, inputs), logical.values, logical.scales, (outputs,))
+    run = map_shards(local, placement, needs, (*rows, outputs))
+    return run(x, w.values, w.scales, None if bias is None else bias.reshape(-1))
+
+
+def _matrix_logical(logical: QArray) -> Logical:
+    """Logical axes of K and N."""
+    return logical.values if logical.layout == "rows" else (logical.values[1], logical.values[0])
