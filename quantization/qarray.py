@@ -8,9 +8,13 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-Layout = Literal["rows", "columns"]
+Layout = Literal["rows", "columns", "fragments"]
 """How `values` lie in memory: "rows" in the array's own order, "columns" with the last two axes exchanged, so that the
-elements of a column are neighbours (what FP8 tensor cores need of a product's second operand)."""
+elements of a column are neighbours (what FP8 tensor cores need of a product's second operand), "fragments" as the
+registers of Hopper's tensor cores take them (what weight-only products need; see `to_fragments`)."""
+
+TILE = 64
+"""Rows and columns of one tile of the layout "fragments"."""
 
 LARGEST = {"int4": 7.0, "int8": 127.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
 """Magnitude that the largest element of a block becomes. Integers keep clear of -8 and -128, so that -x is a value."""
@@ -27,7 +31,7 @@ class QArray:
     into blocks of one: a slice along it of each field is the QArray of the slice, so scans and maps over it work.
 
     Attributes:
-      values: int4, int8, float8_e4m3fn or float8_e5m2.
+      values: int4, int8, float8_e4m3fn or float8_e5m2; in fragments uint32 where they are int4.
       scales: float32, in the order of the array's axes whatever the layout.
       zero_points: float32 of the scales' shape, in units of `values`; None for zeros (symmetric).
       layout: static.
@@ -42,7 +46,16 @@ class QArray:
     def shape(self) -> tuple[int, ...]:
         """Of the array that it stands for."""
         shape = tuple(self.values.shape)
+        if self.layout == "fragments":
+            return (*shape[:-3], TILE * shape[-2], TILE * shape[-3])
         return shape if self.layout == "rows" else (*shape[:-2], shape[-1], shape[-2])
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of an element."""
+        return jnp.dtype(
+            jnp.int4 if self.layout == "fragments" and self.values.dtype == jnp.uint32 else self.values.dtype
+        )
 
     @property
     def ndim(self) -> int:
@@ -60,9 +73,11 @@ class QArray:
         """
         if self.layout not in get_args(Layout):
             raise ValueError(f"QArray layout={self.layout!r} is unknown; choose one of {', '.join(get_args(Layout))}")
-        name = jnp.dtype(self.values.dtype).name
+        name = self.dtype.name
         if name not in LARGEST:
             raise ValueError(f"QArray of {name} values: they can be {', '.join(LARGEST)}")
+        if self.layout == "fragments":
+            _check_fragments(self.values, name)
         shape, scales = self.shape, tuple(self.scales.shape)
         divide = len(scales) == len(shape) and all(n and size % n == 0 for size, n in zip(shape, scales, strict=True))
         if not divide:
@@ -79,7 +94,13 @@ class QArray:
 
     def dequantize(self, dtype=jnp.float32) -> jax.Array:
         """The array that it stands for, computed in float32 and rounded once."""
-        values = self.values if self.layout == "rows" else jnp.swapaxes(self.values, -1, -2)
+        match self.layout:
+            case "fragments":
+                values = _from_fragments(self.values)
+            case "columns":
+                values = jnp.swapaxes(self.values, -1, -2)
+            case _:
+                values = self.values
         wide = _split(values.astype(jnp.float32), self.scales.shape)
         if self.zero_points is not None:
             wide = wide - _between(self.zero_points)
@@ -121,6 +142,65 @@ def quantize(
     values = values if layout == "rows" else jnp.swapaxes(values, -1, -2)
     zero_points = None if zero is None else zero.reshape(counts)
     return QArray(values, scale.reshape(counts), zero_points, layout).check()
+
+
+def to_fragments(w: QArray) -> QArray:
+    """`w` [..., K, N] in the layout "fragments", its scales one for each column: [..., K / block, N].
+
+    `values` becomes [..., N/64, K/64, tile], a tile being 64 columns × 64 rows of `w`: uint32 [512], with eight int4 in
+    each word, or 4096 elements of a byte. Four warps load a tile with 16 bytes to a thread at a time and multiply it as
+    the first operand of wgmma (its m64k16 fragment), so that no thread needs another's elements. An int4 is stored as
+    what it exceeds -8 by.
+
+    Raises ValueError where K or N is not a multiple of 64, and for a `w` that has another layout than rows or columns.
+    """
+    if w.check().layout == "fragments":
+        raise ValueError("to_fragments of a QArray that is in fragments already")
+    K, N = w.shape[-2:]
+    if K % TILE or N % TILE:
+        raise ValueError(f"to_fragments of {list(w.shape)}: its last two axes must be multiples of {TILE}")
+    values = w.values if w.layout == "columns" else jnp.swapaxes(w.values, -1, -2)
+    values = values.astype(jnp.int8) + 8 if w.dtype == jnp.int4 else values
+    # Column 16·warp + 8·half + group, row 16·step + 8·part + 2·lane + element of a tile.
+    split = values.reshape(*values.shape[:-2], N // TILE, 4, 2, 8, K // TILE, 4, 2, 4, 2)
+    lead = tuple(range(split.ndim - 9))
+    order = (0, 4, 1, 3, 7, 5, 8, 6, 2) if w.dtype == jnp.int4 else (0, 4, 5, 1, 3, 7, 6, 2, 8)
+    split = split.transpose(*lead, *(len(lead) + axis for axis in order))
+    if w.dtype == jnp.int4:
+        nibbles = split.reshape(*split.shape[: len(lead) + 2], 512, 8).astype(jnp.uint32)
+        tiles = sum(nibbles[..., i] << jnp.uint32(4 * i) for i in range(8))
+    else:
+        # Two steps to a thread's 16 bytes.
+        split = split.reshape(*split.shape[: len(lead) + 2], 2, 2, 4, 8, 4, 8)
+        tiles = jnp.moveaxis(split, -5, -2).reshape(*split.shape[: len(lead) + 2], TILE * TILE)
+    per_column = [None if a is None else jnp.repeat(a, N // a.shape[-1], axis=-1) for a in (w.scales, w.zero_points)]
+    return QArray(tiles, *per_column, layout="fragments").check()
+
+
+def _from_fragments(tiles: jax.Array) -> jax.Array:
+    """[..., K, N] of [..., N/64, K/64, tile], int4 as int8."""
+    lead, (n_tiles, k_tiles) = tiles.shape[:-3], tiles.shape[-3:-1]
+    if tiles.dtype == jnp.uint32:
+        nibbles = jnp.stack([(tiles >> jnp.uint32(4 * i)) & jnp.uint32(15) for i in range(8)], axis=-1)
+        split = (nibbles.astype(jnp.int8) - 8).reshape(*lead, n_tiles, k_tiles, 4, 8, 4, 4, 2, 2, 2)
+        # Tiles, warp, group, lane, step, element, part, half.
+        order = (1, 5, 7, 4, 6, 0, 2, 8, 3)
+    else:
+        split = tiles.reshape(*lead, n_tiles, k_tiles, 2, 4, 8, 4, 2, 2, 2, 2)
+        # Tiles, pair of steps, warp, group, lane, step, part, half, element.
+        order = (1, 2, 6, 7, 5, 9, 0, 3, 8, 4)
+    first = len(lead)
+    split = split.transpose(*range(first), *(first + axis for axis in order))
+    return split.reshape(*lead, TILE * k_tiles, TILE * n_tiles)
+
+
+def _check_fragments(values: jax.Array, name: str) -> None:
+    words = 512 if name == "int4" else TILE * TILE
+    if values.ndim < 3 or values.shape[-1] != words or values.dtype == jnp.int4:
+        raise ValueError(
+            f"QArray of {name} in fragments with values {values.dtype}{list(values.shape)}: they must be "
+            f"[..., N/{TILE}, K/{TILE}, {words}]; see to_fragments"
+        )
 
 
 def _round(scaled: jax.Array, dtype: str) -> jax.Array:
