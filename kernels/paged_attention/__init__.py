@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels.paged_attention import reference, tiles, xla
+from kernels.paged_attention.gather import lay_out
+from kernels.paged_attention.quantize import LARGEST, quantize_heads
 from kernels.target import Target, default_target
 
 Impl = Literal["auto", "reference", "xla", "pallas"]
@@ -17,7 +19,10 @@ Impl = Literal["auto", "reference", "xla", "pallas"]
 
 @dataclasses.dataclass(frozen=True)
 class PagedAttentionCase:
-    """The static facts of one call: shapes (of one shard, where sharded) and dtype. `width` counts positions: M · S."""
+    """The static facts of one call: shapes (of one shard, where sharded) and dtypes. `width` counts positions: M · S.
+
+    `kv_dtype`: that of quantised pages; None for pages in `dtype`.
+    """
 
     dtype: str
     batch: int
@@ -27,6 +32,7 @@ class PagedAttentionCase:
     head_dim: int
     page_size: int
     width: int
+    kv_dtype: str | None = None
 
 
 def supports(impl: Impl, case: PagedAttentionCase, target: Target) -> str | None:
@@ -80,6 +86,8 @@ def paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     impl: Impl = "auto",
     target: Target | None = None,
 ) -> jax.Array:
@@ -91,7 +99,8 @@ def paged_attention(
 
     Args:
       q_BTNH: bfloat16, float16 or float32, T tokens of each row: one in decode, more in prefill and verification.
-      k_pages_PSKH, v_pages_PSKH: P pages of S positions, K kv heads (N a multiple of K), q's dtype.
+      k_pages_PSKH, v_pages_PSKH: P pages of S positions, K kv heads (N a multiple of K), q's dtype; int8 or
+        float8_e4m3fn with scales.
       page_table_BM: int32, pages of each row in order; entries past its length are read and masked.
       lengths_B: int32, positions of each row that hold keys, the block's own included.
       starts_B: int32, position of each row's first query; None for lengths - T, a block without padding.
@@ -99,13 +108,14 @@ def paged_attention(
       window: a query sees itself and the window - 1 positions before it; None for all.
       soft_cap: scores become soft_cap · tanh(score / soft_cap).
       sinks: float32 [N], a logit per head that joins the softmax and carries no value.
+      k_scale, v_scale: float32 [P, K, S], the factor of each position's key and value; None for pages in q's dtype.
       impl: "auto" chooses for `target`, as `choose` does.
       target: device kind; None for the default device. Read only where `impl` is "auto" or "pallas".
 
     Returns out_BTNH in q's dtype. Raises ValueError for shapes or dtypes that disagree, for an unknown `impl` and for
     one that can't run.
     """
-    _check(q_BTNH, k_pages_PSKH, v_pages_PSKH, page_table_BM, lengths_B)
+    _check(q_BTNH, k_pages_PSKH, v_pages_PSKH, page_table_BM, lengths_B, k_scale, v_scale)
     case = case_of(q_BTNH, k_pages_PSKH, page_table_BM)
     if impl not in ("reference", "xla"):
         impl, _ = choose(impl, default_target() if target is None else target, case)
@@ -113,20 +123,27 @@ def paged_attention(
         starts_B = lengths_B - q_BTNH.shape[1]
     operands = (q_BTNH, k_pages_PSKH, v_pages_PSKH, page_table_BM, lengths_B, starts_B)
     statics = {"scale": scale, "window": window, "soft_cap": soft_cap, "sinks": sinks}
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
     with jax.named_scope("paged_attention"):
         match impl:
             case "reference":
-                return reference.paged_attention(*operands, **statics)
+                return reference.paged_attention(*operands, **scales, **statics)
             case "xla":
-                return xla.paged_attention(*operands, **statics)
+                return xla.paged_attention(*operands, **scales, **statics)
             # Imported here and not above: Mosaic GPU's modules change with JAX's version, and most runs need none.
-            case _ if tiles.few_queries(case):
+            case _ if tiles.few_queries(case) and case.kv_dtype is None:
                 from kernels.paged_attention import gpu
 
                 return gpu.paged_attention(*operands, **statics, tiles=tiles.choose_tiles(case))
+            case _ if tiles.few_queries(case):
+                from kernels.paged_attention import gpu_quantized
+
+                return gpu_quantized.paged_attention(*operands, **scales, **statics, tiles=tiles.choose_tiles(case))
             case _:
                 from kernels.paged_attention import prefill
 
+                if case.kv_dtype is not None:
+                    operands = lay_out(*operands[:4], k_scale, v_scale) + operands[4:]
                 return prefill.paged_attention(*operands, **statics, tiles=tiles.choose_prefill_tiles(case))
 
 
@@ -144,10 +161,13 @@ def extend_pages(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     impl: Impl = "auto",
     target: Target | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`write_pages` and then `paged_attention` of the rows so extended: (out_BTNH, k_pages, v_pages).
+) -> tuple[jax.Array, ...]:
+    """`write_pages` and then `paged_attention` of the rows so extended: (out_BTNH, k_pages, v_pages), and k_scale,
+    v_scale where pages are quantised.
 
     One launch does both where a row has one token and the kernel for few queries runs: row b has starts[b] + counts[b]
     keys then, with counts[b] 0 or 1. Arguments, the default of `impl` and errors are those of the two.
@@ -158,39 +178,71 @@ def extend_pages(
         impl, _ = choose(impl, target, case)
     statics = {"scale": scale, "window": window, "soft_cap": soft_cap, "sinks": sinks}
     lengths_B = starts_B + counts_B
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
     if impl == "pallas" and case.num_tokens == 1 and tiles.few_queries(case):
-        _check(q_BTNH, k_pages_PSKH, v_pages_PSKH, page_table_BM, lengths_B)
-        from kernels.paged_attention import gpu
-
-        new = (k_BTKH.astype(k_pages_PSKH.dtype), v_BTKH.astype(v_pages_PSKH.dtype))
+        _check(q_BTNH, k_pages_PSKH, v_pages_PSKH, page_table_BM, lengths_B, k_scale, v_scale)
         operands = (q_BTNH, k_pages_PSKH, v_pages_PSKH, page_table_BM, lengths_B, starts_B)
+        statics["tiles"] = tiles.choose_tiles(case)
         with jax.named_scope("paged_attention"):
-            return gpu.paged_attention(*operands, **statics, tiles=tiles.choose_tiles(case), new=new)
-    pages = write_pages(k_pages_PSKH, v_pages_PSKH, k_BTKH, v_BTKH, page_table_BM, starts_B, counts_B)
+            if case.kv_dtype is not None:
+                from kernels.paged_attention import gpu_quantized
+
+                return gpu_quantized.paged_attention(*operands, **scales, **statics, new=(k_BTKH, v_BTKH))
+            from kernels.paged_attention import gpu
+
+            new = (k_BTKH.astype(k_pages_PSKH.dtype), v_BTKH.astype(v_pages_PSKH.dtype))
+            return gpu.paged_attention(*operands, **statics, new=new)
+    pages = write_pages(k_pages_PSKH, v_pages_PSKH, k_BTKH, v_BTKH, page_table_BM, starts_B, counts_B, **scales)
     statics |= {"starts_B": starts_B, "impl": impl, "target": target}
-    return paged_attention(q_BTNH, *pages, page_table_BM, lengths_B, **statics), *pages
+    statics |= dict(zip(scales, pages[2:], strict=False))
+    return paged_attention(q_BTNH, *pages[:2], page_table_BM, lengths_B, **statics), *pages
 
 
 def case_of(q_BTNH: jax.Array, k_pages_PSKH: jax.Array, page_table_BM: jax.Array) -> PagedAttentionCase:
     """The case of a call with these arrays (or their shapes and dtypes)."""
     B, T, N, H = q_BTNH.shape
     S, K = k_pages_PSKH.shape[1:3]
-    return PagedAttentionCase(jnp.dtype(q_BTNH.dtype).name, B, T, N, K, H, S, page_table_BM.shape[1] * S)
+    kv_dtype = jnp.dtype(k_pages_PSKH.dtype).name
+    kv_dtype = kv_dtype if kv_dtype in LARGEST else None
+    return PagedAttentionCase(
+        jnp.dtype(q_BTNH.dtype).name, B, T, N, K, H, S, page_table_BM.shape[1] * S, kv_dtype=kv_dtype
+    )
 
 
-def _check(q, k_pages, v_pages, page_table, lengths) -> None:
+def _check(q, k_pages, v_pages, page_table, lengths, k_scale, v_scale) -> None:
     given = f"q {q.dtype}{list(q.shape)}, k_pages {k_pages.dtype}{list(k_pages.shape)}, v_pages {list(v_pages.shape)}"
     if q.ndim != 4 or k_pages.ndim != 4 or k_pages.shape[:3] != v_pages.shape[:3] or q.shape[3] != k_pages.shape[3]:
         raise ValueError(f"paged_attention of {given}: needs q [B,T,N,H] and pages [P,S,K,H]")
     if q.shape[2] % k_pages.shape[2]:
         raise ValueError(f"paged_attention of {given}: the query heads must be a multiple of the kv heads")
-    if not q.dtype == k_pages.dtype == v_pages.dtype:
-        raise ValueError(f"paged_attention of {given}: all three need one dtype")
+    _check_scales("paged_attention", k_pages, v_pages, k_scale, v_scale)
+    if k_scale is None and q.dtype != k_pages.dtype:
+        raise ValueError(
+            f"paged_attention of {given}: pages need q's dtype, or {' or '.join(LARGEST)} with k_scale and v_scale"
+        )
     if page_table.ndim != 2 or page_table.shape[0] != q.shape[0] or lengths.shape != q.shape[:1]:
         raise ValueError(
             f"paged_attention: page_table {list(page_table.shape)} and lengths {list(lengths.shape)} need [B, M] "
             f"and [B] with B={q.shape[0]}"
         )
+
+
+def _check_scales(name: str, k_pages, v_pages, k_scale, v_scale) -> None:
+    if k_pages.dtype != v_pages.dtype:
+        raise ValueError(f"{name}: k_pages are {k_pages.dtype} and v_pages {v_pages.dtype}; both need one dtype")
+    codes = jnp.dtype(k_pages.dtype).name
+    P, S, K = k_pages.shape[:3]
+    for side, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if codes not in LARGEST and scale is not None:
+            raise ValueError(
+                f"{name}: {side} is for pages of {' or '.join(LARGEST)}, and these are {codes}; leave it out"
+            )
+        if codes in LARGEST and scale is None:
+            raise ValueError(f"{name}: pages of {codes} need {side}, float32 [P, K, S] = {[P, K, S]}")
+        if scale is not None and (scale.shape != (P, K, S) or scale.dtype != jnp.float32):
+            raise ValueError(
+                f"{name}: {side} is {scale.dtype}{list(scale.shape)} and needs float32 [P, K, S] = {[P, K, S]}"
+            )
 
 
 def write_pages(
@@ -201,36 +253,68 @@ def write_pages(
     page_table_BM: jax.Array,
     starts_B: jax.Array,
     counts_B: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+    *,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+) -> tuple[jax.Array, ...]:
     """The pages with the first counts[b] keys and values of each row at positions starts[b], starts[b] + 1, and so on.
 
+    Pages of int8 or float8_e4m3fn get codes, and their scales float32 [P, K, S] come after them: `quantize_heads`.
     Page 0 is no row's: what is left out may be written there. Rows must not write to one place. In place where the
-    pages are donated, or carried by a loop.
+    pages are donated, or carried by a loop. Raises ValueError for scales that are missing, or not of such pages.
     """
-    P, S, K, _ = k_pages_PSKH.shape
-    B, T = k_BTKH.shape[:2]
+    _check_scales("write_pages", k_pages_PSKH, v_pages_PSKH, k_scale, v_scale)
+    place = _place_rows if k_BTKH.shape[0] * k_BTKH.shape[1] > 1 else _place_one
+    with jax.named_scope("write_pages"):
+        pages, scales = [], []
+        sides = ((k_pages_PSKH, k_BTKH, k_scale), (v_pages_PSKH, v_BTKH, v_scale))
+        for pages_PSKH, new_BTKH, scale_PKS in sides:
+            write, write_scale = place(pages_PSKH.shape, new_BTKH.shape[:2], page_table_BM, starts_B, counts_B)
+            if scale_PKS is not None:
+                new_BTKH, new_scale_BTK = quantize_heads(new_BTKH, pages_PSKH.dtype)
+                scales.append(write_scale(scale_PKS, new_scale_BTK))
+            pages.append(write(pages_PSKH, new_BTKH.astype(pages_PSKH.dtype)))
+    return *pages, *scales
+
+
+def _places(shape, tokens: tuple[int, int], page_table_BM, starts_B, counts_B) -> tuple[jax.Array, ...]:
+    """(page, offset in it, whether it is written), each [B, T]."""
+    (S, M), (B, T) = (shape[1], page_table_BM.shape[1]), tokens
     offset_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     position_BT = starts_B[:, None] + offset_BT
-    entry_BT = jnp.minimum(position_BT // S, page_table_BM.shape[1] - 1)
-    slot_BT = jnp.take_along_axis(page_table_BM, entry_BT, axis=1) * S + position_BT % S
-    written_BT = (offset_BT < counts_B[:, None]) & (position_BT < page_table_BM.shape[1] * S)
-    if B * T == 1:
-        # One token needs no scatter, which would read and select what it may not overwrite (two launches more). One
-        # that takes no part is written too, to the first place: no row reads that page.
-        slot = jnp.where(written_BT, slot_BT, 0)[0, 0]
+    page_BT = jnp.take_along_axis(page_table_BM, jnp.minimum(position_BT // S, M - 1), axis=1)
+    return page_BT, position_BT % S, (offset_BT < counts_B[:, None]) & (position_BT < M * S)
 
-        def write(pages: jax.Array, new: jax.Array) -> jax.Array:
-            rows = pages.reshape(P * S, K, -1)
-            return lax.dynamic_update_slice(rows, new.astype(pages.dtype)[0], (slot, 0, 0)).reshape(pages.shape)
-    else:
-        # Tokens that are not written get a place of their own past the end: a promise of distinct places must hold.
-        nowhere_BT = P * S + jnp.arange(B * T, dtype=jnp.int32).reshape(B, T)
-        slot_M = jnp.where(written_BT, slot_BT, nowhere_BT).reshape(-1)
 
-        def write(pages: jax.Array, new: jax.Array) -> jax.Array:
-            rows = pages.reshape(P * S, K, -1)
-            values = new.astype(pages.dtype).reshape(B * T, K, -1)
-            return rows.at[slot_M].set(values, mode="drop", unique_indices=True).reshape(pages.shape)
+def _place_one(shape, tokens, page_table_BM, starts_B, counts_B):
+    """One token needs no scatter, which would read and select what it may not overwrite (two launches more). One that
+    takes no part is written too, to the first place: no row reads that page."""
+    page_BT, offset_BT, written_BT = _places(shape, tokens, page_table_BM, starts_B, counts_B)
+    page, offset = (jnp.where(written_BT, x, 0)[0, 0] for x in (page_BT, offset_BT))
 
-    with jax.named_scope("write_pages"):
-        return write(k_pages_PSKH, k_BTKH), write(v_pages_PSKH, v_BTKH)
+    def write(pages: jax.Array, new_11KH: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice(pages, new_11KH, (page, offset, 0, 0))
+
+    def write_scale(scales: jax.Array, new_11K: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice(scales, new_11K[0, :, :, None], (page, 0, offset))
+
+    return write, write_scale
+
+
+def _place_rows(shape, tokens, page_table_BM, starts_B, counts_B):
+    (P, S, K, _), (B, T) = shape, tokens
+    page_BT, offset_BT, written_BT = _places(shape, tokens, page_table_BM, starts_B, counts_B)
+    # Tokens that are not written get a place of their own past the end: a promise of distinct places must hold.
+    nowhere_BT = P * S + jnp.arange(B * T, dtype=jnp.int32).reshape(B, T)
+    slot_M = jnp.where(written_BT, page_BT * S + offset_BT, nowhere_BT).reshape(-1)
+
+    def write(pages: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+        rows = pages.reshape(P * S, K, -1)
+        values = new_BTKH.reshape(B * T, K, -1)
+        return rows.at[slot_M].set(values, mode="drop", unique_indices=True).reshape(pages.shape)
+
+    def write_scale(scales: jax.Array, new_BTK: jax.Array) -> jax.Array:
+        places = scales.at[slot_M // S, :, slot_M % S]
+        return places.set(new_BTK.reshape(B * T, K), mode="drop", unique_indices=True)
+
+    return write, write_scale

@@ -10,7 +10,6 @@ block of threads that has read that page, in the page, which saves two launches 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -22,37 +21,13 @@ from jax import lax
 
 from kernels import hopper
 from kernels.paged_attention.combine import combine_parts
+from kernels.paged_attention.few import Statics, blocks_of, buffer_of, masked, stage_queries
 from kernels.paged_attention.tiles import Tiles
 
 # Without the barriers that Pallas would put around every load, store and copy (they cost 1.5 us of 10.6 for one row of
 # 512 tokens on an H100). What they guard is guarded here already: warps meet in the reductions over keys and in
 # `commit_smem`, so between a warp's write to `weights` or to a buffer and another's last read of it lies at least one.
 _COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Statics:
-    """What is fixed when the kernel is traced. `rows` is `num_tokens` · `group` queries, padded to `columns`."""
-
-    num_tokens: int
-    group: int
-    columns: int
-    head_dim: int
-    page_size: int
-    table_width: int
-    writes: bool
-    scale: float
-    window: int | None
-    soft_cap: float | None
-    tiles: Tiles
-
-    @property
-    def rows(self) -> int:
-        return self.num_tokens * self.group
-
-    @property
-    def block(self) -> int:
-        return self.tiles.pages_per_block * self.page_size
 
 
 class _Memory(NamedTuple):
@@ -99,7 +74,7 @@ def paged_attention(
     assert new is None or T == 1, f"{T} tokens of a row: one can be written"
     group = N // K
     columns = -(-T * group // 8) * 8
-    statics = _Statics(T, group, columns, H, S, page_table_BM.shape[1], new is not None, scale, window, soft_cap, tiles)
+    statics = Statics(T, group, columns, H, S, page_table_BM.shape[1], new is not None, scale, window, soft_cap, tiles)
     # The queries of one kv head side by side: a plain reshape where T is 1.
     heads_BJH = q_BTNH.reshape(B, T, K, group, H).transpose(0, 2, 1, 3, 4).reshape(B, K * T * group, H)
     in_parts = tiles.num_parts > 1 or sinks is not None
@@ -120,7 +95,7 @@ def paged_attention(
     return out if new is None else (out, *pages)
 
 
-def _kernel(statics: _Statics, shape: tuple[int, int, int], dtype, in_parts: bool, interpret):
+def _kernel(statics: Statics, shape: tuple[int, int, int], dtype, in_parts: bool, interpret):
     """A call gives [out [B, K, R, H] in q's dtype], or in parts [float32 [X, B, K, R, H], base-2 lse [X, B, K, C]]."""
     (B, K, H), X = shape, statics.tiles.num_parts
     rows, columns = statics.rows, statics.columns
@@ -151,7 +126,7 @@ def _kernel(statics: _Statics, shape: tuple[int, int, int], dtype, in_parts: boo
 
 
 def _body(
-    statics: _Statics,
+    statics: Statics,
     in_parts: bool,
     memory: _Memory,
     heads_ref,
@@ -165,7 +140,7 @@ def _body(
     part, row, head = (lax.axis_index(name) for name in ("part", "row", "head"))
     _fetch_heads(statics, memory, heads_ref, row, head, k_ref.shape[2])
     length, start = lengths_ref[row], starts_ref[row]
-    first, end = _blocks_of(statics, part, length, start)
+    first, end = blocks_of(statics, part, length, start)
     # Position of the row's new key and value, below 0 where it has none, and its page: read now, needed at the end.
     new = jnp.where((start < length) & (start < statics.table_width * statics.page_size), start, -1)
     new_page = table_ref[row, lax.div(jnp.maximum(new, 0), jnp.int32(statics.page_size))] if statics.writes else None
@@ -177,7 +152,7 @@ def _body(
         return [table_ref[row, entry] for entry in entries]
 
     def fetch(block, pages):
-        buffer = _buffer(statics, block - first)
+        buffer = buffer_of(statics, block - first)
         for i, page in enumerate(pages):
             positions = pl.ds(i * statics.page_size, statics.page_size)
             for ref, smem, barriers in ((k_ref, memory.keys, memory.keys_in), (v_ref, memory.values, memory.values_in)):
@@ -187,18 +162,18 @@ def _body(
     early = [pages_of(first + i) for i in range(ahead)]
     for i, pages in enumerate(early):
         pl.when(first + i < end)(functools.partial(fetch, first + i, pages))
-    _stage_queries(memory)
+    stage_queries(memory)
 
     def step(block, carry):
         highest, total, out = carry
-        buffer, base = _buffer(statics, block - first), block * statics.block
+        buffer, base = buffer_of(statics, block - first), block * statics.block
         # Read now, needed after the softmax: the page table's latency stays hidden.
         pages = pages_of(block + ahead)
         plgpu.barrier_wait(memory.keys_in.at[buffer])
         if statics.writes:
             _put_and_clear_past(memory.keys.at[buffer], length - base, new - base, memory.new.at[0])
         scores = hopper.product(memory.keys.at[buffer], memory.queries.T)
-        scores = _masked(statics, scores, base, length, start)
+        scores = masked(statics, scores, base, length, start)
         new_highest = jnp.maximum(highest, scores.max(axis=0))
         shrink = jnp.exp2(highest - new_highest)
         weights = jnp.exp2(scores - hopper.along(new_highest, scores.shape, 1))
@@ -242,7 +217,7 @@ def _body(
     plgpu.wait_smem_to_gmem(0)
 
 
-def _fetch_heads(statics: _Statics, memory: _Memory, heads_ref, row, head, num_kv_heads: int) -> None:
+def _fetch_heads(statics: Statics, memory: _Memory, heads_ref, row, head, num_kv_heads: int) -> None:
     """Starts the copies of the queries of a kv head, which lie side by side, and of its new key and value after all."""
     queries = heads_ref.at[row, pl.ds(head * statics.rows, statics.rows)]
     plgpu.copy_gmem_to_smem(queries, memory.staged.at[pl.ds(0, statics.rows)], memory.early)
@@ -250,58 +225,6 @@ def _fetch_heads(statics: _Statics, memory: _Memory, heads_ref, row, head, num_k
         for i in range(2):
             own = heads_ref.at[row, num_kv_heads * (statics.rows + i) + head]
             plgpu.copy_gmem_to_smem(own, memory.new.at[i], memory.early)
-
-
-def _stage_queries(memory: _Memory) -> None:
-    """Queries in the layout of a product, whose tiles have eight rows: a copy cannot write fewer of them.
-
-    Columns past the queries hold what lay there: none of them reaches another, and none is written.
-    """
-    plgpu.barrier_wait(memory.early)
-    memory.queries.T[...] = plgpu.load(memory.staged.T, layout=plgpu.Layout.WGMMA_TRANSPOSED, optimized=False)
-    plgpu.commit_smem()
-
-
-def _blocks_of(statics: _Statics, part, length, start):
-    """First block of keys of a part, and the one past its last: an even share of what the row's queries can see."""
-    top = jnp.minimum(length, start + statics.num_tokens)
-    top = jnp.clip(top, 0, statics.table_width * statics.page_size)
-    bottom = jnp.int32(0)
-    if statics.window is not None:
-        bottom = jnp.clip(start - (statics.window - 1), 0, top)
-    first = lax.div(bottom, jnp.int32(statics.block))
-    end = lax.div(top + (statics.block - 1), jnp.int32(statics.block))
-    if statics.tiles.num_parts == 1:
-        return first, end
-    share = lax.div(end - first + (statics.tiles.num_parts - 1), jnp.int32(statics.tiles.num_parts))
-    first = first + part * share
-    return first, jnp.minimum(first + share, end)
-
-
-def _buffer(statics: _Statics, step):
-    return lax.rem(step, jnp.int32(statics.tiles.num_buffers))
-
-
-def _masked(statics: _Statics, scores, base, length, start) -> jax.Array:
-    """Scores [keys, queries] in base 2, -inf where a query does not see a key. The first key is at position `base`."""
-    if statics.soft_cap is None:
-        scores = scores * (statics.scale * hopper.LOG2_E)
-    else:
-        # tanh(x) = 1 - 2 / (1 + exp(2x)), by the exponential that the hardware has.
-        grown = jnp.exp2(scores * (2 * statics.scale / statics.soft_cap * hopper.LOG2_E))
-        scores = (1 - 2 / (1 + grown)) * (statics.soft_cap * hopper.LOG2_E)
-    key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=hopper.MATRIX)
-    if statics.num_tokens == 1:
-        seen = key < jnp.minimum(length, start + 1) - base
-        if statics.window is not None:
-            seen = seen & (key > start - statics.window - base)
-    else:
-        query = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=hopper.MATRIX)
-        behind = lax.div(query, jnp.full_like(query, statics.group)) + (start - base) - key
-        seen = (behind >= 0) & (key < length - base)
-        if statics.window is not None:
-            seen = seen & (behind < statics.window)
-    return jnp.where(seen, scores, -jnp.inf)
 
 
 def _clear_past(v_smem, count) -> None:

@@ -19,6 +19,8 @@ KEY_ROWS = 64
 # Scores and outputs lie in registers with a column for each query. Above these the compiler's report
 # (`python -m kernels.aot`) shows some of them spilled to memory, at them none.
 MAX_QUERIES, MAX_QUERIES_OF_LARGE = 64, 32
+# Codes on their way through registers take the place of more queries.
+MAX_QUERIES_QUANTIZED, MAX_QUERIES_QUANTIZED_OF_LARGE = 32, 8
 SHARED_BYTES = 227 * 1024
 NUM_PROCESSORS = 132
 MAX_PARTS = 16
@@ -50,8 +52,10 @@ class PrefillTiles:
 
 def choose_tiles(case: PagedAttentionCase) -> Tiles:
     """Static in the shapes, so that equal calls add in equal order."""
-    # Half of a processor's shared memory: two blocks of threads on each, so that one computes while the other waits.
-    num_buffers = max(n for n in (2, 3, 4) if n == 2 or shared_bytes(case, n) <= SHARED_BYTES // 2 - 1024)
+    # Half of a processor's shared memory: two blocks of threads on each, so that one computes while the other waits. Of
+    # quantised pages a third: half as many bytes come in the time that a block of threads takes for its steps.
+    share = SHARED_BYTES // (2 if case.kv_dtype is None else 3) - 1024
+    num_buffers = max(n for n in (2, 3, 4) if n == 2 or shared_bytes(case, n) <= share)
     num_parts = _num_parts(case.batch * case.num_kv_heads, case.width)
     return Tiles(_block(case) // case.page_size, num_buffers, num_parts)
 
@@ -69,9 +73,17 @@ def _columns(case: PagedAttentionCase) -> int:
 def shared_bytes(case: PagedAttentionCase, num_buffers: int) -> int:
     """Shared memory of one block of threads: queries as they come and as they are multiplied, weights, outputs (float32
     at most), a new key and value, and the buffers."""
+    if case.kv_dtype is not None:
+        return _quantized_shared_bytes(case, num_buffers)
     head = _columns(case) * (2 * 2 * case.head_dim + 2 * _block(case) + 4 * case.head_dim) + 2 * 2 * case.head_dim
     # Mosaic takes 2 KiB for reductions and a few bytes for barriers.
     return head + 2048 + 64 + num_buffers * 2 * 2 * _block(case) * case.head_dim
+
+
+def _quantized_shared_bytes(case: PagedAttentionCase, num_buffers: int) -> int:
+    """The same where keys and values have a byte for each element, and each position a float32 scale of both."""
+    head = _columns(case) * (2 * 2 * case.head_dim + 2 * _block(case) + 4 * case.head_dim) + 2 * 3 * case.head_dim
+    return head + 2048 + 64 + num_buffers * 2 * _block(case) * (case.head_dim + 4)
 
 
 def _num_parts(programs: int, width: int) -> int:
@@ -91,7 +103,10 @@ def few_queries(case: PagedAttentionCase) -> bool:
     """Whether the queries of a row that share a kv head fit the registers of the kernel for few (`gpu`); `prefill` has
     the rest."""
     large = case.head_dim > 128 or _block(case) > KEY_ROWS
-    return _columns(case) <= (MAX_QUERIES_OF_LARGE if large else MAX_QUERIES) and shared_bytes(case, 2) <= SHARED_BYTES
+    most = MAX_QUERIES_OF_LARGE if large else MAX_QUERIES
+    if case.kv_dtype is not None:
+        most = MAX_QUERIES_QUANTIZED_OF_LARGE if large else MAX_QUERIES_QUANTIZED
+    return _columns(case) <= most and shared_bytes(case, 2) <= SHARED_BYTES
 
 
 def choose_prefill_tiles(case: PagedAttentionCase) -> PrefillTiles:
@@ -141,4 +156,19 @@ def unsupported(case: PagedAttentionCase, target: Target) -> str | None:
         return f"the kernel takes a head width of 64, 128 or 256, not {case.head_dim}"
     if case.page_size not in (16, 32, 64, 128):
         return f"the kernel takes pages of 16, 32, 64 or 128 positions, not {case.page_size}"
+    if case.kv_dtype is not None:
+        return _unsupported_quantized(case)
+    return None
+
+
+def _unsupported_quantized(case: PagedAttentionCase) -> str | None:
+    # Weights times scales would leave float16's range.
+    if case.dtype != "bfloat16":
+        return f"the kernel takes pages of {case.kv_dtype} with queries of bfloat16, not {case.dtype}"
+    # A value's halves are the rows of a product, which come in 64s.
+    if case.head_dim not in (128, 256):
+        return f"the kernel takes pages of {case.kv_dtype} with a head width of 128 or 256, not {case.head_dim}"
+    # Copies go to multiples of 128 bytes, and each has the scales of a page.
+    if case.page_size < 32:
+        return f"the kernel takes pages of {case.kv_dtype} with 32, 64 or 128 positions, not {case.page_size}"
     return None

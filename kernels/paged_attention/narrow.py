@@ -1,0 +1,123 @@
+"""What the Hopper kernels do with pages of 8 bits: registers full of bfloat16 from what lies in shared memory.
+
+Two neighbouring codes are read as one element of 16 bits, in the layout of a product's left operand, and come apart
+into two arrays: the even columns and the odd. So a product over a head is the sum of two products over its halves
+(where the right operand's rows come in the same order), a transposed read is the one that the hardware has for 16 bits,
+and no code changes its thread. Codes are exact in bfloat16.
+
+Kernels call these by the module's name, so that tests can put plain ones in their place: the interpreter knows neither
+inline code nor products of what is in registers.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import llvm
+from jax.experimental.mosaic.gpu import fragmented_array, utils
+
+# Each makes two bfloat16 of the even (odd) bytes of a word.
+# An int8 less its sign bit is the mantissa of 128 + x; the sign bit alone makes 128 or 256 of the same exponent.
+_INT8 = """
+    prmt.b32 a, $1, 0x43, {selector};
+    and.b32 b, a, 0xff7fff7f;
+    and.b32 a, a, 0xff80ff80;
+    sub.bf16x2 $0, b, a;
+"""
+# The exponent and mantissa of e4m3 in those of bfloat16 make a number 2^120 times too small, subnormal ones too.
+_E4M3 = """
+    shl.b32 a, $1, {shift};
+    shr.u32 b, a, 4;
+    and.b32 b, b, 0x07f007f0;
+    lop3.b32 a, a, 0x80008000, b, 0xea;
+    mov.b32 b, 0x7b807b80;
+    mul.bf16x2 $0, a, b;
+"""
+_CODE = {
+    "int8": (_INT8.format(selector="0x4240"), _INT8.format(selector="0x4341")),
+    "float8_e4m3fn": (_E4M3.format(shift=8), _E4M3.format(shift=0)),
+}
+
+
+def transforms(head_dim: int) -> tuple:
+    """Of 8-bit shared memory whose rows are `head_dim` wide."""
+    width = min(128, head_dim)
+    return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width)
+
+
+def load(smem, *, transposed: bool = False) -> tuple[jax.Array, jax.Array]:
+    """(even, odd) columns of codes [keys, H] as bfloat16 [keys, H / 2], or [H / 2, keys] where `transposed`."""
+    (keys, width), code = smem.shape, _CODE[jnp.dtype(smem.dtype).name]
+    shape = (width // 2, keys) if transposed else (keys, width // 2)
+    half = plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=plgpu.Layout.WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms(width)),), return_type=(half, half))
+    def read(_, ref):
+        pairs = fragmented_array.FragmentedArray.load_tiled(
+            _pairs(ref, transposed), min(128, width), is_signed=True, layout=fragmented_array.WGMMA_LAYOUT
+        )
+        return tuple(_unpack(pairs, text) for text in code)
+
+    return read(smem)
+
+
+def _pairs(ref: ir.Value, transposed: bool) -> ir.Value:
+    """The same memory, of half as many columns of 16 bits."""
+    given = ir.MemRefType(ref.type)
+    strides, _ = given.get_strides_and_offset()
+    layout = ir.StridedLayoutAttr.get(0, [*(stride // 2 for stride in strides[:-1]), 1])
+    shape, element = [*given.shape[:-1], given.shape[-1] // 2], ir.IntegerType.get_signless(16)
+    pairs = ir.MemRefType.get(shape, element, layout, given.memory_space)
+    pairs = utils.ptr_as_memref(utils.memref_ptr(ref), pairs)
+    return utils.memref_transpose(pairs, (1, 0, 3, 2)) if transposed else pairs
+
+
+def _unpack(pairs: fragmented_array.FragmentedArray, text: str) -> fragmented_array.FragmentedArray:
+    word, two = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.BF16Type.get())
+    registers = np.empty_like(pairs.registers)
+    for index, register in np.ndenumerate(pairs.registers):
+        text_in_scope = "{\n.reg .b32 a, b;" + text + "}"
+        made = llvm.inline_asm(word, [utils.bitcast(register, word)], text_in_scope, "=r,r")
+        registers[index] = utils.bitcast(made, two)
+    return fragmented_array.FragmentedArray(_registers=registers, _layout=pairs.layout, _is_signed=None)
+
+
+def scores_of(even, odd, b_smem) -> jax.Array:
+    """even · b[:half] + odd · b[half:], float32."""
+    half = b_smem.shape[0] // 2
+
+    def multiply(acc):
+        plgpu.wgmma(acc, even, b_smem.at[pl.ds(0, half)])
+        plgpu.wgmma(acc, odd, b_smem.at[pl.ds(half, half)])
+        return acc[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((even.shape[0], b_smem.shape[1]), jnp.float32))
+
+
+def both(even, odd, b_smem) -> tuple[jax.Array, jax.Array]:
+    """(even · b, odd · b), float32."""
+
+    def multiply(first, second):
+        plgpu.wgmma(first, even, b_smem)
+        plgpu.wgmma(second, odd, b_smem)
+        return first[...], second[...]
+
+    acc = plgpu.ACC((even.shape[0], b_smem.shape[1]), jnp.float32)
+    return pl.run_scoped(multiply, acc, acc)
+
+
+def split(x, axis: int = -1):
+    """An array whose `axis` has the even columns first, then the odd."""
+    axis = axis % x.ndim
+    halves = x.reshape(*x.shape[:axis], x.shape[axis] // 2, 2, *x.shape[axis + 1 :])
+    return jnp.swapaxes(halves, axis, axis + 1).reshape(x.shape)
+
+
+def join(x):
+    """The inverse of `split` along the last axis."""
+    halves = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
+    return jnp.swapaxes(halves, -1, -2).reshape(x.shape)

@@ -1,0 +1,41 @@
+"""Keys and values in 8 bits: a code for each element, and a float32 scale for each position and kv head.
+
+A scale of its own for every vector needs no calibration, and a page that fills up is never quantised again. A kernel
+can apply such a scale where there is little to multiply: to a key's scores, and to the weight of a value.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
+"""Largest code of each dtype of quantised pages."""
+
+# Twice the smallest normal float32: what a processor that has no smaller ones makes zero is half a step.
+_LEAST_SCALE = 2 * float(jnp.finfo(jnp.float32).tiny)
+
+
+def quantize_heads(x_BTKH: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+    """(codes in `dtype`, float32 scales [B, T, K]): codes · scale is `x`, to half a step of its format at the scale.
+
+    What is not finite makes the scale NaN, and the codes 0: it shows in all that is computed from it, and codes are
+    always finite.
+    """
+    largest = LARGEST[jnp.dtype(dtype).name]
+    x_BTKH = x_BTKH.astype(jnp.float32)
+    amax_BTK = jnp.max(jnp.abs(x_BTKH), axis=-1)
+    sound_BTK = jnp.isfinite(amax_BTK)
+    scale_BTK = jnp.maximum(amax_BTK * (1 / largest), _LEAST_SCALE)
+    codes = jnp.where(sound_BTK[..., None], x_BTKH / scale_BTK[..., None], 0)
+    # The quotient of the largest element may round to above the largest code.
+    codes = jnp.clip(codes, -largest, largest)
+    if jnp.issubdtype(dtype, jnp.integer):
+        codes = jnp.round(codes)
+    return codes.astype(dtype), jnp.where(sound_BTK, scale_BTK, jnp.nan)
+
+
+def dequantize(codes: jax.Array, scale: jax.Array, dtype) -> jax.Array:
+    """Codes [..., H] times scale [...], in `dtype`; the product is taken in float32 at least."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return (codes.astype(wide) * scale[..., None].astype(wide)).astype(dtype)

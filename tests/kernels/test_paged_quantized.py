@@ -1,0 +1,124 @@
+"""Attention over pages of 8 bits: the Hopper kernel in Pallas's interpreter, and the write that quantises."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.paged_attention.quantize import dequantize, quantize_heads
+from kernels.paged_attention.tiles import Tiles
+from tests.kernels.test_paged_attention import explicit
+
+CODES = ("int8", "float8_e4m3fn")
+SCALE = 0.3
+SINKS = np.array([0.5, -1.0, 2.0, 0.0])
+
+
+@pytest.fixture
+def decode(monkeypatch):
+    """The kernel's module, as the interpreter can run it."""
+    if jax.__version_info__ < (0, 11):
+        pytest.skip(f"JAX {jax.__version__} can't interpret casts of layouts; 0.11 can")
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    from kernels.paged_attention import gpu_quantized, narrow
+
+    def load(smem, *, transposed=False):
+        codes = smem[...].astype(jnp.bfloat16)
+        halves = codes[:, 0::2], codes[:, 1::2]
+        return tuple(half.T for half in halves) if transposed else halves
+
+    def both(even, odd, b_smem):
+        b = b_smem[...].astype(jnp.float32)
+        # The interpreter asks it between a read into registers and the next copy to that place.
+        plgpu.commit_smem()
+        return even.astype(jnp.float32) @ b, odd.astype(jnp.float32) @ b
+
+    def scores_of(even, odd, b_smem):
+        b = b_smem[...].astype(jnp.float32)
+        half = b.shape[0] // 2
+        return even.astype(jnp.float32) @ b[:half] + odd.astype(jnp.float32) @ b[half:]
+
+    for plain in (load, both, scores_of):
+        monkeypatch.setattr(narrow, plain.__name__, plain)
+    return gpu_quantized
+
+
+def cache(lengths, N, K, H, S, M, T, dtype, seed=0):
+    """(q, codes and scales of keys, of values, page_table); scales are NaN wherever no row's key lies, pages in no
+    order."""
+    rng = np.random.default_rng(seed)
+    B, P = len(lengths), len(lengths) * M + 2
+    q = jnp.asarray(rng.normal(size=(B, T, N, H)), jnp.bfloat16)
+    page_table = rng.permutation(P)[: B * M].reshape(B, M).astype(np.int32)
+    live = np.zeros((P, S), bool)
+    for b, length in enumerate(lengths):
+        for position in range(length):
+            live[page_table[b, position // S], position % S] = True
+    sides = []
+    for _ in range(2):
+        # Sizes differ by position and head, as scales must.
+        values = rng.normal(size=(P, S, K, H)) * np.exp(rng.normal(size=(P, S, K, 1)))
+        codes, scale = quantize_heads(jnp.asarray(values, jnp.float32), dtype)
+        scale = jnp.where(live[..., None], scale, jnp.nan)
+        sides.append((codes, scale.transpose(0, 2, 1)))
+    return q, *sides, page_table
+
+
+def wide(codes, scale):
+    """float64 values of pages."""
+    return np.asarray(codes, np.float64) * np.asarray(scale, np.float64).transpose(0, 2, 1)[..., None]
+
+
+def interpreted(decode, q, keys, values, page_table, lengths, starts, tiles, new=None, **features):
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    # Private, and what the interpreter's own documentation points to.
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    integers = [jnp.asarray(x, jnp.int32) for x in (page_table, lengths, starts)]
+    if "sinks" in features:
+        features["sinks"] = jnp.asarray(features["sinks"], jnp.float32)
+    results = decode.paged_attention(
+        q,
+        keys[0],
+        values[0],
+        *integers,
+        k_scale=keys[1],
+        v_scale=values[1],
+        **{"scale": SCALE, "window": None, "soft_cap": None, "sinks": None, **features},
+        tiles=tiles,
+        new=new,
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
+    )
+    assert not gpu_callbacks.get_races().races_found
+    return results
+
+
+# One case for each way through the kernel; an interpreted one takes seconds.
+KERNEL_CASES = {
+    "decode, ragged": dict(lengths=[70, 0, 300], M=5, tiles=Tiles(1, 2, 1)),
+    "parts, some empty": dict(lengths=[130, 5], M=3, tiles=Tiles(1, 2, 3), dtype="float8_e4m3fn"),
+    "verification, window": dict(lengths=[150, 40], M=3, T=3, starts=[147, 38], window=50, N=4, K=2),
+    "soft cap, sinks": dict(lengths=[90], M=2, soft_cap=1.5, sinks=3 * SINKS, N=4, K=2, T=2, dtype="float8_e4m3fn"),
+    "small pages, window, parts": dict(lengths=[150], M=5, S=32, window=100, tiles=Tiles(2, 3, 2)),
+    "wide heads": dict(lengths=[70], M=1, S=128, H=256, N=2, T=9),
+}
+
+
+@pytest.mark.parametrize("name", KERNEL_CASES)
+def test_kernel_equals_explicit_queries(decode, name):
+    case = {"S": 64, "T": 1, "N": 3, "K": 1, "H": 128, "dtype": "int8", "tiles": Tiles(1, 2, 1), **KERNEL_CASES[name]}
+    lengths, T, tiles = case.pop("lengths"), case["T"], case.pop("tiles")
+    starts = case.pop("starts", [length - T for length in lengths])
+    shape = {key: case.pop(key) for key in ("N", "K", "H", "S", "M", "T", "dtype")}
+    q, keys, values, page_table = cache(lengths, **shape)
+    arrays = np.asarray(q, np.float64), wide(*keys), wide(*values)
+    expected = explicit(*arrays, page_table, lengths, starts, scale=SCALE, **case)
+    actual = interpreted(decode, q, keys, values, page_table, lengths, starts, tiles, **case)
+    assert actual.dtype == q.dtype and np.abs(expected).max() > 0.1
+    # Weights times scales, and outputs, are rounded to bfloat16, once each.
+    size = max(1.0, np.abs(expected).max())
+    np.testing.assert_allclose(
+        np.asarray(actual, np.float64), expected, atol=3 * size * float(jnp.finfo("bfloat16").eps)
+    )
