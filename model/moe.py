@@ -21,6 +21,7 @@ from model.execution import Execution
 from model.layers import MLP, activate, residual_stddev
 from model.parameter import Creator, RouterBias, normal, zeros
 from model.permute import combine, expand, sort_by_expert
+from model.products import whole
 from parallel.sharding import Placement, constrain, map_shards
 
 
@@ -115,8 +116,8 @@ class Experts(nnx.Module):
         self.down = create("down", (E, F, D), down, normal(residual_stddev(config)))
 
     def kernels(self, dtype: str) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-        gate = None if self.gate is None else self.gate[...].astype(dtype)
-        return self.up[...].astype(dtype), gate, self.down[...].astype(dtype)
+        gate = None if self.gate is None else whole(self.gate, dtype)
+        return whole(self.up, dtype), gate, whole(self.down, dtype)
 
     def dropless(self, x_BTD: jax.Array, routing: Routing, execution: Execution) -> jax.Array:
         """Every assignment is computed, whatever the balance."""

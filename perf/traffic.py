@@ -21,14 +21,32 @@ from perf.flops import causal_pairs, layer_linears, layer_vectors, matmul_parame
 from perf.meter import ImplausibleMeasurement
 
 
+class WeightBytes(NamedTuple):
+    """Bytes of the weights that a step must read, where their elements are of several sizes."""
+
+    dense: int
+    """Of all that every step reads: without routed experts, and without the embedding unless it is the head too."""
+    expert: int
+    """Of one routed expert of one layer; 0 without experts."""
+
+
 class Traffic:
     """Bytes that a forward step over a paged cache must move, over all devices together.
 
     `weight_bytes`, `cache_bytes`, `router_bytes`: bytes per element of the weights, of the keys and values, and of the
-    router, which the model keeps in float32. Made once per model; every call is arithmetic on a few integers.
+    router, which the model keeps in float32. `stored` takes the place of what follows from those where the weights are
+    quantised. Made once per model; every call is arithmetic on a few integers.
     """
 
-    def __init__(self, config: ModelConfig, *, weight_bytes: int, cache_bytes: int, router_bytes: int = 4) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        weight_bytes: int,
+        cache_bytes: int,
+        router_bytes: int = 4,
+        stored: WeightBytes | None = None,
+    ) -> None:
         for name, value in (
             ("weight_bytes", weight_bytes),
             ("cache_bytes", cache_bytes),
@@ -36,8 +54,10 @@ class Traffic:
         ):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1, the bytes of one element")
-        self._dense = _dense_bytes(config, weight_bytes, router_bytes)
-        self._expert = 0 if config.moe is None else _expert_elements(config) * weight_bytes
+        if stored is None:
+            expert = 0 if config.moe is None else _expert_elements(config) * weight_bytes
+            stored = WeightBytes(_dense_bytes(config, weight_bytes, router_bytes), expert)
+        self._dense, self._expert = stored
         self._num_experts = 0 if config.moe is None else config.num_moe_layers * config.moe.num_experts
         self._token = 2 * config.num_kv_heads * config.head_dim * cache_bytes
         windows = Counter(config.window(layer) for layer in range(config.num_layers))

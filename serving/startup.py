@@ -71,7 +71,7 @@ def start(resolved: Resolved, say: Say) -> Started:
     controller = _controller(resolved)
     runner.warm_up(None if controller is None else controller.record_time)
     metrics = Metrics()
-    meter = UtilizationMeter(resolved.model, resolved.dtype, resolved.devices, metrics)
+    meter = UtilizationMeter(resolved.programs.definition, resolved.dtype, resolved.devices, metrics)
     served = Engine(
         model_name=run.name,
         tokenizer=tokenizer,

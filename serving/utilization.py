@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
-from model.config import ModelConfig
+from model.products import stored_bytes
+from model.transformer import Definition
 from perf.chips import Bandwidth, Peak, peak_bandwidth, peak_flops
 from perf.meter import ImplausibleMeasurement
-from perf.traffic import Traffic, decode_mbu, prefill_flops
+from perf.traffic import Traffic, WeightBytes, decode_mbu, prefill_flops
 from serving.executor import CallRecord
 from serving.metrics import Metrics
 
@@ -51,14 +53,16 @@ class _Window:
 class UtilizationMeter:
     """Model bandwidth utilisation (MBU) of decode calls and model FLOPs utilisation (MFU) of prefill calls.
 
-    MBU: bytes that a round must read (weights that some token uses, once; live keys and values) over what the
-    devices' memory could deliver in its time. Rounds with drafts are left out: what they must read is a choice.
+    MBU: bytes that a round must read (weights that some token uses, once, as they are held; live keys and values) over
+    what the devices' memory could deliver in its time. MFU is a share of the peak of the activations' dtype, whatever
+    the products are quantised to. Rounds with drafts are left out: what they must read is a choice.
     """
 
-    def __init__(self, model: ModelConfig, dtype: str, devices: Sequence[jax.Device], metrics: Metrics) -> None:
-        itemsize = jnp.dtype(dtype).itemsize
+    def __init__(self, definition: Definition, dtype: str, devices: Sequence[jax.Device], metrics: Metrics) -> None:
+        itemsize, model = jnp.dtype(dtype).itemsize, definition.config
         self._model, self._metrics, self._count = model, metrics, len(devices)
-        self._traffic = Traffic(model, weight_bytes=itemsize, cache_bytes=itemsize)
+        stored = weight_bytes(definition)
+        self._traffic = Traffic(model, weight_bytes=itemsize, cache_bytes=itemsize, stored=stored)
         self.bandwidth: Bandwidth = peak_bandwidth(devices[0], local_devices=len(devices))
         self.peak: Peak = peak_flops(devices[0], dtype, local_devices=len(devices))
         self.totals = Totals()
@@ -102,6 +106,18 @@ class UtilizationMeter:
     def mfu(self, flops: int, seconds: float) -> float | None:
         """Share of the peak; None where it is not known (`peak.reason`)."""
         return _share("MFU", flops, seconds, self.peak, self._count)
+
+
+def weight_bytes(definition: Definition) -> WeightBytes:
+    """As the weights are held: quantised ones with their scales."""
+    params, biases = definition.abstract
+    config, flat = definition.config, traverse_util.flatten_dict(params)
+    routed = [leaf for path, leaf in flat.items() if "experts" in path]
+    table = () if config.tie_embeddings else flat["embedding", "table"]
+    dense = stored_bytes((params, biases)) - stored_bytes(routed) - stored_bytes(table)
+    if config.moe is None:
+        return WeightBytes(dense, 0)
+    return WeightBytes(dense, stored_bytes(routed) // (config.num_moe_layers * config.moe.num_experts))
 
 
 def _share(name: str, amount: int, seconds: float, peak: Peak, devices: int) -> float | None:
