@@ -99,7 +99,13 @@ def _case(x, w, group_sizes) -> GroupedCase:
         raise ValueError(f"grouped_matmul of {given}: x and w need one dtype")
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise ValueError(f"grouped_matmul: group_sizes are {group_sizes.dtype}; they need int32")
-    return GroupedCase(jnp.dtype(x.dtype).name, *x.shape, w.shape[0], w.shape[2])
+    return GroupedCase(
+        dtype=jnp.dtype(x.dtype).name,
+        num_rows=x.shape[0],
+        num_groups=w.shape[0],
+        in_dim=w.shape[1],
+        out_dim=w.shape[2],
+    )
 
 
 def _implementation(impl: Impl):
