@@ -10,7 +10,7 @@ from flax import nnx
 
 from kernels.attention import attention
 from kernels.paged_attention import extend_pages
-from model.cache import LayerPages, PagedRows
+from model.cache import PAGE_AXES, SCALE_AXES, LayerPages, PagedRows
 from model.config import ModelConfig
 from model.execution import Execution
 from model.layers import RMSNorm, project, residual_stddev
@@ -99,13 +99,12 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, LayerPages]:
         sinks = None if self.sinks is None else self.sinks[...].astype(jnp.float32)
 
-        def local(q, k, v, k_pages, v_pages, page_table, starts, counts, sinks):
+        def local(q, k, v, page_table, starts, counts, sinks, *pages):
             return extend_pages(
                 q,
                 k,
                 v,
-                k_pages,
-                v_pages,
+                *pages[:2],
                 page_table,
                 starts,
                 counts,
@@ -113,14 +112,16 @@ class Attention(nnx.Module):
                 soft_cap=self.config.attention_soft_cap,
                 sinks=sinks,
                 scale=self.config.scale,
+                **dict(zip(("k_scale", "v_scale"), pages[2:], strict=False)),
                 impl=execution.paged_attention,
             )
 
-        heads, paged = ("batch", "sequence", "act_heads", None), (None, None, "act_heads", None)
-        inputs = (heads, heads, heads, paged, paged, ("batch", None), ("batch",), ("batch",), ("act_heads",))
-        run = map_shards(local, execution.placement, inputs, (heads, paged, paged))
-        out, k_pages, v_pages = run(q, k, v, *pages, *rows, sinks)
-        return out, (k_pages, v_pages)
+        heads = ("batch", "sequence", "act_heads", None)
+        paged = (PAGE_AXES, PAGE_AXES, SCALE_AXES, SCALE_AXES)[: len(pages)]
+        inputs = (heads, heads, heads, ("batch", None), ("batch",), ("batch",), ("act_heads",), *paged)
+        run = map_shards(local, execution.placement, inputs, (heads, *paged))
+        out, *pages = run(q, k, v, *rows, sinks, *pages)
+        return out, tuple(pages)
 
     def _attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, segments_BT: jax.Array | None, execution: Execution

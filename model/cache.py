@@ -7,14 +7,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels.paged_attention.quantize import scale_bytes
 from model.config import ModelConfig
 from parallel.sharding import Placement
 
-LayerPages = tuple[jax.Array, jax.Array]
-"""Keys and values of one layer, each [P, S, K, H]: pages, positions of a page, kv heads, head width."""
+LayerPages = tuple[jax.Array, ...]
+"""Keys and values of one layer, each [P, S, K, H]: pages, positions of a page, kv heads, head width; where those are
+quantised, the scales of both after them, float32 [P, K, S]."""
 
-PAGE_AXES = (None, None, "act_heads", None)
-"""Logical axes of the pages of a layer."""
+PAGE_AXES, SCALE_AXES = (None, None, "act_heads", None), (None, "act_heads", None)
+"""Logical axes of the pages of a layer, and of their scales."""
 
 
 class PagedRows(NamedTuple):
@@ -38,15 +40,20 @@ def abstract_cache(
     config: ModelConfig, *, num_pages: int, page_size: int, dtype: str, placement: Placement | None, device: jax.Device
 ) -> list[LayerPages]:
     """Shapes, dtypes and shardings of the cache: kv heads are split as attention's heads are."""
-    shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
-    if placement is None:
-        sharding = jax.sharding.SingleDeviceSharding(device)
-    else:
-        sharding = placement.sharding(*PAGE_AXES)
-    pages = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
-    return [(pages, pages) for _ in range(config.num_layers)]
+
+    def describe(shape: tuple[int, ...], dtype: str, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+        sharding = jax.sharding.SingleDeviceSharding(device) if placement is None else placement.sharding(*axes)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+
+    pages = describe((num_pages, page_size, config.num_kv_heads, config.head_dim), dtype, PAGE_AXES)
+    layer = (pages, pages)
+    if scale_bytes(dtype):
+        scales = describe((num_pages, config.num_kv_heads, page_size), "float32", SCALE_AXES)
+        layer += (scales, scales)
+    return [layer for _ in range(config.num_layers)]
 
 
-def token_bytes(config: ModelConfig, itemsize: int) -> int:
-    """Bytes of the keys and values of one token in all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
+def token_bytes(config: ModelConfig, dtype: str) -> int:
+    """Bytes of the keys and values of one token in all layers, with their scales where `dtype` has any."""
+    head = config.head_dim * jnp.dtype(dtype).itemsize + scale_bytes(dtype)
+    return 2 * config.num_layers * config.num_kv_heads * head

@@ -111,6 +111,7 @@ def select_paged_kernels(
     paged_attention: str,
     grouped_matmul: str,
     quantized_matmul: str,
+    kv_dtype: str,
     rows: int,
     tiles: tuple[int, int],
     page_size: int,
@@ -119,7 +120,7 @@ def select_paged_kernels(
     device: jax.Device,
 ) -> PagedSelection:
     """Implementations for decoding batches of up to `rows` tokens whose contexts have up to `width`, and for up to so
-    many tiles of so many prompt tokens. Raises ValueError for a named one that can't run."""
+    many tiles of so many prompt tokens, over pages of `kv_dtype`. Raises ValueError for a named one that can't run."""
     config, dtype, target = definition.config, definition.param_dtype, target_of(device)
     paged, reason = paged_op.choose(paged_attention, target)
     decode = paged_op.PagedAttentionCase(
@@ -131,6 +132,7 @@ def select_paged_kernels(
         head_dim=config.head_dim,
         page_size=page_size,
         width=width,
+        kv_dtype=None if kv_dtype == dtype else kv_dtype,
     )
     prefill = dataclasses.replace(decode, batch=tiles[0], num_tokens=tiles[1])
     in_decode, in_prefill = (paged_op.choose(paged, target, case)[0] for case in (decode, prefill))
@@ -140,7 +142,8 @@ def select_paged_kernels(
         reasons.append(f"grouped product: {grouped}, {reason}")
     sizes = (rows, tiles[0] * tiles[1])
     reasons += _select_quantized(definition, quantized_matmul, sizes, placement, target)
-    live = (in_decode == "pallas", in_prefill == "pallas")
+    # The kernel for prompts takes pages in the activations' dtype: quantised ones are laid end to end for it.
+    live = (in_decode == "pallas", in_prefill == "pallas" and prefill.kv_dtype is None)
     return PagedSelection(paged, grouped, quantized_matmul, tuple(reasons), *live, target)
 
 

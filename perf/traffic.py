@@ -34,7 +34,8 @@ class Traffic:
     """Bytes that a forward step over a paged cache must move, over all devices together.
 
     `weight_bytes`, `cache_bytes`, `router_bytes`: bytes per element of the weights, of the keys and values, and of the
-    router, which the model keeps in float32. `stored` takes the place of what follows from those where the weights are
+    router, which the model keeps in float32. `scale_bytes`: of the scale beside each head's key and value, where those
+    are quantised. `stored` takes the place of what follows from the bytes of an element where the weights are
     quantised. Made once per model; every call is arithmetic on a few integers.
     """
 
@@ -45,6 +46,7 @@ class Traffic:
         weight_bytes: int,
         cache_bytes: int,
         router_bytes: int = 4,
+        scale_bytes: int = 0,
         stored: WeightBytes | None = None,
     ) -> None:
         for name, value in (
@@ -59,7 +61,7 @@ class Traffic:
             stored = WeightBytes(_dense_bytes(config, weight_bytes, router_bytes), expert)
         self._dense, self._expert = stored
         self._num_experts = 0 if config.moe is None else config.num_moe_layers * config.moe.num_experts
-        self._token = 2 * config.num_kv_heads * config.head_dim * cache_bytes
+        self._token = 2 * config.num_kv_heads * (config.head_dim * cache_bytes + scale_bytes)
         windows = Counter(config.window(layer) for layer in range(config.num_layers))
         self._full_layers = windows.pop(None, 0)
         self._local_layers = tuple((window, layers) for window, layers in windows.items() if window is not None)

@@ -44,6 +44,9 @@ class EngineConfig:
     nothing else is to be done: the device need not wait for the host, and a new request waits for so many rounds."""
     page_size: int = 64
     """Tokens of a page of the cache, the unit of allocation and of the prefix cache."""
+    kv_dtype: Literal["auto", "int8", "float8_e4m3fn"] = "auto"
+    """Keys and values in the cache; auto: in the dtype of activations. In 8 bits each position and kv head has a
+    float32 scale too, and the draft model's cache is in 8 bits as well."""
     num_pages: int | None = None
     """Pages of the cache; None for what fits in `memory_fraction`."""
     memory_fraction: float = 0.9

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 
 from checkpoint.pretrained import Pretrained, open_pretrained
 from model.cache import token_bytes
@@ -38,6 +37,7 @@ class Resolved:
     draft: Pretrained | None
     programs: Programs
     dtype: str
+    kv_dtype: str
     max_context: int
     cells: tuple[Cell, ...]
     live_decode: bool
@@ -56,8 +56,7 @@ class Resolved:
         """Bytes of a page of one device, in the caches of the model and of the draft model."""
         tensor = 1 if self.placement is None else self.placement.size("act_heads")
         models = [self.model] if self.draft is None else [self.model, self.draft.config]
-        itemsize = jnp.dtype(self.dtype).itemsize
-        return sum(token_bytes(model, itemsize) for model in models) * self.run.engine.page_size // tensor
+        return sum(token_bytes(model, self.kv_dtype) for model in models) * self.run.engine.page_size // tensor
 
 
 def resolve(run: ServeRun, devices: Sequence[jax.Device]) -> Resolved:
@@ -76,7 +75,7 @@ def resolve(run: ServeRun, devices: Sequence[jax.Device]) -> Resolved:
     dtype = run.dtype if run.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
     max_context = min(run.engine.max_context or model.max_positions, model.max_positions)
     apart = Definition(model, False, dtype, mesh.size == 1, run.precision)
-    definition = apart.stored_on(devices[0], run.kernels.quantized_matmul)
+    definition = apart.stored_on(devices[0], run.kernels.quantized_matmul, whole)
     selection = _select(run, definition, max_context, whole, devices[0])
     drafting, draft, more = _drafting(run, model, dtype, max_context, whole, devices[0])
     drafts = 0 if drafting is None else drafting.max_draft
@@ -88,7 +87,8 @@ def resolve(run: ServeRun, devices: Sequence[jax.Device]) -> Resolved:
         live_decode=selection.live_decode,
         live_prefill=selection.live_prefill,
     )
-    where = f"devices: {mesh.size} of {devices[0].device_kind}, weights and cache in {dtype}"
+    kv_dtype = _kv_dtype(run, dtype)
+    where = f"devices: {mesh.size} of {devices[0].device_kind}, weights in {dtype}, cache in {kv_dtype}"
     return Resolved(
         run=run,
         devices=tuple(devices),
@@ -102,6 +102,7 @@ def resolve(run: ServeRun, devices: Sequence[jax.Device]) -> Resolved:
             branches=platform != "gpu",
         ),
         dtype=dtype,
+        kv_dtype=kv_dtype,
         max_context=max_context,
         cells=cells,
         live_decode=selection.live_decode,
@@ -120,6 +121,10 @@ def _describe(cells: Sequence[Cell], engine: EngineConfig) -> str:
     )
 
 
+def _kv_dtype(run: ServeRun, dtype: str) -> str:
+    return dtype if run.engine.kv_dtype == "auto" else run.engine.kv_dtype
+
+
 def _select(
     run: ServeRun, definition: Definition, max_context: int, placement: Placement, device: jax.Device
 ) -> PagedSelection:
@@ -128,6 +133,7 @@ def _select(
         paged_attention=run.kernels.paged_attention,
         grouped_matmul=run.kernels.grouped_matmul,
         quantized_matmul=run.kernels.quantized_matmul,
+        kv_dtype=_kv_dtype(run, definition.param_dtype),
         rows=run.engine.batch_sizes[-1],
         tiles=(run.engine.tile_counts[-1], run.engine.tile_tokens),
         page_size=run.engine.page_size,

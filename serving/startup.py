@@ -71,7 +71,7 @@ def start(resolved: Resolved, say: Say) -> Started:
     controller = _controller(resolved)
     runner.warm_up(None if controller is None else controller.record_time)
     metrics = Metrics()
-    meter = UtilizationMeter(resolved.programs.definition, resolved.dtype, resolved.devices, metrics)
+    meter = UtilizationMeter(resolved.programs.definition, resolved.dtype, resolved.kv_dtype, resolved.devices, metrics)
     served = Engine(
         model_name=run.name,
         tokenizer=tokenizer,
@@ -212,7 +212,7 @@ def _caches(resolved: Resolved, num_pages: int) -> tuple[Cache, Cache]:
             model,
             num_pages=num_pages,
             page_size=resolved.run.engine.page_size,
-            dtype=resolved.dtype,
+            dtype=resolved.kv_dtype,
             placement=resolved.placement,
             device=resolved.devices[0],
         )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from model.cache import scale_bytes
 from model.products import stored_bytes
 from model.transformer import Definition
 from perf.chips import Bandwidth, Peak, peak_bandwidth, peak_flops
@@ -58,11 +59,19 @@ class UtilizationMeter:
     the products are quantised to. Rounds with drafts are left out: what they must read is a choice.
     """
 
-    def __init__(self, definition: Definition, dtype: str, devices: Sequence[jax.Device], metrics: Metrics) -> None:
+    def __init__(
+        self, definition: Definition, dtype: str, kv_dtype: str, devices: Sequence[jax.Device], metrics: Metrics
+    ) -> None:
         itemsize, model = jnp.dtype(dtype).itemsize, definition.config
         self._model, self._metrics, self._count = model, metrics, len(devices)
         stored = weight_bytes(definition)
-        self._traffic = Traffic(model, weight_bytes=itemsize, cache_bytes=itemsize, stored=stored)
+        self._traffic = Traffic(
+            model,
+            weight_bytes=itemsize,
+            cache_bytes=jnp.dtype(kv_dtype).itemsize,
+            scale_bytes=scale_bytes(kv_dtype),
+            stored=stored,
+        )
         self.bandwidth: Bandwidth = peak_bandwidth(devices[0], local_devices=len(devices))
         self.peak: Peak = peak_flops(devices[0], dtype, local_devices=len(devices))
         self.totals = Totals()

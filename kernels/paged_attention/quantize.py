@@ -16,6 +16,11 @@ LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 _LEAST_SCALE = 2 * float(jnp.finfo(jnp.float32).tiny)
 
 
+def scale_bytes(dtype: str) -> int:
+    """Bytes of the scale of one position and kv head in pages of `dtype`; 0 where pages have none."""
+    return 4 if dtype in LARGEST else 0
+
+
 def quantize_heads(x_BTKH: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
     """(codes in `dtype`, float32 scales [B, T, K]): codes · scale is `x`, to half a step of its format at the scale.
 

@@ -160,7 +160,7 @@ def test_pages_of_several_devices_are_split_by_heads():
     for keys, values in cache:
         assert keys.shape == values.shape == (5, PAGE, 4, 4) and keys.dtype == jnp.bfloat16
         assert keys.sharding.shard_shape(keys.shape) == (5, PAGE, 1, 4)
-    assert token_bytes(config, 2) == 3 * 2 * 4 * 4 * 2
+    assert token_bytes(config, "bfloat16") == 3 * 2 * 4 * 4 * 2
 
 
 def test_a_token_that_is_not_finite_harms_only_those_that_see_it():

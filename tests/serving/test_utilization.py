@@ -37,7 +37,7 @@ def a_prefill(seconds: float) -> CallRecord:
 @pytest.fixture
 def meter() -> UtilizationMeter:
     """On a device that moves the bytes of a round in 4 ms."""
-    meter = UtilizationMeter(Definition(MODEL, False, "float32"), "float32", jax.devices()[:1], Metrics())
+    meter = UtilizationMeter(Definition(MODEL, False, "float32"), "float32", "float32", jax.devices()[:1], Metrics())
     meter.bandwidth = Bandwidth(round_bytes() / 4e-3, "a test")
     return meter
 
