@@ -1,0 +1,297 @@
+"""Product with a weight of few bits on Hopper: the weight is read once and widened in registers.
+
+yᵀ [N, M] = wᵀ · xᵀ: the weight's columns are the 64 rows of a warpgroup's product and come from registers, where they
+are widened to x's dtype; x's few rows are its columns and come from shared memory. So one row of x costs what eight do.
+The weight lies in memory as the registers want it (`quantization.qarray.to_fragments`): a thread's 16 bytes are its own
+elements of the next products, and no thread needs another's.
+
+One block of threads (a warpgroup of 128) has some columns of the weight and walks a part of its rows, while the copies
+of the next are under way. Several blocks share a processor, so that one widens while another multiplies or waits. Where
+there are too few columns to fill the chip, their rows are cut into parts, which a second step adds up in order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from kernels import hopper
+from kernels.quantized_matmul.weight_only_fragments import fragment
+from kernels.quantized_matmul.weight_only_tiles import TILE, Tiles, choose_tiles
+from quantization.qarray import QArray
+
+# Without the barriers that Pallas would put around every load, store and copy: `commit_smem` in each step lies between
+# the last read of a buffer and the copy that fills it again.
+_COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Statics:
+    """What is fixed when the kernel is traced; `group`: rows of the weight that share a scale, None for all."""
+
+    shape: tuple[int, int, int]
+    dtype: Any
+    w_dtype: Any
+    out_dtype: Any
+    group: int | None
+    zero_points: bool
+    bias: bool
+    tiles: Tiles
+
+    @property
+    def blocks(self) -> int:
+        return self.tiles.columns // TILE
+
+    @property
+    def lines(self) -> int:
+        """Rows of 256 in one buffer of 64 columns of the weight."""
+        return self.tiles.depth * TILE // (8 if self.w_dtype == jnp.int4 else 1) // 256
+
+    @property
+    def span(self) -> int:
+        """Rows of the weight in one term of a sum: a group, or what registers hold."""
+        return min(self.tiles.depth, 128) if self.group is None else self.group
+
+    @property
+    def num_steps(self) -> int:
+        return -(-self.shape[2] // self.tiles.depth)
+
+    @property
+    def num_parts(self) -> int:
+        return self.tiles.num_parts
+
+
+class _Inputs(NamedTuple):
+    """Arrays in device memory, or None: x [M, K], the weight [N/64, lines, 256], scales and zero points [K/group, N],
+    bias [N]."""
+
+    x: Any
+    w: Any
+    scales: Any
+    zeros: Any
+    bias: Any
+
+
+class _Shared(NamedTuple):
+    """Shared memory of a block of threads, and the barriers at which a buffer's copies arrive."""
+
+    x: Any
+    w: Any
+    scales: Any
+    zeros: Any
+    out: Any
+    arrived: Any
+
+
+def quantized_matmul(x: jax.Array, w: QArray, bias: jax.Array | None, out_dtype) -> jax.Array:
+    """[M, N] of x [M, K] and w [K, N] in fragments, as `kernels.quantized_matmul.quantized_matmul` has it."""
+    from kernels.quantized_matmul import case_of
+
+    return product(x, w, bias, out_dtype=jnp.dtype(out_dtype), tiles=choose_tiles(case_of(x, w, bias, out_dtype)))
+
+
+# A jit of its own, so that a model's layers are built once.
+@functools.partial(jax.jit, static_argnames=("out_dtype", "tiles", "interpret"))
+def product(x, w: QArray, bias, *, out_dtype, tiles: Tiles, interpret=None) -> jax.Array:
+    """As `quantized_matmul`, with its tiles. `interpret`: parameters of Pallas's interpreter, which tests give."""
+    (M, K), N = x.shape, w.shape[1]
+    # Zero points of whole columns are those of groups, of which all are the same.
+    group = None if w.scales.shape[0] == 1 else w.block[0]
+    assert group is None or tiles.depth % group == 0, f"groups of {group} in buffers of {tiles.depth}"
+    statics = _Statics(
+        (M, N, K), x.dtype, w.dtype, out_dtype, group, w.zero_points is not None, bias is not None, tiles
+    )
+    if M % 8 and M < 8:
+        # Copies fill shared memory by eight rows.
+        x = jnp.pad(x, ((0, 8 - M), (0, 0)))
+    in_fragments = w.values.reshape(N // TILE, -1, 256)
+    out = _call(statics, _Inputs(x, in_fragments, w.scales, w.zero_points, bias), interpret)
+    if statics.num_parts == 1:
+        return out
+    y = functools.reduce(jnp.add, [out[part] for part in range(statics.num_parts)])
+    if group is None:
+        y = y * w.scales
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(out_dtype)
+
+
+def _call(statics: _Statics, inputs: _Inputs, interpret) -> jax.Array:
+    """[M, N] in `out_dtype`; or in parts [parts, M, N] in float32, without what multiplies or is added in the end."""
+    M, N, _ = statics.shape
+    tiles, in_parts = statics.tiles, statics.num_parts > 1
+    out = jax.ShapeDtypeStruct((statics.num_parts, M, N) if in_parts else (M, N), statics.out_dtype)
+    out = jax.ShapeDtypeStruct(out.shape, jnp.float32) if in_parts else out
+    given = [name for name, array in inputs._asdict().items() if array is not None]
+    shared = {name: scratch for name, scratch in _scratch(statics, out.dtype)._asdict().items() if scratch is not None}
+
+    def body(*refs):
+        arrays, out_ref, memory = refs[: len(given)], refs[len(given)], refs[len(given) + 1 :]
+        arrays = dict.fromkeys(_Inputs._fields) | dict(zip(given, arrays, strict=True))
+        memory = dict.fromkeys(_Shared._fields) | dict(zip(shared, memory, strict=True))
+        _body(statics, _Inputs(**arrays), out_ref, _Shared(**memory))
+
+    run = plgpu.kernel(
+        body,
+        out_type=out,
+        kernel_name="weight_only_matmul",
+        scratch_types=list(shared.values()),
+        grid=(statics.num_parts, -(-M // tiles.rows), N // tiles.columns),
+        grid_names=("part", "row", "column"),
+        compiler_params=_COMPILER,
+        interpret=interpret,
+    )
+    return run(*(array for array in inputs if array is not None))
+
+
+def _scratch(statics: _Statics, out_dtype) -> _Shared:
+    tiles, buffers = statics.tiles, statics.tiles.num_buffers
+    # Matrix products take whole rows of a swizzle.
+    swizzle = 128 if statics.span % 64 == 0 else 64
+    tiled = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
+    scales = None
+    if statics.group is not None:
+        scales = plgpu.SMEM((buffers, tiles.depth // statics.group, tiles.columns), jnp.float32)
+    container = jnp.uint32 if statics.w_dtype == jnp.int4 else statics.w_dtype
+    return _Shared(
+        x=plgpu.SMEM((buffers, tiles.rows, tiles.depth), statics.dtype, transforms=tiled),
+        w=plgpu.SMEM((buffers, statics.blocks, statics.lines, 256), container),
+        scales=scales,
+        zeros=scales if statics.zero_points else None,
+        out=plgpu.SMEM((tiles.rows, tiles.columns), out_dtype),
+        arrived=plgpu.Barrier(num_arrivals=2 + (scales is not None) * (1 + statics.zero_points), num_barriers=buffers),
+    )
+
+
+def _body(statics: _Statics, inputs: _Inputs, out_ref, shared: _Shared) -> None:
+    part, row, column = (lax.axis_index(name) for name in ("part", "row", "column"))
+    ahead = statics.tiles.num_buffers - 1
+    share = -(-statics.num_steps // statics.num_parts)
+    first = part * share
+    end = jnp.minimum(first + share, statics.num_steps)
+    fetch = functools.partial(_fetch, statics, inputs, shared, row, column, first)
+    for i in range(ahead):
+        pl.when(first + i < end)(functools.partial(fetch, first + i))
+
+    def step(number, totals):
+        buffer = hopper.remainder(number - first, statics.tiles.num_buffers)
+        plgpu.barrier_wait(shared.arrived.at[buffer])
+        # All four warps are done with the buffer before this one.
+        plgpu.commit_smem()
+        pl.when(number + ahead < end)(functools.partial(fetch, number + ahead))
+        return _multiply(statics, shared, buffer, totals)
+
+    zero = jnp.zeros((TILE, statics.tiles.rows), jnp.float32)
+    totals = lax.fori_loop(
+        first, end, step, tuple(plgpu.layout_cast(zero, hopper.MATRIX) for _ in range(statics.blocks))
+    )
+    _store(statics, inputs, shared, totals, part, row, column, out_ref)
+
+
+def _fetch(statics: _Statics, inputs: _Inputs, shared: _Shared, row, column, first, number) -> None:
+    """Starts the copies of one step into its buffer. What lies past the weight's last row becomes zeros."""
+    tiles = statics.tiles
+    buffer = hopper.remainder(number - first, tiles.num_buffers)
+    arrived = shared.arrived.at[buffer]
+    lines = pl.ds(number * statics.lines, statics.lines)
+    plgpu.copy_gmem_to_smem(
+        inputs.w.at[pl.ds(column * statics.blocks, statics.blocks), lines], shared.w.at[buffer], arrived
+    )
+    rows, depth = pl.ds(row * tiles.rows, tiles.rows), pl.ds(number * tiles.depth, tiles.depth)
+    plgpu.copy_gmem_to_smem(inputs.x.at[rows, depth], shared.x.at[buffer], arrived)
+    if statics.group is not None:
+        count = tiles.depth // statics.group
+        place = pl.ds(number * count, count), pl.ds(column * tiles.columns, tiles.columns)
+        plgpu.copy_gmem_to_smem(inputs.scales.at[place], shared.scales.at[buffer], arrived)
+        if statics.zero_points:
+            plgpu.copy_gmem_to_smem(inputs.zeros.at[place], shared.zeros.at[buffer], arrived)
+
+
+def _multiply(statics: _Statics, shared: _Shared, buffer, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """The sums [64, rows of x] of each 64 columns, with one buffer's products more."""
+    x_smem, w_smem, span = shared.x.at[buffer], shared.w.at[buffer], statics.span
+    totals = list(totals)
+    zero = plgpu.layout_cast(jnp.zeros(totals[0].shape, jnp.float32), hopper.MATRIX)
+
+    def term(block, i):
+        place = {"block": block, "start": i * span, "size": span}
+        widened = functools.partial(fragment, w_smem, **place, w_dtype=statics.w_dtype, dtype=statics.dtype)
+        return widened, x_smem.at[:, pl.ds(i * span, span)]
+
+    keys = [(block, i) for i in range(statics.tiles.depth // span) for block in range(statics.blocks)]
+    # Two at a time: one is widened while the other is multiplied, and registers hold no more.
+    for batch in (keys[i : i + 2] for i in range(0, len(keys), 2)):
+        if statics.group is None:
+            blocks = sorted({block for block, _ in batch})
+            terms = [[term(*key) for key in batch if key[0] == block] for block in blocks]
+            for block, total in zip(blocks, products([totals[block] for block in blocks], terms), strict=True):
+                totals[block] = total
+            continue
+        terms = [[term(*key)] for key in batch]
+        groups = sorted({i for _, i in batch}) if statics.zero_points else []
+        terms += [[(functools.partial(_ones, statics), term(0, i)[1])] for i in groups]
+        sums = products([zero] * len(terms), terms)
+        of_rows = dict(zip(groups, sums[len(batch) :], strict=True))
+        for (block, i), total in zip(batch, sums[: len(batch)], strict=True):
+            scale, offset = _scales(statics, shared, buffer, block, i)
+            if statics.zero_points:
+                # Plus: a minus would be taken of the product's registers, before it is known to be done.
+                total = total + hopper.along(-offset, total.shape, 0) * of_rows[i]
+            totals[block] = totals[block] + hopper.along(scale, total.shape, 0) * total
+    return tuple(totals)
+
+
+def _ones(statics: _Statics) -> jax.Array:
+    """Of a product that sums rows of x."""
+    return plgpu.layout_cast(jnp.ones((TILE, statics.span), statics.dtype), hopper.MATRIX)
+
+
+def _scales(statics: _Statics, shared: _Shared, buffer, block: int, i: int) -> tuple[jax.Array, jax.Array | None]:
+    """(scales, zero points or None) of 64 columns in the i-th group of a buffer."""
+    place = (buffer, i, pl.ds(block * TILE, TILE))
+    scale, zero = (
+        None if ref is None else plgpu.load(ref.at[place], layout=hopper.ROWS, optimized=False)
+        for ref in (shared.scales, shared.zeros)
+    )
+    return scale, zero
+
+
+def products(sums, terms) -> tuple[jax.Array, ...]:
+    """Each sum + the products of its terms (a function that gives the first operand [64, k], x [rows, k] in shared
+    memory), which run while the next operand is widened. The interpreter knows neither `run_state` nor a product of
+    what is in registers."""
+
+    def multiply(refs):
+        for acc, pairs in zip(refs, terms, strict=True):
+            for operand, x_smem in pairs:
+                plgpu.wgmma(acc, operand(), x_smem.T)
+
+    return tuple(pl.run_state(multiply)(tuple(plgpu.ACC.init(total) for total in sums)))
+
+
+def _store(statics: _Statics, inputs: _Inputs, shared: _Shared, totals, part, row, column, out_ref) -> None:
+    tiles, (M, _, _) = statics.tiles, statics.shape
+    for block, total in enumerate(totals):
+        if statics.num_parts == 1:
+            columns = pl.ds(column * tiles.columns + block * TILE, TILE)
+            if statics.group is None:
+                scale = plgpu.load(inputs.scales.at[0, columns], layout=hopper.ROWS, optimized=False)
+                total = total * hopper.along(scale, total.shape, 0)
+            if statics.bias:
+                bias = plgpu.load(inputs.bias.at[columns], layout=hopper.ROWS, optimized=False)
+                total = total + hopper.along(bias.astype(jnp.float32), total.shape, 0)
+        place = shared.out.at[:, pl.ds(block * TILE, TILE)]
+        place.T[...] = plgpu.layout_cast(total.astype(shared.out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+    plgpu.commit_smem()
+    out_ref = out_ref.at[part] if statics.num_parts > 1 else out_ref
+    columns = pl.ds(column * tiles.columns, tiles.columns)
+    if M < tiles.rows:
+        plgpu.copy_smem_to_gmem(shared.out.at[pl.ds(0, M)], out_ref.at[:, columns])
+    else:
+        plgpu.copy_smem_to_gmem(shared.out, out_ref.at[pl.ds(row * tiles.rows, tiles.rows), columns])
+    plgpu.wait_smem_to_gmem(0)
