@@ -195,9 +195,7 @@ def case_of(x: jax.Array | QArray, w: QArray, bias: jax.Array | None, out_dtype)
     if jnp.dtype(out_dtype).name not in _FLOATS:
         raise ValueError(f"quantized_matmul out_dtype={out_dtype}: choose bfloat16, float16 or float32")
     quantised = isinstance(x, QArray)
-    x_name, w_name = (
-        jnp.dtype(array.values.dtype if isinstance(array, QArray) else array.dtype).name for array in (x, w)
-    )
+    x_name, w_name = (jnp.dtype(array.dtype).name for array in (x, w))
     if quantised and x_name.startswith("float8") != w_name.startswith("float8"):
         raise ValueError(f"quantized_matmul of {x_name} and {w_name}: integers and FP8 can't be multiplied together")
     return QuantizedCase(

@@ -290,7 +290,7 @@ def _store(statics: _Statics, inputs: _Inputs, shared: _Shared, totals, part, ro
     plgpu.commit_smem()
     out_ref = out_ref.at[part] if statics.num_parts > 1 else out_ref
     columns = pl.ds(column * tiles.columns, tiles.columns)
-    if M < tiles.rows:
+    if tiles.rows > M:
         plgpu.copy_smem_to_gmem(shared.out.at[pl.ds(0, M)], out_ref.at[:, columns])
     else:
         plgpu.copy_smem_to_gmem(shared.out, out_ref.at[pl.ds(row * tiles.rows, tiles.rows), columns])

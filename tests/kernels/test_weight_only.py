@@ -1,4 +1,4 @@
-"""Products with weights of few bits on Hopper: the kernel in Pallas's interpreter, its layout, what it is chosen for."""
+"""Products with weights of few bits on Hopper: the kernel in Pallas's interpreter, its layout, what it takes."""
 
 import dataclasses
 
@@ -146,16 +146,14 @@ def test_error_is_within_rounding(weight_only, name):
     x = jnp.asarray(rng.normal(size=(M, K)), dtype)
     w = weight(K, N, w_dtype, group, asymmetric)
     bias = jnp.asarray(rng.normal(size=N), dtype) if has_bias else None
-    for out_dtype in (dtype, "float32"):
-        y = interpreted(weight_only, x, to_fragments(w), bias, out_dtype, tiles)
-        with jax.enable_x64(True):
-            exact = np.asarray(reference.quantized_matmul(x, w, bias, jnp.float64))
-            magnitude = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(w.dequantize(jnp.float64)))
-        # One rounding of the result, and float32's of K products and their groups.
-        bound = np.abs(exact) * jnp.finfo(out_dtype).eps / 2 + 8e-6 * (magnitude + 1)
-        assert (np.abs(np.asarray(y, np.float64) - exact) <= bound).all()
-        if out_dtype == "float32":
-            break
+    out_dtype = "float32" if "parts" in name else dtype
+    y = interpreted(weight_only, x, to_fragments(w), bias, out_dtype, tiles)
+    with jax.enable_x64(True):
+        exact = np.asarray(reference.quantized_matmul(x, w, bias, jnp.float64))
+        magnitude = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(w.dequantize(jnp.float64)))
+    # One rounding of the result, and float32's of K products and their groups.
+    bound = np.abs(exact) * jnp.finfo(out_dtype).eps / 2 + 2e-6 * (magnitude + 1)
+    assert (np.abs(np.asarray(y, np.float64) - exact) <= bound).all()
 
 
 def test_what_is_supported():
@@ -189,5 +187,6 @@ def test_chosen_tiles_fit(w_dtype, num_rows, shape):
         assert weight_only_tiles.shared_bytes(case, tiles) <= weight_only_tiles.SHARED_BYTES
         assert case.out_dim % tiles.columns == 0 and tiles.rows % 8 == 0
         assert group == case.in_dim or tiles.depth % group == 0
-        share = -(--(-case.in_dim // tiles.depth) // tiles.num_parts)
+        steps = -(-case.in_dim // tiles.depth)
+        share = -(-steps // tiles.num_parts)
         assert share * (tiles.num_parts - 1) * tiles.depth < case.in_dim
