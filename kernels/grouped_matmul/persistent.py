@@ -45,7 +45,8 @@ class Tile(NamedTuple):
 class Shared(NamedTuple):
     """Shared memory of a block of threads: the group sizes, the ring with both operands, two places [64, 64] for
     outputs of each warpgroup, swizzled and (for single rows, in the same memory) plain; and the barriers.
-    `arrived`: the copy is there. `free`: both warpgroups are done with it. `masked`: both have masked their share."""
+    `arrived`: the copy is there. `free`: both warpgroups are done with it. `masked`: both have masked their share.
+    `ahead`: the first warpgroup has begun so many steps of a tile that the second may begin."""
 
     sizes: Any
     a: Any
@@ -55,6 +56,7 @@ class Shared(NamedTuple):
     arrived: Any
     free: Any
     masked: Any
+    ahead: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +152,7 @@ def _scratch(kernel: Kernel, dtype, sizes_shape) -> Shared:
         arrived=plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
         free=plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
         masked=plgpu.Barrier(num_arrivals=2, num_barriers=1),
+        ahead=plgpu.Barrier(num_barriers=1),
     )
 
 
@@ -246,6 +249,11 @@ def _multiply(kernel: Kernel, warpgroup, shared: Shared, tile: Tile, start, acc)
     def release(step):
         plgpu.barrier_arrive(shared.free.at[hopper.remainder(start + step, buffers)])
 
+    # Of fewer steps the first warpgroup could be a whole tile ahead, and a barrier counts no further than one.
+    staggered = tile.steps >= buffers
+    if kernel.tiles.lead:
+        pl.when(staggered & (warpgroup == 1))(lambda: plgpu.barrier_wait(shared.ahead.at[0]))
+
     @pl.loop(0, tile.steps)
     def _(step):
         buffer = hopper.remainder(start + step, buffers)
@@ -255,6 +263,9 @@ def _multiply(kernel: Kernel, warpgroup, shared: Shared, tile: Tile, start, acc)
         plgpu.wgmma(acc, *kernel.operands(a_smem, b_smem, warpgroup))
         # The product of the step before is complete, and this one goes on.
         plgpu.wgmma_wait(1)
+        if kernel.tiles.lead:
+            begun = staggered & (warpgroup == 0) & (step == kernel.tiles.lead)
+            pl.when(begun)(lambda: plgpu.barrier_arrive(shared.ahead.at[0]))
         pl.when(step > 0)(lambda: release(step - 1))
 
     plgpu.wgmma_wait(0)

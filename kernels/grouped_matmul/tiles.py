@@ -28,13 +28,16 @@ MAX_GROUPS = 256
 class Tiles:
     """rows, columns: of the output, of one block of threads; split: the axis that two warpgroups share out, each with
     at most 64 x 256 or 128 x 128 sums; num_buffers: steps of 64 in shared memory; panel: tiles of rows that are walked
-    through side by side, over all columns, before the next ones (what is read again lies in the chip's cache)."""
+    through side by side, over all columns, before the next ones (what is read again lies in the chip's cache); lead:
+    steps (fewer than `num_buffers`) that the first warpgroup is ahead of the second, so that one multiplies while the
+    other rounds and writes its sums."""
 
     rows: int
     columns: int
     split: Literal["rows", "columns"]
     num_buffers: int
     panel: int
+    lead: int = 0
 
     @property
     def piece(self) -> tuple[int, int]:
