@@ -29,6 +29,7 @@ from kernels.quantized_matmul.tiles import (
     NUM_OUTS,
     NUM_PROCESSORS,
     OUT_BYTES,
+    OUT_COLUMNS,
     SCALED_COLUMNS,
     WARPGROUP_ROWS,
     Tiles,
@@ -113,13 +114,14 @@ def quantized_matmul(x: QArray, w: QArray, bias: jax.Array | None, out_dtype) ->
 @functools.partial(jax.jit, static_argnames=("out_dtype", "tiles", "interpret"))
 def product(x: QArray, w: QArray, bias: jax.Array | None, out_dtype, tiles: Tiles, interpret=None) -> jax.Array:
     """[M, N] of x [M, K] in rows and w [K, N] in columns. `interpret`: parameters of Pallas's interpreter."""
-    (M, K), N, out_dtype = x.shape, w.shape[1], jnp.dtype(out_dtype)
+    M, N, out_dtype = x.shape[0], w.shape[1], jnp.dtype(out_dtype)
     if M == 0:
         return jnp.zeros((M, N), out_dtype)
     outside = x.scales.shape[1] == 1 and w.scales.shape[0] == 1
-    # Copies fill shared memory by eight rows.
-    rows = -(-M // 8) * 8
-    statics = _Statics(rows, K, N, w.block[1], outside, tiles)
+    # Copies take whole rows of shared memory, eight at a time. A model's widths are such multiples already.
+    x_values = _filled(_filled(x.values, BLOCK), 8, 0)
+    w_values = _filled(_filled(w.values, BLOCK), OUT_COLUMNS, 0)
+    statics = _Statics(x_values.shape[0], x_values.shape[1], w_values.shape[0], w.block[1], outside, tiles)
     x_scales = jnp.repeat(x.scales, x.block[0], axis=0)
     # Vectors are read straight into registers, in whole tiles.
     if outside:
@@ -129,14 +131,15 @@ def product(x: QArray, w: QArray, bias: jax.Array | None, out_dtype, tiles: Tile
         x_scales = _filled(_per_block(x_scales.T, x.block[1]), tiles.rows * tiles.cluster)
         w_scales = _per_block(w.scales, w.block[0]).T
     bias = None if bias is None else _filled(bias.astype(jnp.float32), tiles.columns)
-    values = jnp.pad(x.values, ((0, rows - M), (0, 0))) if rows > M else x.values
-    return _call(statics, _Inputs(values, w.values, x_scales, w_scales, bias), out_dtype, interpret)[:M]
+    y = _call(statics, _Inputs(x_values, w_values, x_scales, w_scales, bias), out_dtype, interpret)
+    return y[:M, :N]
 
 
-def _filled(x: jax.Array, multiple: int) -> jax.Array:
-    """`x` with its last axis filled up to a multiple."""
-    missing = -x.shape[-1] % multiple
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
+def _filled(x: jax.Array, multiple: int, axis: int = -1) -> jax.Array:
+    """`x` with zeros after it, up to a multiple along an axis."""
+    missing = -x.shape[axis] % multiple
+    widths = [(0, missing if i == axis % x.ndim else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths) if missing else x
 
 
 def _per_block(scales: jax.Array, length: int) -> jax.Array:
@@ -291,44 +294,48 @@ def _multiply_scaled(statics: _Statics, tile: _Tile, warpgroup, inputs: _Inputs,
     exact = jnp.int32 if inputs.x.dtype == jnp.int8 else jnp.float32
     groups, rows = range(0, tiles.columns, width), pl.ds(_own_row(tile, warpgroup), WARPGROUP_ROWS)
 
-    def scales_of(k) -> list[jax.Array]:
-        """x's scales times w's, for each group of columns."""
-        x_scales = plgpu.load(inputs.x_scales.at[k, rows], layout=hopper.ROWS, optimized=False)
+    def scales_of(k) -> tuple[jax.Array, list[jax.Array]]:
+        """x's, and w's for each group of columns."""
         last = inputs.w_scales.shape[0] - 1
         blocks = [jnp.minimum(hopper.floor(tile.column + group, statics.w_columns), last) for group in groups]
-        return [x_scales * inputs.w_scales[block, k] for block in blocks]
+        x_scales = plgpu.load(inputs.x_scales.at[k, rows], layout=hopper.ROWS, optimized=False)
+        return x_scales, [inputs.w_scales[block, k] for block in blocks]
 
     def add(totals, sums, scales) -> list[jax.Array]:
+        x_scales, w_scales = scales
         parts = [sums[:, group : group + width] for group in groups] if len(groups) > 1 else [sums]
         return [
-            total + part.astype(jnp.float32) * hopper.along(scale, part.shape, 0)
-            for total, part, scale in zip(totals, parts, scales, strict=True)
+            total + part.astype(jnp.float32) * hopper.along(x_scales * w_scale, part.shape, 0)
+            for total, part, w_scale in zip(totals, parts, w_scales, strict=True)
         ]
 
-    def step(k, carry):
-        totals, sums, before = carry
-        scales = scales_of(k)
+    def step(k, totals, scales, before):
+        """(totals with the sums of the block `before`, the next block's scales, this one's sums and scales)."""
+        # A block ahead, since they come from device memory.
+        following = scales_of(jnp.minimum(k + 1, statics.steps - 1))
         buffer, x_smem, w_smem = _operands(tile, k, warpgroup, shared)
 
         def multiply(acc):
             plgpu.wgmma(acc, x_smem, w_smem)
-            added = add(totals, sums, before) if tiles.overlap else totals
+            # Added while the product runs.
+            added = add(totals, *before) if before else totals
             return acc[...], added
 
-        new, added = pl.run_scoped(multiply, plgpu.ACC((WARPGROUP_ROWS, tiles.columns), exact))
+        sums, added = pl.run_scoped(multiply, plgpu.ACC((WARPGROUP_ROWS, tiles.columns), exact))
         plgpu.barrier_arrive(shared.free.at[buffer])
-        return (added, new, scales) if tiles.overlap else (add(added, new, scales), sums, before)
+        return added, following, (sums, scales)
 
-    def zeros(columns, dtype=jnp.float32):
-        return plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, columns), dtype), hopper.MATRIX)
+    def chain(first, length: int, carry):
+        (totals, scales), before = carry, ()
+        for i in range(length):
+            totals, scales, before = step(first + i, totals, scales, before)
+        return add(totals, *before), scales
 
-    totals = [zeros(width) for _ in groups]
-    if tiles.overlap:
-        no_scales = plgpu.layout_cast(jnp.zeros(WARPGROUP_ROWS, jnp.float32), hopper.ROWS)
-        carry = totals, zeros(tiles.columns, exact), [no_scales for _ in groups]
-        totals = add(*lax.fori_loop(0, statics.steps, step, carry))
-    else:
-        totals, _, _ = lax.fori_loop(0, statics.steps, step, (totals, None, None))
+    zeros = jnp.zeros((WARPGROUP_ROWS, width), jnp.float32)
+    carry = [plgpu.layout_cast(zeros, hopper.MATRIX) for _ in groups], scales_of(0)
+    whole, left = divmod(statics.steps, tiles.chain)
+    carry = lax.fori_loop(0, whole, lambda k, carry: chain(k * tiles.chain, tiles.chain, carry), carry)
+    totals, _ = chain(statics.steps - left, left, carry) if left else carry
     _store(statics, tile, warpgroup, totals, inputs, out_ref, shared)
 
 
