@@ -43,10 +43,17 @@ _JOINED = {
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """What matrices are held for: a device kind and an implementation of their products, or "auto"."""
+    """What matrices are held for: a device kind, an implementation of their products or "auto", and a mesh."""
 
     target: Target
     impl: str = "auto"
+    placement: Placement | None = None
+
+    def local(self, shape: tuple[int, ...], logical: Logical) -> tuple[int, ...]:
+        """[K, N] of a device's part of a matrix [K, N], by the logical axes of its parameter."""
+        if self.placement is None:
+            return shape
+        return tuple(size // self.placement.size(axis) for size, axis in zip(shape, _sides(logical), strict=True))
 
     def layout(self, format: Format, part: Part | None, shape: tuple[int, ...]) -> Layout:
         """Of a matrix [K, N], as its products in decode read it fastest."""
@@ -160,10 +167,15 @@ def placed(fn: Callable[..., QArray], layout: Layout, *shardings: Sharding) -> C
     return lambda array, *static: QArray(*jax.block_until_ready(program(array, static)), layout=layout)
 
 
-def quantized_logical(logical: Logical, format: Format, layout: Layout) -> QArray:
-    """Logical axes of the fields. An axis that was several is split as its major one is."""
+def _sides(logical: Logical) -> tuple[str | None, str | None]:
+    """Logical axes of a matrix's K and N. What was several axes is split as the major one of them is."""
     batch, rows = _axes(logical)
-    copies, inputs, outputs = logical[:batch], logical[batch], logical[batch + rows]
+    return logical[batch], logical[batch + rows]
+
+
+def quantized_logical(logical: Logical, format: Format, layout: Layout) -> QArray:
+    """Logical axes of the fields."""
+    copies, (inputs, outputs) = logical[: _axes(logical)[0]], _sides(logical)
     values = {"rows": (inputs, outputs), "columns": (outputs, inputs), "fragments": (outputs, inputs, None)}[layout]
     return QArray((*copies, *values), (*copies, None if format.group is None else inputs, outputs), None, layout)
 

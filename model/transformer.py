@@ -33,9 +33,9 @@ from model.products import (
     quantized_logical,
 )
 from model.rope import Rotation, rotations
-from parallel.sharding import constrain
+from parallel.sharding import Placement, constrain
 from quantization.qarray import Layout, QArray
-from quantization.rules import Format, ProductRules
+from quantization.rules import Format, Part, ProductRules
 
 Tree = dict[Any, Any]
 Convert = Callable[[tuple[str | int, ...], jax.Array], Any]
@@ -278,15 +278,17 @@ class Definition:
         whole on one, and `convert` (of a definition without formats) is given each parameter before the next is made.
         Without it, for a caller that traces.
         """
-        assert self.stored_for is None, "parameters are drawn as they are, and converted"
+        held = [matrix.name for matrix in self.matrices if isinstance(matrix.value, QArray)]
+        assert not held, f"{held} are drawn as they are, and then converted"
         _, params, biases = nnx.split(self._create(key, place), nnx.Param, RouterBias)
         if place is None:
             return nnx.to_pure_dict(params), nnx.to_pure_dict(biases)
         return _made(params, convert), _made(biases, None)
 
-    def stored_on(self, device: jax.Device, impl: str = "auto") -> Definition:
-        """The same with matrices held in their formats, as suits a device and an implementation of their products."""
-        return dataclasses.replace(self, stored_for=Storage(target_of(device), impl))
+    def stored_on(self, device: jax.Device, impl: str = "auto", placement: Placement | None = None) -> Definition:
+        """The same with matrices held in their formats, as suits a device, an implementation of their products, and a
+        mesh that they are split over."""
+        return dataclasses.replace(self, stored_for=Storage(target_of(device), impl, placement))
 
     @functools.cached_property
     def _split(self) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -303,23 +305,25 @@ class Definition:
             )
         flat, names = nnx.to_flat_state(params), set()
         for path, variable in flat:
-            logical, name = variable.get_metadata("logical"), matrix_name(path)
-            part = part_of(logical)
-            if part is None or (part == "experts" and self.stored_for is None):
-                continue  # Training's grouped products have no quantised form.
-            in_dim = matrix_shape(variable.shape, logical)[-2]
-            if dataclasses.replace(self.rules, keep=()).format_of(name, part, in_dim) is not None:
-                names.add(name)
-            format = self.rules.format_of(name, part, in_dim)
-            if format is None:
-                continue
-            variable.set_metadata(format=format)
-            if self.stored_for is not None:
-                layout = self.stored_for.layout(format, part, matrix_shape(variable.shape, logical))
-                variable.set_value(_describe(variable.get_value(), logical, format, layout))
-                variable.set_metadata(logical=quantized_logical(logical, format, layout))
+            part = part_of(variable.get_metadata("logical"))
+            # Training's grouped products have no quantised form.
+            if self.rules.covers(part) and not (part == "experts" and self.stored_for is None):
+                names.add(matrix_name(path))
+                self._format(matrix_name(path), part, variable)
         self.rules.check(names)
         return nnx.from_flat_state(flat)
+
+    def _format(self, name: str, part: Part, variable: nnx.Param) -> None:
+        """Gives an abstract parameter its format, and its value and axes those that it is held in."""
+        logical, stored = variable.get_metadata("logical"), self.stored_for
+        whole = matrix_shape(variable.shape, logical)[-2:]
+        shape = whole if stored is None else stored.local(whole, logical)
+        format = self.rules.format_of(name, part, shape[0])
+        variable.set_metadata(format=format)
+        if format is not None and stored is not None:
+            layout = stored.layout(format, part, shape)
+            variable.set_value(_describe(variable.get_value(), logical, format, layout))
+            variable.set_metadata(logical=quantized_logical(logical, format, layout))
 
     def _create(self, key: jax.Array, place: Place | None = None) -> Transformer:
         return Transformer(self.config, Creator(key, self.param_dtype, self.joined, place), scan=self.scan)
@@ -333,13 +337,13 @@ class Definition:
 
     def converter(self, place: Place) -> Convert:
         """Makes parameters of the same definition without formats into those of this one, but for their layout."""
-        known = dict(nnx.to_flat_state(dataclasses.replace(self, stored_for=None)._split[1]))
-        stored = {path for path, v in nnx.to_flat_state(self._split[1]) if isinstance(v.get_value(), QArray)}
+        plain = dict(nnx.to_flat_state(dataclasses.replace(self, rules=ProductRules(), stored_for=None)._split[1]))
+        made = dict(nnx.to_flat_state(self._split[1]))
 
         def convert(path: tuple[str | int, ...], array: jax.Array) -> jax.Array | QArray:
-            if path not in stored:
+            if not isinstance(made[path].get_value(), QArray):
                 return array
-            logical, format = (known[path].get_metadata(name) for name in ("logical", "format"))
+            logical, format = plain[path].get_metadata("logical"), made[path].get_metadata("format")
             fields = quantized_logical(logical, format, "rows")
             return placed(quantize_matrix, "rows", place(fields.values), place(fields.scales))(array, logical, format)
 

@@ -60,12 +60,18 @@ class ProductRules:
     keep: tuple[str, ...] = ()
     """Matrices that stay in the compute dtype, by patterns such as layers/0/* or */mlp/down."""
 
+    def covers(self, part: Part | None) -> bool:
+        """Whether matrices of a part have a format, unless they are kept."""
+        return part is not None and self._chosen(part) != "compute"
+
     def format_of(self, name: str, part: Part | None, in_dim: int) -> Format | None:
-        """Of the matrix `name` with K = `in_dim`; None where it stays. Raises ValueError where no group divides K."""
-        chosen = self.head if part == "head" else self.products
-        if part is None or chosen == "compute" or self._kept_by(name):
+        """Of the matrix `name`, of whose rows a device has `in_dim`; None where it stays as it is.
+
+        Raises ValueError where no length of a group divides `in_dim`.
+        """
+        if not self.covers(part) or any(fnmatch.fnmatchcase(name, pattern) for pattern in self.keep):
             return None
-        found = _FORMATS[chosen]
+        found = _FORMATS[self._chosen(part)]
         if part == "experts":
             # Grouped products have no quantised form: the weights are dequantised before them.
             found = dataclasses.replace(found, activation=None)
@@ -75,7 +81,7 @@ class ProductRules:
         if group is None:
             raise ValueError(
                 f"precision.products={self.products} has groups of {', '.join(map(str, GROUPS))} inputs, and {name} "
-                f"has {in_dim}; choose w8, or keep it by precision.keep={name}"
+                f"has {in_dim} on a device; choose w8, or keep it by precision.keep={name}"
             )
         return dataclasses.replace(found, group=group)
 
@@ -89,5 +95,5 @@ class ProductRules:
                     f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
                 )
 
-    def _kept_by(self, name: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.keep)
+    def _chosen(self, part: Part) -> Products:
+        return self.head if part == "head" else self.products

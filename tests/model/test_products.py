@@ -1,0 +1,234 @@
+"""Models whose matrices are held in few bits, against the same model with the dequantised ones."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from checkpoint import CheckpointConfig, CheckpointStore
+from kernels.target import Target
+from model import layers, transformer
+from model.products import Storage, element_bits, stored_bytes
+from model.transformer import Definition, join_projections
+from parallel.mesh import MeshConfig, make_mesh
+from parallel.sharding import Placement
+from quantization.qarray import QArray, quantize
+from quantization.rules import ProductRules
+from serving.utilization import weight_bytes
+from tests.model.tiny import COMPILE_FAST, VOCAB, assert_close, dense, execution, moe, plain_batch, random_params
+
+SIZES = {"embed_dim": 64, "mlp_dim": 128, "head_dim": 8}
+
+_EXPERTS = moe(**SIZES, num_layers=1)
+
+MODELS = {
+    "dense": dense(**SIZES, num_layers=1, qkv_bias=True, attention_output_bias=True, mlp_bias=True),
+    "plain feed-forward, tied": dense(**SIZES, num_layers=1, gated_mlp=False, tie_embeddings=True),
+    "experts": dataclasses.replace(
+        _EXPERTS, moe=dataclasses.replace(_EXPERTS.moe, mlp_dim=64, shared_mlp_dim=64, num_experts=4)
+    ),
+}
+# Every format, and the head with one of them.
+RULES = {
+    "w8": ProductRules("w8", head="w8"),
+    "w4": ProductRules("w4"),
+    "fp8": ProductRules("fp8"),
+    "int8": ProductRules("int8"),
+}
+
+ONE = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+
+
+def rules_for(name: str, products: str) -> ProductRules:
+    rules = RULES[products]
+    return dataclasses.replace(rules, head="compute") if MODELS[name].tie_embeddings else rules
+
+
+def described(config, rules: ProductRules, joined: bool = False, target: Target = Target("cpu")) -> Definition:  # noqa: B008
+    return dataclasses.replace(Definition(config, False, "float32", joined, rules), stored_for=Storage(target))
+
+
+def plain(definition: Definition) -> Definition:
+    return dataclasses.replace(definition, joined=False, rules=ProductRules(), stored_for=None)
+
+
+def converted(definition: Definition, params, place=lambda names: ONE):
+    """As a server does it."""
+    convert = dataclasses.replace(definition, joined=False).converter(place)
+
+    def one(path, array):
+        return convert(tuple(key.key for key in path), jnp.asarray(array))
+
+    tree = jax.tree_util.tree_map_with_path(one, params)
+    return definition.arranged(join_projections(tree) if definition.joined else tree, place)
+
+
+def dequantized(tree, like):
+    """Each quantised matrix as the parameter of `like` that it was made of."""
+    wide = jax.tree.map(
+        lambda leaf: leaf.dequantize() if isinstance(leaf, QArray) else leaf,
+        tree,
+        is_leaf=lambda leaf: isinstance(leaf, QArray),
+    )
+    return jax.tree.map(lambda leaf, shape: leaf.reshape(shape.shape), wide, like)
+
+
+def logits(definition, params, biases, run):
+    batch = plain_batch(np.random.default_rng(2).integers(VOCAB, size=(2, 7)))
+
+    @functools.partial(jax.jit, static_argnums=0, compiler_options=COMPILE_FAST)
+    def compute(definition, params, biases, tokens, positions):
+        model = definition.bind(params, biases)
+        return model.logits(model(tokens, positions, None, run).hidden_BTD, run)
+
+    return compute(definition, params, biases, batch["tokens"], batch["positions"])
+
+
+def multiply_wide(x, kernel, bias, execution, out_dtype=None):
+    """The product of what both operands are rounded to, in float32."""
+    format, w = kernel.get_metadata("format"), kernel.get_value().dequantize()
+    if format.activation is not None:
+        flat = x.reshape(-1, x.shape[-1])
+        x = quantize(flat, format.activation, (1, None)).dequantize().reshape(x.shape)
+    y = jnp.einsum("btk,kn->btn", x, w, precision="highest")
+    return y if bias is None else y + bias.reshape(-1)
+
+
+@pytest.mark.parametrize(
+    ("name", "products"),
+    [*(("dense", products) for products in RULES), ("plain feed-forward, tied", "int8")],
+)
+def test_logits_are_those_of_the_rounded_operands(name, products, monkeypatch):
+    joined = products != "w8"
+    definition = described(MODELS[name], rules_for(name, products), joined)
+    params, biases = random_params(plain(definition))
+    held, run = converted(definition, params), execution(MODELS[name])
+    got = logits(definition, held, biases, run)
+    if products in ("w8", "w4"):
+        wide = dataclasses.replace(plain(definition), joined=joined)
+        want = logits(wide, dequantized(held, wide.abstract[0]), biases, run)
+    else:
+        for module in (layers, transformer):
+            monkeypatch.setattr(module, "multiply", multiply_wide)
+        want = logits(definition, held, biases, run)
+    # A rounding that falls on the other side moves an activation by one of its 127 or 16 steps.
+    assert_close(got, want, 1e-5 if products in ("w8", "w4") else 3e-2)
+    exact = logits(plain(definition), params, biases, run)
+    assert not np.allclose(got, exact, atol=1e-4), "nothing was quantised"
+    assert_close(got, exact, 0.6 if products == "w4" else 0.2)
+
+
+@pytest.mark.parametrize(("name", "products"), [("experts", "w4"), ("dense", "w8"), ("dense", "int8")])
+def test_split_over_devices_gives_the_same(name, products):
+    placement = Placement(make_mesh(MeshConfig(fsdp=1, tensor=2), jax.devices()[:2]))
+    alone = Definition(MODELS[name], False, "float32", False, RULES[products])
+    definition = alone.stored_on(jax.devices()[0], placement=placement)
+    params, biases = random_params(plain(definition))
+    run = execution(MODELS[name])
+    # Groups within a device's rows of a matrix: 64 of the 128.
+    one = converted(definition, params)
+    want = logits(definition, one, biases, run)
+    exact = logits(plain(definition), dequantized(one, plain(definition).abstract[0]), biases, run)
+    assert_close(want, exact, 0.1 if products == "int8" else 1e-5)
+    held = converted(definition, params, lambda names: placement.sharding(*names))
+    mlp = held["prefix"][0]["mlp"]
+    down = mlp["shared"]["down"] if name == "experts" else mlp["down"]
+    assert down.values.sharding.shard_shape(down.values.shape) == (down.shape[0] // 2, 64)
+    groups = down.scales.shape[0] if products != "w4" else down.shape[0] // 32 // 2
+    assert down.scales.sharding.shard_shape(down.scales.shape) == (groups, 64)
+    biases = jax.device_put(biases, placement.sharding())
+    got = logits(definition, held, biases, dataclasses.replace(run, placement=placement))
+    # Each device rounds its part of a split row by scales of its own.
+    assert_close(got, want, 3e-2 if products == "int8" else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("target", "layout"), [(Target("cpu"), "rows"), (Target("gpu", (9, 0)), "columns"), (Target("tpu"), "rows")]
+)
+@pytest.mark.parametrize("products", RULES)
+def test_what_is_described_is_what_is_made(products, target, layout):
+    rules = dataclasses.replace(RULES[products], keep=("layers/1/mlp/*", "layers/*/output"))
+    model = dataclasses.replace(MODELS["experts"], num_layers=2)
+    definition = described(model, rules, joined=True, target=target)
+    params, _ = random_params(plain(definition))
+    held, abstract, logical = converted(definition, params), definition.abstract[0], definition.logical[0]
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), held) == jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
+    is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
+    ranks = jax.tree.map(len, logical, is_leaf=is_axes)
+    assert ranks == jax.tree.map(lambda x: len(x.shape), abstract)
+    # A pattern keeps what it names; the shared expert is a feed-forward of that layer, and so are the routed ones.
+    second = held["prefix"][1]
+    assert not isinstance(held["prefix"][0]["attention"]["output"], QArray)
+    assert not any(isinstance(leaf, QArray) for leaf in jax.tree.leaves(second["mlp"], is_leaf=is_quantized))
+    qkv = second["attention"]["qkv"].check()
+    assert qkv.layout == (layout if products in ("fp8", "int8") else "rows")
+    assert isinstance(held["lm_head"], QArray) == (products == "w8")
+
+
+def is_quantized(node) -> bool:
+    return isinstance(node, QArray)
+
+
+def test_joined_matrices_lie_side_by_side():
+    apart, joined = (described(MODELS["dense"], RULES["w4"], joined) for joined in (False, True))
+    params, _ = random_params(plain(apart))
+    parts, whole = (converted(definition, params)["prefix"][0] for definition in (apart, joined))
+    for name, names in (("qkv", ("query", "key", "value")), ("gate_up", ("gate", "up"))):
+        block = "attention" if name == "qkv" else "mlp"
+        want = jnp.concatenate([parts[block][part].dequantize() for part in names], axis=1)
+        np.testing.assert_array_equal(whole[block][name].dequantize(), want)
+
+
+def test_bytes_are_those_of_four_bits():
+    definition = described(dense(**SIZES, num_layers=1), RULES["w4"])
+    shapes = [((64, 64), 1), ((64, 32), 2), ((64, 64), 1), ((64, 128), 2), ((128, 64), 1)]
+    values = sum(k * n * count for (k, n), count in shapes)
+    scales = sum(k // (128 if k == 128 else 64) * n * count for (k, n), count in shapes)
+    params = definition.abstract[0]
+    assert stored_bytes(params["prefix"]) == values // 2 + 4 * scales + 4 * 2 * 64
+    held = weight_bytes(definition)
+    assert held.dense == stored_bytes(params) - 4 * 64 * VOCAB and held.expert == 0
+    assert element_bits(jnp.int4) == 4 and element_bits(jnp.bfloat16) == 16
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bytes_of_wide_weights_are_those_of_the_formula(name):
+    from perf.traffic import Traffic
+
+    config = MODELS[name]
+    own = Traffic(config, weight_bytes=4, cache_bytes=4)
+    given = Traffic(config, weight_bytes=4, cache_bytes=4, stored=weight_bytes(Definition(config, False, "float32")))
+    for experts in (None,) if config.moe is None else (0, 1, 4):
+        assert given.weights(experts) == own.weights(experts)
+
+
+def test_what_cannot_be_quantised_is_refused():
+    with pytest.raises(ValueError, match=r"precision.head=w8 needs a head of its own"):
+        described(MODELS["plain feed-forward, tied"], RULES["w8"]).abstract  # noqa: B018
+    with pytest.raises(ValueError, match="groups of 128, 64, 32 inputs, and layers/0/attention/output has 16"):
+        described(dense(**SIZES | {"head_dim": 2}), RULES["w4"]).abstract  # noqa: B018
+    with pytest.raises(ValueError, match=r"precision.keep=\*/router matches no matrix"):
+        described(MODELS["experts"], ProductRules("w8", keep=("*/router",))).abstract  # noqa: B018
+
+
+def test_a_quantised_tree_is_saved_and_restored(tmp_path):
+    placement = Placement(make_mesh(MeshConfig(fsdp=1, tensor=2), jax.devices()[:2]))
+    alone = Definition(MODELS["experts"], False, "float32", False, RULES["w4"])
+    definition = alone.stored_on(jax.devices()[0], placement=placement)
+    params, _ = random_params(plain(definition))
+    held = converted(definition, params)
+    config = CheckpointConfig(every=1)
+    with CheckpointStore(tmp_path, config, architecture={}, run_config={}, on_note=print) as store:
+        store.save(1, {"params": held}, data_state={})
+        store.wait()
+    wanted = jax.tree.map(
+        lambda x, names: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement.sharding(*names)),
+        *(tree[0] for tree in (definition.abstract, definition.logical)),
+    )
+    with CheckpointStore(tmp_path, config, architecture={}, run_config={}, on_note=print) as store:
+        restored, _ = store.restore({"params": wanted})
+    assert jax.tree.structure(restored) == jax.tree.structure({"params": held})
+    jax.tree.map(np.testing.assert_array_equal, restored["params"], held)
