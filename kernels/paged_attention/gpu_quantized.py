@@ -20,7 +20,7 @@ from kernels import hopper
 from kernels.paged_attention import narrow
 from kernels.paged_attention.combine import combine_parts
 from kernels.paged_attention.few import Statics, blocks_of, buffer_of, masked, stage_queries
-from kernels.paged_attention.quantize import quantize_heads
+from kernels.paged_attention.quantize import quantize_heads, scale_of
 from kernels.paged_attention.tiles import Tiles
 
 # As in `gpu`: between a warp's write to `weights` or its read of a buffer and the next use of either by another lies a
@@ -31,7 +31,8 @@ _COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
 class _Memory(NamedTuple):
     """Shared memory of a block of threads, and the barriers at which copies into it arrive; scales come with keys.
 
-    `new` and `codes`: a row's own key and value, as bfloat16 for the products and as they go to their page.
+    `new`: codes of a row's own key and value in bfloat16, with the even elements first and then as they are. `codes`:
+    the same as they go to their page.
     """
 
     staged: Any
@@ -50,7 +51,7 @@ class _Memory(NamedTuple):
 
 
 class _Refs(NamedTuple):
-    """Operands in device memory. `codes` and `scales` [B, 2·K]: the rows' new keys, then values; None without any."""
+    """Operands in device memory. `largest` [B, 2·K]: magnitudes in the rows' new keys, then values; None without."""
 
     heads: Any
     k: Any
@@ -60,8 +61,7 @@ class _Refs(NamedTuple):
     table: Any
     lengths: Any
     starts: Any
-    codes: Any = None
-    scales: Any = None
+    largest: Any = None
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "tiles", "interpret"))
@@ -98,10 +98,12 @@ def paged_attention(
     if new is None:
         out, *lse = run(heads_BJH, *pages, *integers)
     else:
-        codes, scales = quantize_heads(jnp.concatenate(new, axis=2)[:, 0], k_pages_PSKH.dtype)
-        heads_BJH = jnp.concatenate([heads_BJH, narrow.split(codes.astype(heads_BJH.dtype))], axis=1)
+        new_BJH = jnp.concatenate(new, axis=2)[:, 0]
+        codes_BJH = quantize_heads(new_BJH, k_pages_PSKH.dtype)[0].astype(heads_BJH.dtype)
+        # One operand, which XLA writes in one launch; so the kernel makes the scales again, and the codes of a byte.
+        heads_BJH = jnp.concatenate([heads_BJH, narrow.split(codes_BJH), codes_BJH], axis=1)
         refs = [jax.new_ref(one) for one in pages]
-        out, *lse = run(heads_BJH, *refs, *integers, codes, scales)
+        out, *lse = run(heads_BJH, *refs, *integers, jnp.max(jnp.abs(new_BJH.astype(jnp.float32)), axis=-1))
         pages = [jax.freeze(ref) for ref in refs]
     out = narrow.join(out)
     if in_parts:
@@ -131,7 +133,7 @@ def _kernel(statics: Statics, shape: tuple[int, int, int], dtypes, in_parts: boo
         v_scale=scales,
         weights=plgpu.SMEM((columns, statics.block), dtype, transforms=tiled),
         out=plgpu.SMEM((columns, H), outs[0].dtype),
-        new=plgpu.SMEM((2, H), dtype),
+        new=plgpu.SMEM((4, H), dtype),
         codes=plgpu.SMEM((2, H), code),
         early=plgpu.Barrier(num_arrivals=5 if statics.writes else 1),
         keys_in=plgpu.Barrier(num_arrivals=3 * pages, num_barriers=buffers),
@@ -139,7 +141,7 @@ def _kernel(statics: Statics, shape: tuple[int, int, int], dtypes, in_parts: boo
     )
 
     def body(*refs):
-        num_operands = 10 if statics.writes else 8
+        num_operands = 9 if statics.writes else 8
         operands, outs = _Refs(*refs[:num_operands]), refs[num_operands:]
         pl.run_scoped(lambda **memory: _body(statics, in_parts, _Memory(**memory), operands, outs), **scratch._asdict())
 
@@ -156,7 +158,10 @@ def _body(statics: Statics, in_parts: bool, memory: _Memory, refs: _Refs, outs):
     first, end = blocks_of(statics, part, length, start)
     # Position of the row's new key and value, below 0 where it has none, and its page: read now, needed at the end.
     new = jnp.where((start < length) & (start < statics.table_width * statics.page_size), start, -1)
-    new_page = refs.table[row, lax.div(jnp.maximum(new, 0), jnp.int32(statics.page_size))] if statics.writes else None
+    new_page, new_scales = None, None
+    if statics.writes:
+        new_page = refs.table[row, lax.div(jnp.maximum(new, 0), jnp.int32(statics.page_size))]
+        new_scales = [scale_of(refs.largest[row, head + i * refs.k.shape[2]], memory.codes.dtype) for i in range(2)]
 
     def pages_of(block):
         """Page numbers of a block; past the table's width, its last entry, for positions that are masked."""
@@ -194,9 +199,8 @@ def _body(statics: Statics, in_parts: bool, memory: _Memory, refs: _Refs, outs):
         key = plgpu.broadcasted_iota(jnp.int32, k_scale.shape, 0, layout=hopper.ROWS)
         if put:
             keys = _put(keys, memory.new.at[0], new - base, 0)
-            own = [refs.scales[row, head + i * refs.k.shape[2]] for i in range(2)]
             k_scale, v_scale = (
-                jnp.where(key == new - base, o, s) for o, s in zip(own, (k_scale, v_scale), strict=True)
+                jnp.where(key == new - base, own, old) for own, old in zip(new_scales, (k_scale, v_scale), strict=True)
             )
         scores = narrow.scores_of(*keys, memory.queries.T)
         scores = scores * hopper.along(k_scale, scores.shape, 0)
@@ -235,10 +239,13 @@ def _body(statics: Statics, in_parts: bool, memory: _Memory, refs: _Refs, outs):
         # Every copy of this page has arrived in this block of threads, and no other reads this head of it.
         @pl.when((new >= 0) & (first <= block) & (block < end))
         def _():
+            codes = memory.new[pl.ds(2, 2)].astype(jnp.float32)
+            memory.codes[...] = codes.astype(memory.codes.dtype)
+            plgpu.commit_smem()
             offset = lax.rem(new, jnp.int32(statics.page_size))
             for i, (pages, scales) in enumerate(((refs.k, refs.k_scale), (refs.v, refs.v_scale))):
                 plgpu.copy_smem_to_gmem(memory.codes.at[i], pages.at[new_page, offset, head])
-                scales[new_page, head, offset] = refs.scales[row, head + i * refs.k.shape[2]]
+                scales[new_page, head, offset] = new_scales[i]
 
     plgpu.wait_smem_to_gmem(0)
 
@@ -249,10 +256,9 @@ def _fetch_heads(statics: Statics, memory: _Memory, refs: _Refs, row, head) -> N
     queries = refs.heads.at[row, pl.ds(head * statics.rows, statics.rows)]
     plgpu.copy_gmem_to_smem(queries, memory.staged.at[pl.ds(0, statics.rows)], memory.early)
     if statics.writes:
-        for i in range(2):
+        for i in range(4):
             own = num_kv_heads * (statics.rows + i) + head
             plgpu.copy_gmem_to_smem(refs.heads.at[row, own], memory.new.at[i], memory.early)
-            plgpu.copy_gmem_to_smem(refs.codes.at[row, num_kv_heads * i + head], memory.codes.at[i], memory.early)
 
 
 def _nothing(statics: Statics) -> tuple[jax.Array, ...]:

@@ -29,15 +29,19 @@ def quantize_heads(x_BTKH: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
     """
     largest = LARGEST[jnp.dtype(dtype).name]
     x_BTKH = x_BTKH.astype(jnp.float32)
-    amax_BTK = jnp.max(jnp.abs(x_BTKH), axis=-1)
-    sound_BTK = jnp.isfinite(amax_BTK)
-    scale_BTK = jnp.maximum(amax_BTK * (1 / largest), _LEAST_SCALE)
-    codes = jnp.where(sound_BTK[..., None], x_BTKH / scale_BTK[..., None], 0)
+    scale_BTK = scale_of(jnp.max(jnp.abs(x_BTKH), axis=-1), dtype)
+    codes = jnp.where(jnp.isfinite(scale_BTK)[..., None], x_BTKH / scale_BTK[..., None], 0)
     # The quotient of the largest element may round to above the largest code.
     codes = jnp.clip(codes, -largest, largest)
     if jnp.issubdtype(dtype, jnp.integer):
         codes = jnp.round(codes)
-    return codes.astype(dtype), jnp.where(sound_BTK, scale_BTK, jnp.nan)
+    return codes.astype(dtype), scale_BTK
+
+
+def scale_of(largest, dtype):
+    """float32 scale of codes that hold elements of magnitudes up to `largest`; NaN where that is not finite."""
+    scale = jnp.maximum(largest * (1 / LARGEST[jnp.dtype(dtype).name]), _LEAST_SCALE)
+    return jnp.where(largest < jnp.inf, scale, jnp.nan)
 
 
 def dequantize(codes: jax.Array, scale: jax.Array, dtype) -> jax.Array:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels.paged_attention import write_pages
 from kernels.paged_attention.quantize import dequantize, quantize_heads
 from kernels.paged_attention.tiles import Tiles
 from tests.kernels.test_paged_attention import explicit
@@ -122,3 +123,35 @@ def test_kernel_equals_explicit_queries(decode, name):
     np.testing.assert_allclose(
         np.asarray(actual, np.float64), expected, atol=3 * size * float(jnp.finfo("bfloat16").eps)
     )
+
+
+WRITE_CASES = {
+    # The last token of a page, the first, one past the table (in its last block too), and two rows that take no part.
+    "ragged": dict(lengths=[64, 65, 129, 70, 0], counts=[1, 1, 1, 0, 0], M=2, N=6, K=2),
+    "parts, small pages, window": dict(
+        lengths=[150, 17, 166], counts=[1, 1, 1], M=5, S=32, window=100, tiles=Tiles(2, 3, 2), dtype="float8_e4m3fn"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITE_CASES)
+def test_kernel_writes_the_new_token_and_attends_to_it(decode, name):
+    case = {"S": 64, "N": 3, "K": 1, "H": 128, "dtype": "int8", "tiles": Tiles(1, 2, 1), **WRITE_CASES[name]}
+    lengths, counts, tiles = np.array(case.pop("lengths")), np.array(case.pop("counts")), case.pop("tiles")
+    shape = {key: case.pop(key) for key in ("N", "K", "H", "S", "M", "dtype")}
+    width = shape["S"] * shape["M"]
+    held = np.minimum(lengths - counts, width)
+    q, keys, values, page_table = cache(held, **shape, T=1)
+    new = np.random.default_rng(1).normal(size=(2, len(lengths), 1, shape["K"], shape["H"]))
+    new = tuple(jnp.asarray(x, jnp.bfloat16) for x in new)
+    scales = {"k_scale": keys[1], "v_scale": values[1]}
+    pages = write_pages(keys[0], values[0], *new, page_table, lengths - counts, counts, **scales)
+    within = lengths <= width
+    arrays = np.asarray(q, np.float64), wide(pages[0], pages[2]), wide(pages[1], pages[3])
+    expected = explicit(*arrays, page_table, lengths * within, lengths - counts, scale=SCALE, **case)
+    starts = lengths - counts
+    out, *written = interpreted(decode, q, keys, values, page_table, lengths, starts, tiles, new=new, **case)
+    error = np.abs(np.asarray(out, np.float64) - expected)[within]
+    assert error.max() <= 3 * max(1.0, np.abs(expected).max()) * float(jnp.finfo("bfloat16").eps)
+    for actual, want in zip(written, pages, strict=True):
+        np.testing.assert_array_equal(np.asarray(actual, np.float32), np.asarray(want, np.float32))
