@@ -64,7 +64,7 @@ class QArray:
     @property
     def block(self) -> tuple[int, ...]:
         """Elements that share a scale, along each axis."""
-        return tuple(size // count for size, count in zip(self.shape, self.scales.shape, strict=True))
+        return tuple(size // max(count, 1) for size, count in zip(self.shape, self.scales.shape, strict=True))
 
     def check(self) -> QArray:
         """Itself. Raises ValueError where its fields disagree.
@@ -79,7 +79,9 @@ class QArray:
         if self.layout == "fragments":
             _check_fragments(self.values, name)
         shape, scales = self.shape, tuple(self.scales.shape)
-        divide = len(scales) == len(shape) and all(n and size % n == 0 for size, n in zip(shape, scales, strict=True))
+        divide = len(scales) == len(shape) and all(
+            size % n == 0 if n else size == 0 for size, n in zip(shape, scales, strict=True)
+        )
         if not divide:
             raise ValueError(f"QArray of shape {list(shape)} with scales {list(scales)}: each axis must divide its own")
         if self.scales.dtype != jnp.float32:
@@ -124,7 +126,7 @@ def quantize(
         raise ValueError(f"quantize to {dtype} with zero points: only int4 and int8 have them")
     if len(block) != x.ndim:
         raise ValueError(f"quantize an array of shape {list(x.shape)} in blocks {block}: one length for each axis")
-    sizes = [size if length is None else length for size, length in zip(x.shape, block, strict=True)]
+    sizes = [max(size, 1) if length is None else length for size, length in zip(x.shape, block, strict=True)]
     if any(length < 1 or size % length for size, length in zip(x.shape, sizes, strict=True)):
         raise ValueError(f"quantize an array of shape {list(x.shape)} in blocks {block}: each must divide its axis")
     counts = tuple(size // length for size, length in zip(x.shape, sizes, strict=True))
@@ -138,7 +140,7 @@ def quantize(
         scale = _positive(jnp.abs(wide).max(inside, keepdims=True) / LARGEST[dtype])
         zero = None
     scaled = (wide / scale if zero is None else wide / scale + zero).reshape(x.shape)
-    values = _round(scaled, dtype)
+    values = round_to(scaled, dtype)
     values = values if layout == "rows" else jnp.swapaxes(values, -1, -2)
     zero_points = None if zero is None else zero.reshape(counts)
     return QArray(values, scale.reshape(counts), zero_points, layout).check()
@@ -203,7 +205,8 @@ def _check_fragments(values: jax.Array, name: str) -> None:
         )
 
 
-def _round(scaled: jax.Array, dtype: str) -> jax.Array:
+def round_to(scaled: jax.Array, dtype: str) -> jax.Array:
+    """The nearest values of a dtype of `LARGEST`, ties to even, within its range. NaN stays NaN where there is one."""
     limit = LARGEST[dtype]
     # A conversion to e4m3 makes NaN of what is too large, and XLA's to an integer wraps.
     clipped = jnp.clip(scaled, -limit, limit)
@@ -218,7 +221,7 @@ def _positive(scale: jax.Array) -> jax.Array:
 
 def _split(x: jax.Array, counts: tuple[int, ...]) -> jax.Array:
     """[count, length] in the place of each axis."""
-    return x.reshape([n for size, count in zip(x.shape, counts, strict=True) for n in (count, size // count)])
+    return x.reshape([n for size, count in zip(x.shape, counts, strict=True) for n in (count, size // max(count, 1))])
 
 
 def _between(per_block: jax.Array) -> jax.Array:

@@ -16,8 +16,9 @@ def quantized_matmul(x: jax.Array | QArray, w: QArray, bias: jax.Array | None, o
         y = _dequantized(x, w, out_dtype)
     elif isinstance(x, QArray):
         exact = jnp.int32 if x.values.dtype in (jnp.int8, jnp.int4) else jnp.float32
-        scales = jnp.repeat(x.scales, x.block[0], axis=0) * w_scales
-        y = _product(_bytes(x.values), _bytes(w.values), w.layout, exact).astype(jnp.float32) * scales
+        y = _product(_bytes(x.values), _bytes(w.values), w.layout, exact).astype(jnp.float32)
+        # One after the other: two small scales multiplied would be a subnormal, or nothing.
+        y = y * jnp.repeat(x.scales, x.block[0], axis=0) * w_scales
     else:
         # int8, int4 and FP8 values are exact in bfloat16 and float16.
         y = _product(x, w.values.astype(x.dtype), w.layout, jnp.float32) * w_scales
