@@ -80,14 +80,17 @@ class _Inputs(NamedTuple):
 
 
 class _Shared(NamedTuple):
-    """Shared memory of a block of threads, and the barriers at which a buffer's copies arrive."""
+    """Shared memory of a block of threads: each warpgroup's buffers, and all but the first's sums in the end; and the
+    barriers at which a buffer's copies, and those sums, arrive."""
 
     x: Any
     w: Any
     scales: Any
     zeros: Any
+    sums: Any
     out: Any
     arrived: Any
+    summed: Any
 
 
 def quantized_matmul(x: jax.Array, w: QArray, bias: jax.Array | None, out_dtype) -> jax.Array:
@@ -108,9 +111,6 @@ def product(x, w: QArray, bias, *, out_dtype, tiles: Tiles, interpret=None) -> j
     statics = _Statics(
         (M, N, K), x.dtype, w.dtype, out_dtype, group, w.zero_points is not None, bias is not None, tiles
     )
-    if M % 8 and M < 8:
-        # Copies fill shared memory by eight rows.
-        x = jnp.pad(x, ((0, 8 - M), (0, 0)))
     in_fragments = w.values.reshape(N // TILE, -1, 256)
     out = _call(statics, _Inputs(x, in_fragments, w.scales, w.zero_points, bias), interpret)
     if statics.num_parts == 1:
@@ -143,6 +143,8 @@ def _call(statics: _Statics, inputs: _Inputs, interpret) -> jax.Array:
         scratch_types=list(shared.values()),
         grid=(statics.num_parts, -(-M // tiles.rows), N // tiles.columns),
         grid_names=("part", "row", "column"),
+        num_threads=tiles.num_warpgroups,
+        thread_name="warpgroup",
         compiler_params=_COMPILER,
         interpret=interpret,
     )
@@ -150,7 +152,8 @@ def _call(statics: _Statics, inputs: _Inputs, interpret) -> jax.Array:
 
 
 def _scratch(statics: _Statics, out_dtype) -> _Shared:
-    tiles, buffers = statics.tiles, statics.tiles.num_buffers
+    tiles, others = statics.tiles, statics.tiles.num_warpgroups - 1
+    buffers = tiles.num_warpgroups * tiles.num_buffers
     # Matrix products take whole rows of a swizzle.
     swizzle = 128 if statics.span % 64 == 0 else 64
     tiled = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
@@ -163,41 +166,69 @@ def _scratch(statics: _Statics, out_dtype) -> _Shared:
         w=plgpu.SMEM((buffers, statics.blocks, statics.lines, 256), container),
         scales=scales,
         zeros=scales if statics.zero_points else None,
+        sums=plgpu.SMEM((others, tiles.columns, tiles.rows), jnp.float32) if others else None,
         out=plgpu.SMEM((tiles.rows, tiles.columns), out_dtype),
         arrived=plgpu.Barrier(num_arrivals=2 + (scales is not None) * (1 + statics.zero_points), num_barriers=buffers),
+        summed=plgpu.Barrier(num_arrivals=others, num_barriers=1) if others else None,
     )
 
 
 def _body(statics: _Statics, inputs: _Inputs, out_ref, shared: _Shared) -> None:
-    part, row, column = (lax.axis_index(name) for name in ("part", "row", "column"))
-    ahead = statics.tiles.num_buffers - 1
-    share = -(-statics.num_steps // statics.num_parts)
-    first = part * share
+    part, row, column, warpgroup = (lax.axis_index(name) for name in ("part", "row", "column", "warpgroup"))
+    tiles, ahead = statics.tiles, statics.tiles.num_buffers - 1
+    share = -(-statics.num_steps // (tiles.num_parts * tiles.num_warpgroups))
+    first = (part * tiles.num_warpgroups + warpgroup) * share
     end = jnp.minimum(first + share, statics.num_steps)
-    fetch = functools.partial(_fetch, statics, inputs, shared, row, column, first)
+
+    def buffer_of(number):
+        return warpgroup * tiles.num_buffers + hopper.remainder(number - first, tiles.num_buffers)
+
+    def fetch(number):
+        _fetch(statics, inputs, shared, row, column, number, buffer_of(number))
+
     for i in range(ahead):
         pl.when(first + i < end)(functools.partial(fetch, first + i))
 
     def step(number, totals):
-        buffer = hopper.remainder(number - first, statics.tiles.num_buffers)
+        buffer = buffer_of(number)
         plgpu.barrier_wait(shared.arrived.at[buffer])
         # All four warps are done with the buffer before this one.
         plgpu.commit_smem()
         pl.when(number + ahead < end)(functools.partial(fetch, number + ahead))
         return _multiply(statics, shared, buffer, totals)
 
-    zero = jnp.zeros((TILE, statics.tiles.rows), jnp.float32)
-    totals = lax.fori_loop(
-        first, end, step, tuple(plgpu.layout_cast(zero, hopper.MATRIX) for _ in range(statics.blocks))
-    )
-    _store(statics, inputs, shared, totals, part, row, column, out_ref)
+    zero = jnp.zeros((TILE, tiles.rows), jnp.float32)
+    zeros = tuple(plgpu.layout_cast(zero, hopper.MATRIX) for _ in range(statics.blocks))
+    totals = lax.fori_loop(first, end, step, zeros)
+
+    if tiles.num_warpgroups == 1:
+        _store(statics, inputs, shared, totals, part, row, column, out_ref)
+        return
+
+    @pl.when(warpgroup > 0)
+    def _():
+        for block, total in enumerate(totals):
+            shared.sums[warpgroup - 1, pl.ds(block * TILE, TILE)] = total
+        plgpu.barrier_arrive(shared.summed.at[0])
+
+    @pl.when(warpgroup == 0)
+    def _():
+        _store(statics, inputs, shared, _with_others(statics, shared, totals), part, row, column, out_ref)
 
 
-def _fetch(statics: _Statics, inputs: _Inputs, shared: _Shared, row, column, first, number) -> None:
+def _with_others(statics: _Statics, shared: _Shared, totals):
+    """The first warpgroup's sums and those of the others, added in order."""
+    plgpu.barrier_wait(shared.summed.at[0])
+    for other in range(statics.tiles.num_warpgroups - 1):
+        places = [(other, pl.ds(block * TILE, TILE)) for block in range(statics.blocks)]
+        sums = [plgpu.load(shared.sums.at[place], layout=hopper.MATRIX, optimized=False) for place in places]
+        totals = [total + more for total, more in zip(totals, sums, strict=True)]
+    return totals
+
+
+def _fetch(statics: _Statics, inputs: _Inputs, shared: _Shared, row, column, number, buffer) -> None:
     """Starts the copies of one step into its buffer. What lies past the weight's last row becomes zeros."""
-    tiles = statics.tiles
-    buffer = hopper.remainder(number - first, tiles.num_buffers)
-    arrived = shared.arrived.at[buffer]
+    tiles, arrived = statics.tiles, shared.arrived.at[buffer]
     lines = pl.ds(number * statics.lines, statics.lines)
     plgpu.copy_gmem_to_smem(
         inputs.w.at[pl.ds(column * statics.blocks, statics.blocks), lines], shared.w.at[buffer], arrived

@@ -26,14 +26,16 @@ MAX_ROWS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """columns: of the weight, of one block of threads; depth: rows of the weight of one buffer; num_buffers: copies
-    under way; num_parts: parts that the weight's rows are cut into; rows: of x, of one block of threads."""
+    """columns: of the weight, of one block of threads; depth: rows of the weight of one buffer; num_buffers: of each
+    warpgroup; num_parts: parts that the weight's rows are cut into; rows: of x, of one block of threads;
+    num_warpgroups: of one block of threads, which share a part's rows out among them."""
 
     columns: int
     depth: int
     num_buffers: int
     num_parts: int
     rows: int
+    num_warpgroups: int = 1
 
 
 def choose_tiles(case: QuantizedCase) -> Tiles:
@@ -58,7 +60,8 @@ def shared_bytes(case: QuantizedCase, tiles: Tiles) -> int:
     if case.w_block[0] != case.in_dim:
         buffer += 4 * (1 + case.zero_points) * tiles.columns * (tiles.depth // case.w_block[0])
     # Mosaic takes 2 KiB for reductions and a few bytes for barriers.
-    return tiles.num_buffers * buffer + 4 * tiles.rows * tiles.columns + 2048 + 128
+    buffers = tiles.num_warpgroups * tiles.num_buffers
+    return buffers * buffer + 4 * tiles.num_warpgroups * tiles.rows * tiles.columns + 2048 + 8 * (buffers + 1)
 
 
 def unsupported(case: QuantizedCase, target: Target) -> str | None:

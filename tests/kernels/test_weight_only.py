@@ -134,6 +134,7 @@ CASES = {
         Tiles(64, 128, 3, 1, 8),
     ),
     "int8, parts of columns, bias": (3, 448, 128, "int8", None, False, True, "float16", Tiles(128, 64, 2, 2, 8)),
+    "int4, warpgroups": (2, 640, 128, "int4", 128, False, True, "bfloat16", Tiles(128, 128, 2, 1, 8, 2)),
     "fp8, groups": (8, 256, 64, "float8_e4m3fn", 128, False, False, "bfloat16", Tiles(64, 128, 2, 1, 8)),
     "fp8, columns": (16, 256, 64, "float8_e5m2", None, False, False, "bfloat16", Tiles(64, 256, 2, 1, 16)),
 }
