@@ -9,7 +9,7 @@ from flax import nnx
 from model.config import Activation, ModelConfig
 from model.execution import Execution
 from model.parameter import Creator, normal, ones, zeros
-from model.products import multiply
+from model.products import multiply, multiply_rounded
 from parallel.sharding import constrain
 from quantization.qarray import QArray
 
@@ -116,7 +116,10 @@ def project(equation: str, x: jax.Array, kernel: nnx.Param, bias: nnx.Param | No
     weight = kernel[...].astype(x.dtype)
     if weight.ndim > len(kernel_axes):
         weight = weight.reshape(*x.shape[-inputs:], -1)
-    y = jnp.einsum(equation, x, weight)
+    if kernel.get_metadata("format") is None:
+        y = jnp.einsum(equation, x, weight)
+    else:
+        y = multiply_rounded(x, weight, inputs, execution)
     return y if bias is None else y + bias[...].astype(x.dtype)
 
 

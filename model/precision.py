@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from quantization.rules import Products
+
 Float = Literal["float32", "bfloat16", "float16"]
 
 
@@ -19,10 +21,19 @@ class Precision:
     gradient: Float = "float32"
     """Gradients as summed over microbatches and given to the optimizer: `param` or `compute`. A product's gradient,
     and its sum over devices, has `compute` precision either way, since its operands do."""
+    products: Products = "compute"
+    """Operands of the products of attention's and feed-forwards' matrices. fp8: e4m3 forward and e5m2 for gradients,
+    each array scaled by its largest element now; experts, head and router stay in `compute`."""
 
     def __post_init__(self) -> None:
         if self.gradient not in (self.param, self.compute):
             raise ValueError(
                 f"precision.gradient={self.gradient} must be precision.param={self.param} "
                 f"or precision.compute={self.compute}"
+            )
+        if self.products not in ("compute", "fp8"):
+            raise ValueError(
+                f"precision.products={self.products} is a format of weights that are served: training has gradients "
+                "with respect to parameters in precision.param, and int8 has too few magnitudes for them; choose "
+                "compute or fp8"
             )

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import Sharding
 
 from kernels.quantized_matmul import QuantizedCase, choose, quantized_matmul
+from kernels.quantized_matmul.training import fp8_matmul
 from kernels.target import Target
 from model.execution import Execution
 from model.parameter import Logical, matrix_axes, split_copies
@@ -104,6 +105,21 @@ class Matrix(NamedTuple):
             x_block=None if self.format.activation is None else (1, in_dim),
             w_block=(min(in_block, in_dim), out_block),
             w_layout=self.value.layout,
+            out_dtype=dtype,
+        )
+
+    def training_case(self, num_rows: int, dtype: str) -> QuantizedCase:
+        """The forward product of `num_rows` rows with the matrix in training."""
+        in_dim, out_dim = matrix_shape(self.value.shape, self.logical)[-2:]
+        return QuantizedCase(
+            x_dtype=self.format.values,
+            w_dtype=self.format.values,
+            num_rows=num_rows,
+            in_dim=in_dim,
+            out_dim=out_dim,
+            x_block=(num_rows, in_dim),
+            w_block=(in_dim, out_dim),
+            w_layout="columns",
             out_dtype=dtype,
         )
 
@@ -201,6 +217,18 @@ def whole(kernel: nnx.Param, dtype) -> jax.Array:
     """A kernel's values in `dtype`, dequantised where it is held quantised: for products that take no other."""
     value = kernel.get_value()
     return value.dequantize(dtype) if isinstance(value, QArray) else kernel[...].astype(dtype)
+
+
+def multiply_rounded(x: jax.Array, weight: jax.Array, inputs: int, execution: Execution) -> jax.Array:
+    """The last `inputs` axes of x contracted with the first ones of a weight in training: both rounded to FP8, and the
+    gradients too.
+
+    A program of all devices (GSPMD) splits it, so that an array has one scale over all of them.
+    """
+    flat = x.reshape(*x.shape[: x.ndim - inputs], -1)
+    matrix = weight.reshape(flat.shape[-1], -1)
+    y = fp8_matmul(flat, matrix, impl=execution.quantized_matmul, target=execution.target)
+    return y.reshape(*flat.shape[:-1], *weight.shape[inputs:])
 
 
 def multiply(

@@ -13,7 +13,6 @@ from kernels import paged_attention as paged_op
 from kernels import quantized_matmul as quantized_op
 from kernels.attention import xla as attention_xla
 from kernels.target import Target, target_of
-from model.config import ModelConfig
 from model.products import Matrix
 from model.transformer import Definition
 from parallel.sharding import Placement
@@ -25,6 +24,7 @@ class Selection(NamedTuple):
 
     attention: tuple[str, ...]
     grouped_matmul: str
+    quantized_matmul: str
     reasons: tuple[str, ...]
     target: Target
 
@@ -34,10 +34,11 @@ class Selection(NamedTuple):
 
 
 def select_kernels(
-    config: ModelConfig,
+    definition: Definition,
     *,
     attention: str,
     grouped_matmul: str,
+    quantized_matmul: str,
     dtype: str,
     rows: int,
     sequence_length: int,
@@ -49,7 +50,7 @@ def select_kernels(
 
     `attention` and `grouped_matmul` are "auto" or a name. Raises ValueError for a named one that can't run.
     """
-    target = target_of(device)
+    config, target = definition.config, target_of(device)
     chosen, reasons = [], []
     for window in config.window_pattern:
         case = attention_op.AttentionCase(
@@ -75,7 +76,35 @@ def select_kernels(
     grouped, reason = _select_grouped(config, grouped_matmul, dtype, tokens, placement, target)
     if config.moe is not None and config.moe.dispatch == "dropless":
         reasons.append(f"grouped product: {grouped}, {reason}")
-    return Selection(tuple(chosen), grouped, tuple(dict.fromkeys(reasons)), target)
+    quantized, lines = _select_rounded(definition, quantized_matmul, dtype, tokens, placement, target)
+    return Selection(tuple(chosen), grouped, quantized, tuple(dict.fromkeys([*reasons, *lines])), target)
+
+
+def _select_rounded(definition, impl, dtype, tokens, placement, target) -> tuple[str, list[str]]:
+    """Implementation of training's FP8 products, and lines about them."""
+    matrices = definition.matrices
+    if not matrices:
+        return "xla", []
+    kinds = ", ".join(dict.fromkeys(matrix.name.rsplit("/", 1)[-1] for matrix in matrices))
+    experts = (
+        "" if definition.config.moe is None else f"; experts stay in {dtype}, as grouped products have no FP8 form"
+    )
+    lines = [
+        f"precision {matrices[0].format.name}: products of {kinds} are of e4m3, their gradients of e5m2, with a scale "
+        f"for each array by its largest element now{experts}. Utilisations are shares of the {dtype} peak"
+    ]
+    if placement.mesh.size > 1:
+        if impl not in ("auto", "xla"):
+            raise ValueError(
+                f"kernels.quantized_matmul={impl} runs on one device, and the mesh has {placement.mesh.size}: XLA "
+                "splits training's FP8 products; set it to auto or xla"
+            )
+        return "xla", [*lines, "FP8 products: xla, which splits them over devices"]
+    found: dict[str, str] = {}
+    for matrix in matrices:
+        name, reason = quantized_op.choose(impl, matrix.training_case(tokens, dtype), target)
+        found.setdefault(name, reason)
+    return impl, [*lines, "FP8 products: " + "; ".join(f"{name}, {reason}" for name, reason in found.items())]
 
 
 def _select_grouped(config, impl, dtype, tokens, placement, target) -> tuple[str, str]:

@@ -59,6 +59,8 @@ class KernelConfig:
     """Attention inside a layer."""
     grouped_matmul: Literal["auto", "reference", "ragged_dot", "loop", "batched", "pallas"] = "auto"
     """Products of expert-sorted rows with their experts' weights."""
+    quantized_matmul: Literal["auto", "reference", "xla", "pallas"] = "auto"
+    """Products in FP8, where `precision.products` asks for them."""
 
 
 @dataclasses.dataclass(frozen=True)

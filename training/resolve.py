@@ -15,6 +15,7 @@ from model.transformer import Definition
 from parallel.compilation import compiler_options
 from parallel.mesh import make_mesh
 from parallel.sharding import Placement
+from quantization.rules import ProductRules
 from training.config import TrainRun
 from training.optimizer import make_optimizer
 from training.schedule import make_schedule
@@ -43,10 +44,13 @@ def resolve(run: TrainRun, devices: Sequence[jax.Device]) -> Resolved:
     """Raises ValueError, naming the setting, for whatever can't run on these devices. Computes nothing on them."""
     placement = Placement(make_mesh(run.mesh, devices), run.rules)
     check_placement(run, placement)
+    rules = ProductRules(run.precision.products)
+    definition = Definition(run.model, run.layers.scan, run.precision.param, rules=rules)
     selection = select_kernels(
-        run.model,
+        definition,
         attention=run.kernels.attention,
         grouped_matmul=run.kernels.grouped_matmul,
+        quantized_matmul=run.kernels.quantized_matmul,
         dtype=run.precision.compute,
         rows=run.data.batch_size // run.accumulation,
         sequence_length=run.data.sequence_length,
@@ -60,9 +64,9 @@ def resolve(run: TrainRun, devices: Sequence[jax.Device]) -> Resolved:
         attention=selection.attention,
         target=selection.target,
         grouped_matmul=selection.grouped_matmul,
+        quantized_matmul=selection.quantized_matmul,
         remat=run.layers.remat,
     )
-    definition = Definition(run.model, run.layers.scan, run.precision.param)
     mesh = " × ".join(f"{axis} {size}" for axis, size in placement.mesh.shape.items() if size > 1)
     where = f"mesh: {mesh or 'one device'} ({devices[0].device_kind})"
     return Resolved(
