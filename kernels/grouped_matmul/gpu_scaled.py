@@ -19,12 +19,10 @@ from jax import lax
 from kernels import hopper
 from kernels.grouped_matmul import persistent
 from kernels.grouped_matmul.persistent import Tile, aligned, rows_from, tiles_of
-from kernels.grouped_matmul.scaled_tiles import choose_scaled_tiles
+from kernels.grouped_matmul.scaled_tiles import DEPTH, choose_scaled_tiles
 from kernels.grouped_matmul.tiles import NUM_PROCESSORS, ROW_ALIGNMENT, WIDTH
 from quantization.qarray import QArray
 
-# Elements along K of a step: 128 bytes, and the least that share a scale.
-_DEPTH = 128
 _ROWS = 64
 _COPIER = 2
 
@@ -41,11 +39,11 @@ class _Product(persistent.Kernel):
 
     @property
     def shapes(self):
-        return (self.tiles.rows, _DEPTH), (self.tiles.columns, _DEPTH)
+        return (self.tiles.rows, DEPTH), (self.tiles.columns, DEPTH)
 
     @property
     def num_steps(self) -> int:
-        return -(-self.in_dim // _DEPTH)
+        return -(-self.in_dim // DEPTH)
 
     @property
     def num_columns(self) -> int:
@@ -67,7 +65,7 @@ class _Product(persistent.Kernel):
         return aligned(begin)
 
     def copy(self, tile: Tile, step, a_ref, b_ref, a_smem, b_smem, arrived) -> None:
-        depth = pl.ds(step * _DEPTH, _DEPTH)
+        depth = pl.ds(step * DEPTH, DEPTH)
         plgpu.copy_gmem_to_smem(a_ref.at[rows_from(tile.row, self.tiles.rows), depth], a_smem, arrived)
         columns = pl.ds(tile.column, self.tiles.columns)
         plgpu.copy_gmem_to_smem(b_ref.at[tile.group, columns, depth], b_smem, arrived)
@@ -131,8 +129,8 @@ def product(x: QArray, w: QArray, group_sizes, out_dtype=jnp.bfloat16, *, tiles=
 
 
 def _per_step(scales: jax.Array, length: int, axis: int) -> jax.Array:
-    """Scales of `length` elements along an axis as scales of `_DEPTH` of them."""
-    return jnp.repeat(scales, -(-length // _DEPTH), axis=axis)
+    """Scales of `length` elements along an axis as scales of `DEPTH` of them."""
+    return jnp.repeat(scales, -(-length // DEPTH), axis=axis)
 
 
 def _call(kernel: _Product, inputs: _Inputs, out_dtype, interpret) -> jax.Array:
@@ -159,8 +157,8 @@ def _scratch(kernel: _Product, dtype, out_dtype, sizes_shape) -> _Shared:
     outputs = (2, 2, WIDTH, WIDTH)
     return _Shared(
         sizes=plgpu.SMEM(sizes_shape, jnp.int32),
-        a=tiled((buffers, *a_shape), dtype, _DEPTH),
-        b=tiled((buffers, *b_shape), dtype, _DEPTH),
+        a=tiled((buffers, *a_shape), dtype, DEPTH),
+        b=tiled((buffers, *b_shape), dtype, DEPTH),
         out=persistent._in_one_place(tiled(outputs, out_dtype, WIDTH), plgpu.SMEM(outputs, out_dtype)),
         sizes_arrived=plgpu.Barrier(num_barriers=1),
         arrived=plgpu.Barrier(num_arrivals=2, num_barriers=buffers),

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
-SHARED_BYTES = 227 * 1024
+from kernels.grouped_matmul.tiles import JAX_VERSION, MAX_GROUPS, WIDTH
+from kernels.target import Target
+
+if TYPE_CHECKING:
+    from kernels.grouped_matmul.quantized import QuantizedGroupedCase
+
+# Elements along K of a step: 128 bytes, and the least that share a scale.
+DEPTH = 128
+DTYPES = ("int8", "float8_e4m3fn", "float8_e5m2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,3 +34,41 @@ class ScaledTiles:
 def choose_scaled_tiles(num_rows: int, num_groups: int, in_dim: int, out_dim: int, outside: bool) -> ScaledTiles:
     """Of x [num_rows, in_dim] by as many matrices [in_dim, out_dim] as there are groups."""
     return ScaledTiles(128, 256, 4, 16) if outside else ScaledTiles(128, 128, 6, 16)
+
+
+def shared_bytes(tiles: ScaledTiles) -> int:
+    """Shared memory of a block of threads: the ring, two pieces of output of each warpgroup, sizes and barriers."""
+    ring = tiles.num_buffers * (tiles.rows + tiles.columns) * DEPTH
+    return ring + 2 * 2 * WIDTH * WIDTH * 2 + 4 * MAX_GROUPS + 1024
+
+
+def unsupported(case: QuantizedGroupedCase, target: Target) -> str | None:
+    """Why the kernel can't compute this; None where it can."""
+    if target.platform != "gpu" or target.compute_capability != (9, 0):
+        return f"the kernel is written for NVIDIA GPUs of compute capability 9.0, and the target is {target}"
+    if JAX_VERSION < (0, 11):
+        return f"the kernel needs JAX 0.11 (Python 3.12), and this is JAX {'.'.join(map(str, JAX_VERSION))}"
+    if case.x_dtype not in DTYPES or case.w_dtype not in DTYPES:
+        return f"the kernel takes {', '.join(DTYPES)}, not {case.x_dtype} and {case.w_dtype}"
+    if case.x_dtype.startswith("float8") != case.w_dtype.startswith("float8"):
+        return f"integers and FP8 can't be multiplied together, and these are {case.x_dtype} and {case.w_dtype}"
+    if case.zero_points:
+        return "the kernel takes no zero points"
+    if case.w_layout != "columns":
+        return f"the kernel reads weights in columns, not in {case.w_layout}; quantize them with layout='columns'"
+    if case.out_dtype not in ("bfloat16", "float16"):
+        return f"the kernel gives bfloat16 and float16, not {case.out_dtype}"
+    if case.in_dim % DEPTH or case.out_dim % WIDTH or 0 in (case.in_dim, case.out_dim):
+        return f"the kernel takes K in multiples of {DEPTH} and N of {WIDTH}, not K {case.in_dim} and N {case.out_dim}"
+    if not 1 <= case.num_groups <= MAX_GROUPS:
+        return f"the kernel takes 1 to {MAX_GROUPS} groups, not {case.num_groups}"
+    if case.scales_outside:
+        return None
+    along_k = (case.x_block[1], case.w_block[0])
+    if any(length % DEPTH for length in along_k):
+        return f"the kernel takes scales of blocks of a multiple of {DEPTH} along K, not of {along_k}"
+    if case.w_block[1] % DEPTH:
+        return f"the kernel takes scales of a multiple of {DEPTH} columns where they change along K, not of " + str(
+            case.w_block[1]
+        )
+    return None
