@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels.paged_attention import reference, tiles, xla
-from kernels.paged_attention.gather import lay_out
 from kernels.paged_attention.quantize import LARGEST, quantize_heads
 from kernels.target import Target, default_target
 
@@ -139,12 +138,16 @@ def paged_attention(
                 from kernels.paged_attention import gpu_quantized
 
                 return gpu_quantized.paged_attention(*operands, **scales, **statics, tiles=tiles.choose_tiles(case))
-            case _:
+            case _ if case.kv_dtype is None:
                 from kernels.paged_attention import prefill
 
-                if case.kv_dtype is not None:
-                    operands = lay_out(*operands[:4], k_scale, v_scale) + operands[4:]
                 return prefill.paged_attention(*operands, **statics, tiles=tiles.choose_prefill_tiles(case))
+            case _:
+                from kernels.paged_attention import narrow, prefill, widen
+
+                wide = widen.widened_pages(*operands[:5], k_scale, v_scale)
+                chosen = tiles.choose_prefill_tiles(case)
+                return narrow.join(prefill.paged_attention(*wide, *operands[4:], **statics, tiles=chosen))
 
 
 def extend_pages(

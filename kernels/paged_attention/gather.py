@@ -57,14 +57,6 @@ def gather_pages(
     }
 
 
-def lay_out(q_BTNH, k_pages_PSKH, v_pages_PSKH, page_table_BM, k_scale, v_scale) -> tuple[jax.Array, ...]:
-    """(q, pages of keys, of values, page table): quantised pages of each row as pages in q's dtype, end to end."""
-    B, M = page_table_BM.shape
-    sides = ((k_pages_PSKH, k_scale), (v_pages_PSKH, v_scale))
-    pages = [_taken(*side, page_table_BM, q_BTNH.dtype).reshape(B * M, *k_pages_PSKH.shape[1:]) for side in sides]
-    return q_BTNH, *pages, jnp.arange(B * M, dtype=jnp.int32).reshape(B, M)
-
-
 def _taken(pages_PSKH, scale_PKS, page_table_BM, dtype) -> jax.Array:
     """[B, M, S, K, H] in `dtype`, or as the pages are where they have no scales."""
     taken = jnp.take(pages_PSKH, page_table_BM, axis=0, mode="clip")

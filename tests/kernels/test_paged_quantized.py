@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kernels.paged_attention import write_pages
-from kernels.paged_attention.quantize import dequantize, quantize_heads
+from kernels.paged_attention.quantize import quantize_heads
 from kernels.paged_attention.tiles import Tiles
 from tests.kernels.test_paged_attention import explicit
 
@@ -155,3 +155,36 @@ def test_kernel_writes_the_new_token_and_attends_to_it(decode, name):
     assert error.max() <= 3 * max(1.0, np.abs(expected).max()) * float(jnp.finfo("bfloat16").eps)
     for actual, want in zip(written, pages, strict=True):
         np.testing.assert_array_equal(np.asarray(actual, np.float32), np.asarray(want, np.float32))
+
+
+WIDEN_CASES = {
+    # Two tiles of one row, then a row of its own, then one without keys.
+    "rows that share pages": dict(lengths=[100, 100, 70, 0], tables=[0, 0, 2, 3], dtype="int8", S=64, M=2),
+    "small pages": dict(lengths=[90], tables=[0], dtype="float8_e4m3fn", S=32, M=4),
+}
+
+
+@pytest.mark.parametrize("name", WIDEN_CASES)
+def test_live_pages_are_widened_once(decode, name):
+    """`decode` puts plain parts in the kernel's place too."""
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    from kernels.paged_attention import narrow, widen
+
+    case = dict(WIDEN_CASES[name])
+    lengths, rows = np.array(case.pop("lengths")), case.pop("tables")
+    q, keys, values, page_table = cache(lengths, N=2, K=2, H=128, T=1, **case)
+    page_table = page_table[rows]
+    wide_q, *pages, table = widen.widened_pages(
+        q, keys[0], values[0], page_table, lengths, keys[1], values[1], interpret=plgpu.InterpretGPUParams()
+    )
+    np.testing.assert_array_equal(narrow.join(wide_q), q)
+    np.testing.assert_array_equal(narrow.join(narrow.split(q)), q)
+    S, M = case["S"], case["M"]
+    np.testing.assert_array_equal(table // M, np.broadcast_to(np.array(rows)[:, None], table.shape))
+    for side, made in zip((keys, values), pages, strict=True):
+        want = wide(*side)[page_table]
+        got = np.asarray(narrow.join(made), np.float64)[np.asarray(table)]
+        for b, length in enumerate(lengths):
+            flat = [x[b].reshape(M * S, 2, 128)[:length] for x in (got, want)]
+            np.testing.assert_allclose(*flat, rtol=2**-8)
