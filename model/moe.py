@@ -147,7 +147,7 @@ class Experts(nnx.Module):
 
     def _feed_forward(self, execution: Execution, rows_MD, group_sizes, up, gate, down) -> jax.Array:
         """Rows sorted by expert through their expert; partial over the shards of F."""
-        product = functools.partial(grouped_matmul, impl=execution.grouped_matmul)
+        product = functools.partial(grouped_matmul, impl=execution.grouped_matmul, target=execution.target)
         up_MF = product(rows_MD, up, group_sizes)
         hidden_MF = self._activate(up_MF, None if gate is None else product(rows_MD, gate, group_sizes))
         return product(hidden_MF, down, group_sizes)
