@@ -64,7 +64,7 @@ class QArray:
     @property
     def block(self) -> tuple[int, ...]:
         """Elements that share a scale, along each axis."""
-        return tuple(size // max(count, 1) for size, count in zip(self.shape, self.scales.shape, strict=True))
+        return _lengths(self.shape, self.scales.shape)
 
     def check(self) -> QArray:
         """Itself. Raises ValueError where its fields disagree.
@@ -219,9 +219,14 @@ def _positive(scale: jax.Array) -> jax.Array:
     return jnp.where(scale == 0, 1.0, jnp.maximum(scale, jnp.finfo(jnp.float32).tiny))
 
 
+def _lengths(shape: tuple[int, ...], counts: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a block along each axis; 1 where there is none."""
+    return tuple(size // count if count else 1 for size, count in zip(shape, counts, strict=True))
+
+
 def _split(x: jax.Array, counts: tuple[int, ...]) -> jax.Array:
     """[count, length] in the place of each axis."""
-    return x.reshape([n for size, count in zip(x.shape, counts, strict=True) for n in (count, size // max(count, 1))])
+    return x.reshape([n for pair in zip(counts, _lengths(x.shape, counts), strict=True) for n in pair])
 
 
 def _between(per_block: jax.Array) -> jax.Array:

@@ -354,8 +354,8 @@ def _store(statics: _Statics, tile: _Tile, warpgroup, parts, inputs: _Inputs, ou
             if inputs.bias is not None:
                 bias = plgpu.load(inputs.bias.at[columns], layout=hopper.COLUMNS, optimized=False)
                 piece = piece + hopper.along(bias, piece.shape, 1)
-            # The copy before the last one has been read from its place.
-            plgpu.wait_smem_to_gmem(NUM_OUTS - 1, wait_read_only=True)
+            # All but the last copy have been read from their places, and the tile's first piece finds none under way.
+            plgpu.wait_smem_to_gmem(NUM_OUTS - 1 if number else 0, wait_read_only=True)
             plgpu.commit_smem()
             place[...] = piece.astype(out_ref.dtype)
             plgpu.commit_smem()
