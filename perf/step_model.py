@@ -18,7 +18,7 @@ from perf.capacity import kept_activations
 from perf.flops import count_params, layer_linears
 from perf.operations import FLOAT32_BYTES, Op, Work, operations
 
-Grouped = Literal["batched", "ragged_dot", "loop"]
+Grouped = Literal["pallas", "batched", "ragged_dot", "loop"]
 # Rows of a block of the batched grouped product (kernels/grouped_matmul/batched.py): it copies a matrix for each.
 GROUP_BLOCK = 512
 

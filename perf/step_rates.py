@@ -18,8 +18,9 @@ _H100_BANDWIDTH = 3350e9
 # in those of attention, 48.7 in fused elementwise kernels, which are taken to move what perf/operations.py counts.
 _H100_PRODUCTS, _H100_ATTENTION, _H100_MEMORY = 711e12, 341e12, 2.6e12
 # Each on one row of benchmarks/results/train_h100.json; what else is in that file, dense-1b's own step too, is held
-# out: see tests/perf/test_perf_gpu_step.py.
-_H100_GROUPED = MappingProxyType({"capacity": 475e12, "ragged_dot": 75e12, "loop": 48e12})
+# out: see tests/perf/test_perf_gpu_step.py. That of pallas by the kernels alone, with moe-1b's sizes: 371 us for each
+# of its three products, on average (benchmarks/results/grouped_matmul_h100.json); no step with it has been measured.
+_H100_GROUPED = MappingProxyType({"pallas": 648e12, "capacity": 475e12, "ragged_dot": 75e12, "loop": 48e12})
 # That file's copy of 2 GiB.
 _H100_COPY = 2.92e12
 

@@ -149,6 +149,10 @@ def apply(run: TrainRun, candidate: Candidate) -> TrainRun:
     )
 
 
+# Chips that the Pallas kernels of grouped products are written for.
+_HOPPER = ("H100", "H200")
+
+
 def program(run: TrainRun, candidate: Candidate, chip: Chip) -> Program:
     """What the analytic model takes. Kernels that are "auto" are those that such a chip gets."""
     is_tpu = chip.name.startswith("TPU")
@@ -166,7 +170,7 @@ def program(run: TrainRun, candidate: Candidate, chip: Chip) -> Program:
         state=train_state(run),
     )
     if grouped == "auto":
-        grouped = "ragged_dot" if is_tpu else "batched"
+        grouped = "ragged_dot" if is_tpu else "pallas" if chip.name.startswith(_HOPPER) else "batched"
     return Program(work, candidate.accumulation, candidate.scan, grouped, run.loss.chunk_tokens)
 
 
