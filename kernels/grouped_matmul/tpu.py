@@ -1,8 +1,8 @@
 """The grouped product on TPU, and its gradients.
 
-A core walks over tiles of rows, once for each group with rows in the tile. The result of a tile stays in vector memory
-while its groups follow each other, and a group's matrix while its tiles do. A tile of one group is multiplied at once;
-of a tile that groups share, a visit multiplies the pieces of 128 rows that its own group is in.
+A core walks over tiles of rows, once for each group with rows in the tile. A tile of the result stays in vector memory
+while its groups follow each other, and a matrix while its tiles do. A visit multiplies the whole tile, and keeps the
+rows of its group: the matrix units take about as long to load a matrix as to multiply 300 rows with it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels.grouped_matmul.tpu_tiles import (
-    PIECE,
     VMEM_BYTES,
     Pass,
     Shape,
@@ -46,12 +45,6 @@ class _Statics:
     @property
     def visits(self) -> int:
         return num_visits(self.shape, self.tiles)
-
-    @property
-    def pieces(self) -> list[tuple[int, int]]:
-        """(first row, rows) inside a tile."""
-        size = min(PIECE, self.tiles.rows)
-        return [(first, size) for first in range(0, self.tiles.rows, size)]
 
     @property
     def strips(self) -> list[Any]:
@@ -122,57 +115,32 @@ def _product(statics: _Statics, x, w, group_sizes) -> jax.Array:
 
 def _product_body(statics: _Statics, group, tile, start, stop, *blocks):
     refs, visit, step = _Refs(*blocks), pl.program_id(1), pl.program_id(2)
-    low, high, rows = start[visit], stop[visit], statics.tiles.rows
-    whole = (low == 0) & (high == rows)
+    low, high = start[visit], stop[visit]
 
-    @pl.when(begins(tile, visit) & (step == 0) & ~whole)
+    @pl.when(begins(tile, visit) & (step == 0))
     def _():
         refs.out[...] = jnp.zeros_like(refs.out)
 
-    @pl.when(whole)
+    @pl.when(low < high)
     def _():
-        _multiply(statics, refs, step, 0, rows, None)
-
-    for first, size in statics.pieces:
-
-        @pl.when(~whole & (low < first + size) & (high > first))
-        def _(first=first, size=size):
-            row = lax.broadcasted_iota(jnp.int32, (size, 1), 0) + first
-            _multiply(statics, refs, step, first, size, (row >= low) & (row < high))
-
-
-def _multiply(statics: _Statics, refs: _Refs, step, first: int, size: int, own):
-    """Adds a step of rows [first, first + size) to their sums; the last step stores those that are `own`, or all."""
-    rows, last = pl.ds(first, size), statics.steps - 1
-
-    def part(strip):
-        if statics.which == "transposed":
-            return _dot(refs.x[rows, :], refs.w[strip, :], (1, 1))
-        return _dot(refs.x[rows, :], refs.w[:, strip], (1, 0))
-
-    def store(strip, sums):
-        result = sums.astype(refs.out.dtype)
-        refs.out[rows, strip] = result if own is None else jnp.where(own, result, refs.out[rows, strip])
-
-    if last == 0:
+        own = _rows_between(low, high, statics.tiles.rows)
         for strip in statics.strips:
-            store(strip, part(strip))
-        return
+            if statics.which == "transposed":
+                total = _dot(refs.x[...], refs.w[strip, :], (1, 1))
+            else:
+                total = _dot(refs.x[...], refs.w[:, strip], (1, 0))
+            if statics.steps > 1:
+                total = total + jnp.where(step == 0, 0.0, refs.sums[:, strip])
+                refs.sums[:, strip] = total
+            # Every step stores, and the last one's stays: that costs less than a branch of its own, since the matrix
+            # units are what a step waits for.
+            refs.out[:, strip] = jnp.where(own, total.astype(refs.out.dtype), refs.out[:, strip])
 
-    @pl.when(step == 0)
-    def _():
-        for strip in statics.strips:
-            refs.sums[rows, strip] = part(strip)
 
-    @pl.when((step > 0) & (step < last))
-    def _():
-        for strip in statics.strips:
-            refs.sums[rows, strip] += part(strip)
-
-    @pl.when(step == last)
-    def _():
-        for strip in statics.strips:
-            store(strip, refs.sums[rows, strip] + part(strip))
+def _rows_between(low, high, rows: int):
+    """bool [rows, 1]."""
+    row = lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+    return (row >= low) & (row < high)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -200,29 +168,19 @@ def _weight_gradient(statics: _Statics, x, dy, group_sizes) -> jax.Array:
 
 def _weight_gradient_body(statics: _Statics, group, tile, start, stop, x, dy, out, sums):
     visit = pl.program_id(2)
-    low, high, rows = start[visit], stop[visit], statics.tiles.rows
-    whole = (low == 0) & (high == rows)
+    low, high = start[visit], stop[visit]
 
     @pl.when(begins(group, visit))
     def _():
         sums[...] = jnp.zeros_like(sums)
 
-    @pl.when(whole)
+    @pl.when(low < high)
     def _():
+        own = _rows_between(low, high, statics.tiles.rows)
+        # Both sides: a row of another group, or of none, may hold anything, and 0 · NaN is NaN.
+        mine = jnp.where(own, x[...], 0)
         for strip in statics.strips:
-            sums[:, strip] += _dot(x[...], dy[:, strip], (0, 0))
-
-    for first, size in statics.pieces:
-
-        @pl.when(~whole & (low < first + size) & (high > first))
-        def _(first=first, size=size):
-            piece = pl.ds(first, size)
-            row = lax.broadcasted_iota(jnp.int32, (size, 1), 0) + first
-            own = (row >= low) & (row < high)
-            # Both sides: a row of another group, or of none, may hold anything, and 0 · NaN is NaN.
-            mine = jnp.where(own, x[piece, :], 0)
-            for strip in statics.strips:
-                sums[:, strip] += _dot(mine, jnp.where(own, dy[piece, strip], 0), (0, 0))
+            sums[:, strip] += _dot(mine, jnp.where(own, dy[:, strip], 0), (0, 0))
 
     @pl.when(ends(group, visit, statics.visits))
     def _():

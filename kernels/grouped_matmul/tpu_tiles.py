@@ -20,9 +20,7 @@ SMEM_BYTES = 512 * 2**10
 LANES = 128
 # Columns that are multiplied at a time: while the matrix units have one strip, the vector units store another.
 STRIP = 256
-# Where a tile holds rows of several groups, a visit multiplies only the pieces of this many rows that its group is in.
-PIECE = 128
-# A longer step has no lower cost for each row, and a visit of few rows leaves more of it unused.
+# A longer tile costs less for each row, and wastes more where a group ends inside it.
 _MOST_ROWS = 512
 _ITEMSIZE = {"bfloat16": 2, "float32": 4}
 
@@ -58,7 +56,8 @@ def shape_of(case: GroupedCase, which: Pass) -> Shape:
 
 def choose_tiles(shape: Shape, which: Pass) -> Tiles:
     """Static in the shapes, so that equal calls add in equal order. ValueError where none fits."""
-    rows = length(shape.rows, _MOST_ROWS)
+    average = shape.rows // shape.groups
+    rows = length(shape.rows, min(_MOST_ROWS, max(LANES, -(-average // LANES) * LANES)))
     for limit in (1024, 768, 512, 384, 256, 128):
         columns = length(shape.columns, limit)
         for depth in [length(shape.depth, 1024)] if which == "weight_gradient" else _depths(shape.depth):
@@ -86,9 +85,9 @@ def _depths(depth: int) -> list[int]:
 def check(shape: Shape, tiles: Tiles, which: Pass) -> None:
     """ValueError, naming the tile, for one that the shapes or a core's memories rule out."""
     for name in ("rows", "depth", "columns"):
-        size, most, unit = getattr(tiles, name), getattr(shape, name), PIECE if name == "rows" else LANES
-        if size < 1 or (size % unit and size != most):
-            raise ValueError(f"grouped_matmul {tiles}: {name} must be a multiple of {unit}, or all {most}")
+        size, most = getattr(tiles, name), getattr(shape, name)
+        if size < 1 or (size % LANES and size != most):
+            raise ValueError(f"grouped_matmul {tiles}: {name} must be a multiple of {LANES}, or all {most}")
     if which != "weight_gradient" and shape.depth % tiles.depth:
         raise ValueError(f"grouped_matmul {tiles}: depth must divide {shape.depth}")
     if (needed := needed_bytes(shape, tiles, which)) > VMEM_BYTES:

@@ -1,0 +1,279 @@
+"""The grouped product on TPU: in Pallas's interpreter, the table of visits, tiles, and TPU's own compiler."""
+
+import contextlib
+import functools
+import importlib.util
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kernels.grouped_matmul import GroupedCase, choose, grouped_matmul, ragged_dot, supports, tpu
+from kernels.grouped_matmul.tpu_tiles import (
+    SMEM_BYTES,
+    VMEM_BYTES,
+    Shape,
+    Tiles,
+    check,
+    choose_tiles,
+    needed_bytes,
+    num_visits,
+    shape_of,
+    table_bytes,
+)
+from kernels.grouped_matmul.tpu_visits import visits_of
+from kernels.target import Target
+from parallel.topology import tpu_devices
+
+TPU = Target("tpu")
+PASSES = ("product", "transposed", "weight_gradient")
+SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+
+def draw(shape, seed, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def operands(sizes, M, K, N, dtype=jnp.float32):
+    return (
+        draw((M, K), 0, dtype),
+        draw((len(sizes), K, N), 1, dtype),
+        jnp.asarray(sizes, jnp.int32),
+        draw((M, N), 2, dtype),
+    )
+
+
+def explicit(x, w, sizes, dy):
+    """(y, dx, dw) in float64, one group after another."""
+    x, w, dy = (np.asarray(array, np.float64) for array in (x, w, dy))
+    y, dx, dw = np.zeros(dy.shape), np.zeros(x.shape), np.zeros(w.shape)
+    start = 0
+    for group, size in enumerate(np.asarray(sizes)):
+        rows = slice(start, start + size)
+        y[rows], dx[rows], dw[group] = x[rows] @ w[group], dy[rows] @ w[group].T, x[rows].T @ dy[rows]
+        start += size
+    return y, dx, dw
+
+
+def kernels(x, w, sizes, dy, rows=None, depth=None, columns=None):
+    """(y, dx, dw) in the interpreter. `depth` and `columns` of both widths, K and N."""
+    (M, K), N = x.shape, w.shape[2]
+    tiles = [Tiles(rows or M, depth or K, columns or N), Tiles(rows or M, depth or N, columns or K)]
+    y = tpu.product(x, w, sizes, tiles=tiles[0], interpret=True)
+    dx = tpu.product(dy, w, sizes, transpose=True, tiles=tiles[1], interpret=True)
+    return y, dx, tpu.weight_gradient(x, dy, sizes, tiles=tiles[0], interpret=True)
+
+
+SIZES = {
+    "even": (128, 128, 64, 64),
+    "uneven": (1, 200, 96, 3),
+    "empty first and last": (0, 260, 124, 0),
+    "empty middle": (130, 0, 0, 170),
+    "all in one": (0, 0, 384, 0),
+    "rows of no group": (5, 0, 120, 3),
+    "whole tiles of no group": (0, 7, 0, 0),
+    "nothing": (0, 0, 0, 0),
+    "three in a tile": (130, 10, 10, 200),
+}
+_by_rows_of_128 = jax.jit(functools.partial(kernels, rows=128))
+_by_several_steps = jax.jit(functools.partial(kernels, rows=128, depth=256, columns=128))
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_product_and_gradients(name):
+    given = operands(SIZES[name], 384, 24, 40)
+    actual = _by_rows_of_128(*given)
+    for a, b in zip(actual, explicit(*given), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    for ungrouped in actual[:2]:
+        assert (np.asarray(ungrouped)[sum(SIZES[name]) :] == 0).all()
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@given(shares=st.lists(st.integers(0, 9), min_size=5, max_size=5), spare=st.integers(0, 9))
+@example([0, 0, 0, 0, 0], 1)
+@example([0, 0, 0, 1, 0], 0)
+@example([1, 9, 1, 1, 1], 0)
+def test_any_groups(shares, spare):
+    """Several steps over depth and columns; a last tile that reaches over the edge."""
+    sizes = [300 * share // max(1, sum(shares) + spare) for share in shares]
+    given = operands(sizes, 300, 256, 512)
+    actual = _by_several_steps(*given)
+    for a, b in zip(actual, explicit(*given), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def test_rows_of_other_groups_may_hold_anything():
+    x, w, sizes, dy = operands((100, 0, 90, 0), 384, 24, 40)
+    foreign = jnp.arange(384)[:, None] >= 190
+    x, dy = (jnp.where(foreign, jnp.nan, array) for array in (x, dy))
+    # A group's row of infinities stays the group's.
+    x = x.at[3].set(jnp.inf)
+    y, dx, dw = _by_rows_of_128(x, w, sizes, dy)
+    assert (np.asarray(y)[190:] == 0).all() and (np.asarray(dx)[190:] == 0).all()
+    assert np.isfinite(y[100:]).all() and np.isfinite(dx).all() and np.isfinite(dw[1:]).all()
+    assert (np.asarray(dw[1]) == 0).all()
+
+
+def test_error_in_bfloat16_is_at_most_half_above_that_of_xla():
+    given = operands((70, 0, 130), 200, 256, 128, jnp.bfloat16)
+    x, w, sizes, dy = given
+    theirs = (
+        ragged_dot.product(x, w, sizes),
+        ragged_dot.product(dy, w, sizes, transpose=True),
+        ragged_dot.weight_gradient(x, dy, sizes),
+    )
+    for ours, other, exact in zip(kernels(*given, depth=128), theirs, explicit(*given), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        norm = [np.linalg.norm(np.asarray(a, np.float64) - exact) for a in (ours, other)]
+        assert norm[0] <= 1.5 * norm[1]
+
+
+_visits = jax.jit(visits_of, static_argnums=(1, 2, 3), static_argnames="every")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 20), min_size=6, max_size=6).filter(lambda sizes: sum(sizes) <= 61),
+    tile=st.sampled_from([4, 16]),
+    every=st.sampled_from(["tile", "group"]),
+)
+@example([0, 0, 0, 0, 0, 0], 4, "tile")
+@example([0, 0, 0, 0, 0, 0], 16, "group")
+@example([0, 0, 61, 0, 0, 0], 16, "group")
+def test_visits_cover_each_row_once(sizes, tile, every):
+    M = 61
+    number = num_visits(Shape(M, len(sizes), 1, 1, 2), Tiles(tile, 1, 1))
+    visits = _visits(jnp.asarray(sizes, jnp.int32), M, tile, number, every=every)
+    group, place, start, stop = (np.asarray(field) for field in visits)
+    owner = np.full(-(-M // tile) * tile, -1)
+    for g, t, low, high in zip(group, place, start, stop, strict=True):
+        assert 0 <= low <= high <= tile and 0 <= g < len(sizes) and 0 <= t < -(-M // tile)
+        assert (owner[t * tile + low : t * tile + high] == -1).all()
+        owner[t * tile + low : t * tile + high] = g
+    np.testing.assert_array_equal(owner[: sum(sizes)], np.repeat(np.arange(len(sizes)), sizes))
+    assert (owner[sum(sizes) :] == -1).all()
+    # Results leave vector memory when their index changes, so each index must have all its visits in a row.
+    follows, count = (place, -(-M // tile)) if every == "tile" else (group, len(sizes))
+    assert (np.diff(follows) >= 0).all() and set(follows) == set(range(count))
+
+
+MIXTRAL = GroupedCase("bfloat16", 16384, 8, 4096, 14336)
+
+
+def test_named_on_tpu_and_never_chosen():
+    assert choose("pallas", MIXTRAL, TPU)[0] == "pallas"
+    impl, reason = choose("auto", MIXTRAL, TPU)
+    assert impl == "ragged_dot" and "not measured" in reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dtype": "float16"}, "not float16"),
+        ({"num_rows": 0}, "needs rows"),
+        ({"in_dim": 127 * 1024 + 8}, "no small divisor"),
+        ({"num_groups": 40000}, "scalar memory"),
+    ],
+)
+def test_refuses_what_it_cannot_do(changes, words):
+    case = GroupedCase(**{**vars(MIXTRAL), **changes})
+    assert words in supports("pallas", case, TPU)
+    with pytest.raises(ValueError, match="'pallas' can't run"):
+        choose("pallas", case, TPU)
+
+
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize(
+    ("tile", "words"),
+    [
+        (Tiles(2048, 4096, 2048), r"Tiles\(rows=2048, .* needs .* MiB of vector memory"),
+        (Tiles(100, 128, 128), "rows must be a multiple of 128"),
+        (Tiles(128, 128, 100), "columns must be a multiple of 128"),
+    ],
+)
+def test_tiles_without_room_are_named(which, tile, words):
+    with pytest.raises(ValueError, match=words):
+        check(Shape(8192, 8, 4096, 4096, 2), tile, which)
+
+
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_chosen_tiles_fit(which, dtype):
+    # Mixtral, moe-1b, DeepSeek's, decode of few rows, widths with awkward divisors.
+    for M, E, K, N in [
+        (16384, 8, 4096, 14336),
+        (32768, 8, 1024, 3584),
+        (131072, 128, 7168, 2048),
+        (64, 64, 2048, 1408),
+    ]:
+        shape = shape_of(GroupedCase(dtype, M, E, K, N), which)
+        tiles = choose_tiles(shape, which)
+        check(shape, tiles, which)
+        assert needed_bytes(shape, tiles, which) <= VMEM_BYTES and table_bytes(shape, tiles) <= SMEM_BYTES
+
+
+def needs_libtpu(test):
+    absent = importlib.util.find_spec("libtpu") is None
+    return pytest.mark.skipif(absent, reason="libtpu, TPU's compiler, is not installed")(test)
+
+
+@contextlib.contextmanager
+def nothing_cached() -> Iterator[None]:
+    """JAX stores a program for a chip that is not there, and fails where it reads one back."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+def compiled(chip, function, *shapes):
+    """A function of arrays, given as (shape, dtype), compiled for one chip of a slice that is not there."""
+    mesh = Mesh(tpu_devices(SLICES[chip])[:1], ("x",))
+    struct = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
+    # Mosaic asks the mesh which chip it is for.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nothing_cached():
+        return jax.jit(function).lower(*(struct(*shape) for shape in shapes)).compile()
+
+
+@needs_libtpu
+@pytest.mark.parametrize("chip", SLICES)
+def test_compiles_for_tpu(chip):
+    """By the public op: forward and both gradients, with widths that fill no register and a depth in two steps."""
+
+    def both(x, w, sizes):
+        def loss(x, w):
+            return jnp.sum(grouped_matmul(x, w, sizes, impl="pallas", target=TPU).astype(jnp.float32) ** 2)
+
+        return jax.grad(loss, argnums=(0, 1))(x, w)
+
+    sizes = ((3,), jnp.int32)
+    program = compiled(chip, both, ((300, 72), jnp.bfloat16), ((3, 72, 200), jnp.bfloat16), sizes)
+    assert program.as_text().count("tpu_custom_call") >= 3
+
+
+@needs_libtpu
+@pytest.mark.parametrize("which", PASSES)
+def test_vector_memory_is_not_underestimated(monkeypatch, which):
+    """The compiler, held to our own count for the tile, has enough."""
+    M, K, N, tile = 1024, 1024, 1024, Tiles(256, 512, 512)
+    monkeypatch.setattr(tpu, "VMEM_BYTES", needed_bytes(Shape(M, 2, K, N, 2), tile, which))
+    x, w, sizes = ((M, K), jnp.bfloat16), ((2, K, N), jnp.bfloat16), ((2,), jnp.int32)
+    if which == "weight_gradient":
+        compiled("v5e", functools.partial(tpu.weight_gradient, tiles=tile), x, x, sizes)
+    else:
+        compiled("v5e", functools.partial(tpu.product, transpose=which == "transposed", tiles=tile), x, w, sizes)
+
+
+@needs_libtpu
+def test_compiles_in_float32():
+    compiled("v6e", tpu.product, ((256, 256), jnp.float32), ((2, 256, 128), jnp.float32), ((2,), jnp.int32))
