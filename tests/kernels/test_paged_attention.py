@@ -18,6 +18,7 @@ from kernels import aot
 from kernels.paged_attention import (
     PagedAttentionCase,
     choose,
+    combine,
     extend_pages,
     paged_attention,
     supports,
@@ -245,7 +246,9 @@ def test_one_token_of_each_row_is_written_by_the_kernel_that_attends(newer_jax, 
     assert [given is None for given in calls] == [False, True]
 
 
-def test_parts_add_up_to_the_whole():
+@pytest.mark.parametrize("most_terms", [16, 1])
+def test_parts_add_up_to_the_whole(monkeypatch, most_terms):
+    monkeypatch.setattr(combine, "MOST_TERMS", most_terms)
     rng = np.random.default_rng(0)
     scores, values = rng.normal(size=(3, 5, 4)), rng.normal(size=(3, 5, 4, 2))
     scores[1, :, 0] = -np.inf
