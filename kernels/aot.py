@@ -92,6 +92,13 @@ CASES = {
     "backward, all masks": GradientsCase(
         AttentionCase("bfloat16", 4096, 4096, 32, 8, 128, 128, True, 1000, True, True, True, True)
     ),
+    **{
+        f"backward, {key}/{value}": GradientsCase(AttentionCase("bfloat16", 4096, 4096, 32, 8, key, value))
+        for key, value in ((96, 96), (192, 128), (256, 256))
+    },
+    "backward, 256, all masks": GradientsCase(
+        AttentionCase("bfloat16", 4096, 4096, 16, 4, 256, 256, True, 1000, True, True, True, True)
+    ),
     "backward, 64, full": GradientsCase(AttentionCase("bfloat16", 4096, 4096, 32, 8, 64, 64, causal=False)),
 }
 
@@ -142,7 +149,7 @@ def _shared_bytes(case: PagedAttentionCase | AttentionCase | GradientsCase) -> i
     if isinstance(case, GradientsCase):
         from kernels.attention import gpu_backward
 
-        return gpu_backward.shared_bytes(case.forward.key_dim)
+        return gpu_backward.shared_bytes(case.forward.key_dim, case.forward.value_dim)
     if isinstance(case, AttentionCase):
         return attention_tiles.shared_bytes(case, attention_tiles.choose_tiles(case))
     if tiles.few_queries(case):
@@ -213,7 +220,7 @@ def _compile_attention(case: AttentionCase | GradientsCase, mesh: jax.sharding.M
         soft_cap, sinks = (30.0 if case.soft_cap else None), (jnp.zeros(case.num_heads) if case.sinks else None)
         statics = {"scale": 0.1, "causal": case.causal, "window": case.window, "soft_cap": soft_cap, "sinks": sinks}
         if backward:
-            out, lse = jnp.zeros(q.shape, q.dtype), jnp.zeros(q.shape[:3])
+            out, lse = jnp.zeros((*q.shape[:3], case.value_dim), q.dtype), jnp.zeros(q.shape[:3])
             return gpu_backward.attention_gradients(q, k, v, out, lse, out, None, **statics, **marks)
         scales = tuple(jnp.ones((B, x.shape[2])) for x in (q, k, v)) if case.float8 else None
         return gpu.forward(q, k, v, **statics, **marks, tiles=attention_tiles.choose_tiles(case), scales=scales)

@@ -6,6 +6,11 @@ heads of the group: dk and dv stay in registers until the end. Two warpgroups mu
 dS also goes through shared memory to the fifth product, dq = dS · K over the keys of both. A third warpgroup copies
 queries and output gradients into a ring of buffers. A fourth adds dq, float32, to global memory.
 
+Keys wider than 128 have sums that the registers of one warpgroup do not hold. Then a block of threads has 64 keys, and
+one warpgroup adds up dk, the other dv. Both compute the same scores, six products where five are counted: the first
+multiplies S, dP and dk and gives dS to the second, which multiplies S, dv and dq. Widths between 64 and 128 are filled
+up with zeros.
+
 Why one kernel: apart, dq and dk with dv need seven products, S and dP twice. At 600 TFLOP/s of products that is 428 of
 the five that are counted (the target is 520).
 
@@ -31,7 +36,7 @@ from jax import lax
 
 from kernels import hopper
 from kernels.attention.masks import Marks
-from kernels.attention.tiles import GRADIENT_WIDTHS, gradient_unsupported
+from kernels.attention.tiles import WIDTHS, swizzle
 
 # The log-sum-exp that a query which sees nothing is given: every exp(score - this) is 0, and it is finite.
 _NOTHING = 1e30
@@ -50,12 +55,14 @@ _COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
 
 @dataclasses.dataclass(frozen=True)
 class BackwardTiles:
-    """block_queries: of one step; block_keys: of a block of threads; num_buffers: blocks of queries, and of output
-    gradients, in shared memory."""
+    """block_queries: of one step; block_keys: of a block of threads; num_buffers, num_outs: blocks of queries and of
+    output gradients in shared memory; wide: one warpgroup has dk and the other dv, of the same keys."""
 
     block_queries: int
     block_keys: int
     num_buffers: int
+    num_outs: int
+    wide: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +91,12 @@ class _Statics:
     @property
     def key_blocks(self) -> int:
         return -(-self.num_keys // self.tiles.block_keys)
+
+    @property
+    def dq_columns(self) -> int:
+        """Of what a warpgroup multiplies at a time of a step's dq, and of its place in shared memory: half of them, or
+        all 64. Wide, the warpgroup with dv does that twice."""
+        return max(64, self.key_dim // 2)
 
     @property
     def used_masks(self) -> tuple[bool, bool, bool, bool]:
@@ -121,7 +134,8 @@ class _Inputs(NamedTuple):
 class _Shared(NamedTuple):
     """Shared memory of a block of threads and its barriers. `arrived`: the copy is there. `free`: both warpgroups are
     done with it. `ds_ready`, `dq_ready`: both have written their share. Two buffers of `ds` need no `free`: who writes
-    the next but one has seen the other's next, which came after its product of this one."""
+    the next but one has seen the other's next, which came after its product of this one. Wide, one warpgroup writes dS
+    and the other frees it, and output gradients, of which there may be one buffer, are waited for apart."""
 
     k: Any
     v: Any
@@ -134,8 +148,11 @@ class _Shared(NamedTuple):
     masks: Marks
     keys_arrived: Any
     arrived: Any
+    outs_arrived: Any
     free: Any
+    outs_free: Any
     ds_ready: Any
+    ds_free: Any
     dq_ready: Any
     dq_free: Any
 
@@ -182,13 +199,22 @@ def attention_gradients(
     """
     B, T, N, H = q_BTNH.shape
     S, K, V = v_BSKH.shape[1:]
-    if (H, V) not in GRADIENT_WIDTHS:
-        raise ValueError(f"{gradient_unsupported(H, V)}; set the attention impl to 'auto', 'cudnn' or 'xla'")
+    if (H, V) not in WIDTHS:
+        widths = ", ".join(f"{key}/{value}" for key, value in WIDTHS)
+        raise ValueError(
+            f"the kernel takes key/value widths of {widths}, not {H}/{V}; set the attention impl to 'auto' or 'xla'"
+        )
+    if 64 < H < 128:
+        given, added = (q_BTNH, k_BSKH, v_BSKH, d_out_BTNH), ((0, 0), (0, 0), (0, 0), (0, 128 - H))
+        q_BTNH, k_BSKH, v_BSKH, d_out_filled = (jnp.pad(array, added) for array in given)
+    else:
+        d_out_filled = d_out_BTNH
     if scale == 0:
         raise ValueError("scale=0 gives every key the same score; it must be another number for impl 'pallas'")
-    tiles = choose_backward_tiles(H) if tiles is None else tiles
+    widths = (q_BTNH.shape[-1], v_BSKH.shape[-1])
+    tiles = choose_backward_tiles(*widths) if tiles is None else tiles
     features = (q_segments is not None, q_positions is not None)
-    statics = _Statics(B, T, S, K, N // K, H, V, scale, causal, window, soft_cap, *features, tiles)
+    statics = _Statics(B, T, S, K, N // K, *widths, scale, causal, window, soft_cap, *features, tiles)
     delta_BTN = jnp.sum(d_out_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1)
     if d_lse_BTN is not None:
         delta_BTN = delta_BTN - d_lse_BTN
@@ -197,12 +223,10 @@ def attention_gradients(
         # lse is finite wherever there is a sink.
         d_sinks = -jnp.sum(jnp.exp(sinks.astype(jnp.float32) - lse_BTN) * delta_BTN, axis=(0, 1)).astype(sinks.dtype)
     shift_BTN = -_unit(statics) * jnp.where(lse_BTN == -jnp.inf, _NOTHING, lse_BTN)
-    if soft_cap is not None:
-        # The largest score, from which the kernel subtracts.
-        shift_BTN = shift_BTN + soft_cap * hopper.LOG2_E
-    arrays = (q_BTNH, k_BSKH, v_BSKH, d_out_BTNH, shift_BTN, -delta_BTN)
+    arrays = (q_BTNH, k_BSKH, v_BSKH, d_out_filled, shift_BTN, -delta_BTN)
     masks = Marks(q_segments, kv_segments, q_positions, kv_positions)
-    return *_gradients(statics, arrays, masks, interpret), d_sinks
+    dq, dk, dv = _gradients(statics, arrays, masks, interpret)
+    return dq[..., :H], dk[..., :H], dv[..., :V], d_sinks
 
 
 def _unit(statics: _Statics) -> float:
@@ -210,17 +234,24 @@ def _unit(statics: _Statics) -> float:
     return 1 / statics.scale if statics.soft_cap is None else hopper.LOG2_E
 
 
-def choose_backward_tiles(head_dim: int) -> BackwardTiles:
+def choose_backward_tiles(key_dim: int, value_dim: int) -> BackwardTiles:
     """By the compiler's report of registers: `python -m kernels.aot`."""
-    return BackwardTiles(128 if head_dim == 64 else 64, 128, 2)
+    if key_dim > 128:
+        # Two blocks of 256 columns of queries and output gradients leave no room for dq.
+        return BackwardTiles(64, 64, 2, 1 if value_dim > 128 else 2, True)
+    return BackwardTiles(128 if key_dim == 64 else 64, 128, 2, 2, False)
 
 
-def shared_bytes(head_dim: int) -> int:
-    """Shared memory of a block of threads, of both widths alike: keys and values, the ring of queries and output
-    gradients with two numbers and two marks of each query, dS twice, dq, the marks of the keys, and the barriers."""
-    queries, keys, buffers = dataclasses.astuple(choose_backward_tiles(head_dim))
-    ring = buffers * queries * (2 * 2 * head_dim + 4 * 4)
-    return 2 * 2 * keys * head_dim + ring + 2 * 2 * keys * queries + 2 * 4 * 64 * 64 + 2 * 4 * keys + 256
+def shared_bytes(key_dim: int, value_dim: int) -> int:
+    """Shared memory of a block of threads: keys and values, the ring of queries and output gradients with two numbers
+    and two marks of each query, dS twice, dq, the marks of the keys, and the barriers."""
+    if 64 < key_dim < 128:
+        key_dim = value_dim = 128
+    tiles = choose_backward_tiles(key_dim, value_dim)
+    queries, keys = tiles.block_queries, tiles.block_keys
+    ring = queries * (2 * tiles.num_buffers * key_dim + 2 * tiles.num_outs * value_dim + 4 * 4 * tiles.num_buffers)
+    dq = 4 * 64 * (key_dim // 2 if tiles.wide else 2 * 64)
+    return 2 * keys * (key_dim + value_dim) + ring + 2 * 2 * keys * queries + dq + 2 * 4 * keys + 256
 
 
 # A jit of its own, so that a model's layers are built once.
@@ -339,7 +370,7 @@ def _call(statics: _Statics, inputs: _Inputs, interpret):
         functools.partial(_body, statics),
         out_type=outs,
         kernel_name="attention_backward",
-        scratch_types=list(_scratch(statics, dtype)),
+        scratch_types=[scratch for scratch in _scratch(statics, dtype) if scratch is not None],
         grid=(statics.batch * statics.num_kv_heads * statics.key_blocks,),
         grid_names=("item",),
         num_threads=4,
@@ -351,29 +382,39 @@ def _call(statics: _Statics, inputs: _Inputs, interpret):
 
 
 def _scratch(statics: _Statics, dtype) -> _Shared:
-    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    wide = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
-    queries, keys, buffers = dataclasses.astuple(statics.tiles)
+    def tiled(*shape, part=64):
+        """`part`: columns that a product takes at a time."""
+        size = swizzle(2 * part)
+        return plgpu.SMEM(
+            shape, dtype, transforms=(plgpu.TilingTransform((8, size // 2)), plgpu.SwizzleTransform(size))
+        )
+
+    columns = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+    queries, keys, buffers, outs, wide = dataclasses.astuple(statics.tiles)
+    part = statics.dq_columns
     used, shapes = statics.used_masks, ((buffers, queries), (keys,)) * 2
     once = plgpu.Barrier(num_barriers=1)
     both = plgpu.Barrier(num_arrivals=2, num_barriers=1)
     return _Shared(
-        k=plgpu.SMEM((1, keys, statics.key_dim), dtype, transforms=tiled),
-        v=plgpu.SMEM((1, keys, statics.value_dim), dtype, transforms=tiled),
-        q=plgpu.SMEM((buffers, queries, statics.key_dim), dtype, transforms=tiled),
-        d_out=plgpu.SMEM((buffers, queries, statics.value_dim), dtype, transforms=tiled),
+        k=tiled(1, keys, statics.key_dim, part=part),
+        v=tiled(1, keys, statics.value_dim),
+        q=tiled(buffers, queries, statics.key_dim, part=part),
+        d_out=tiled(outs, queries, statics.value_dim),
         shift=plgpu.SMEM((buffers, queries), jnp.float32),
         delta=plgpu.SMEM((buffers, queries), jnp.float32),
-        ds=plgpu.SMEM((2, keys, queries), dtype, transforms=tiled),
-        dq=plgpu.SMEM((1, 2, 64, 64), jnp.float32, transforms=wide),
+        ds=tiled(2, keys, queries, part=part),
+        dq=plgpu.SMEM((1, 1 if wide else 2, 64, statics.dq_columns), jnp.float32, transforms=columns),
         masks=Marks(
             *(None if not used else plgpu.SMEM(shape, jnp.int32) for used, shape in zip(used, shapes, strict=True))
         ),
         keys_arrived=plgpu.Barrier(num_arrivals=2 + sum(used) // 2, num_barriers=1),
-        arrived=plgpu.Barrier(num_arrivals=4 + sum(used) // 2, num_barriers=buffers),
+        arrived=plgpu.Barrier(num_arrivals=4 - wide + sum(used) // 2, num_barriers=buffers),
+        outs_arrived=plgpu.Barrier(num_arrivals=1, num_barriers=outs) if wide else None,
         free=plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
-        ds_ready=both,
-        dq_ready=both,
+        outs_free=plgpu.Barrier(num_arrivals=2, num_barriers=outs) if wide else None,
+        ds_ready=plgpu.Barrier(num_barriers=2) if wide else both,
+        ds_free=plgpu.Barrier(num_barriers=2) if wide else None,
+        dq_ready=once if wide else both,
         dq_free=once,
     )
 
@@ -383,8 +424,10 @@ def _body(statics: _Statics, *refs):
     num_inputs = len(_Inputs._fields) - 1
     masks = iter(refs[num_inputs : num_inputs + num_masks])
     inputs = _Inputs(*refs[:num_inputs], Marks(*(next(masks) if used else None for used in statics.used_masks)))
-    dq_ref, dk_ref, dv_ref, *shared = refs[num_inputs + num_masks :]
-    shared = _Shared(*shared)
+    dq_ref, dk_ref, dv_ref, *given = refs[num_inputs + num_masks :]
+    given = iter(given)
+    shared = _scratch(statics, inputs.q.dtype)
+    shared = _Shared(*(None if scratch is None else next(given) for scratch in shared))
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup == _COPIER)
@@ -401,12 +444,25 @@ def _body(statics: _Statics, *refs):
     def _():
         plgpu.set_max_registers(_REGISTERS, action="increase")
         work = _work(statics, inputs)
+        if statics.tiles.wide:
+            pl.when(warpgroup == 0)(functools.partial(_wide_dk, statics, work, shared, dk_ref))
+            pl.when(warpgroup == 1)(functools.partial(_wide_dv, statics, work, shared, dv_ref))
+            return
         dk, dv = _multiply_all(statics, work, warpgroup, shared)
-        # Computed again, so that nothing is kept in registers for it.
-        row, kv_head, key_block = _coordinates(statics, lax.axis_index("item") + _origin(work.steps))
-        rows = pl.ds(key_block * statics.tiles.block_keys + warpgroup * 64, 64)
-        dk_ref[row, rows, kv_head] = (dk * statics.scale).astype(dk_ref.dtype)
-        dv_ref[row, rows, kv_head] = dv.astype(dv_ref.dtype)
+        place = _place(statics, work, warpgroup)
+        dk_ref[place] = (dk * statics.scale).astype(dk_ref.dtype)
+        dv_ref[place] = dv.astype(dv_ref.dtype)
+
+
+def _place(statics: _Statics, work: _Work, warpgroup):
+    """Of a warpgroup's keys in dk and dv. Computed again, so that nothing is kept in registers for it."""
+    row, kv_head, key_block = _coordinates(statics, lax.axis_index("item") + _origin(work.steps))
+    return row, pl.ds(key_block * statics.tiles.block_keys + _first_key(statics, warpgroup), 64), kv_head
+
+
+def _first_key(statics: _Statics, warpgroup):
+    """Of the 64 of a warpgroup, within the block."""
+    return 0 if statics.tiles.wide else warpgroup * 64
 
 
 def _work(statics: _Statics, inputs: _Inputs) -> _Work:
@@ -451,7 +507,7 @@ def _head(statics: _Statics, work: _Work, step):
 
 def _copy(statics: _Statics, work: _Work, inputs: _Inputs, shared: _Shared) -> None:
     """Keys and values once, queries and what belongs to them step by step."""
-    queries, keys, buffers = dataclasses.astuple(statics.tiles)
+    queries, keys, buffers, outs, wide = dataclasses.astuple(statics.tiles)
 
     def copy_masks(sides, rows, buffer, arrived):
         for source, target in zip(inputs.masks[sides::2], shared.masks[sides::2], strict=True):
@@ -473,15 +529,20 @@ def _copy(statics: _Statics, work: _Work, inputs: _Inputs, shared: _Shared) -> N
         rows = pl.ds(query_block * queries, queries)
         arrived = shared.arrived.at[buffer]
         pl.when(step >= buffers)(functools.partial(plgpu.barrier_wait, shared.free.at[buffer]))
-        for matrix, smem in ((inputs.q, shared.q), (inputs.d_out, shared.d_out)):
-            plgpu.copy_gmem_to_smem(matrix.at[work.row, rows, head], smem.at[buffer], arrived)
+        plgpu.copy_gmem_to_smem(inputs.q.at[work.row, rows, head], shared.q.at[buffer], arrived)
         for vector, smem in ((inputs.shift, shared.shift), (inputs.delta, shared.delta)):
             plgpu.copy_gmem_to_smem(vector.at[work.row, head, rows], smem.at[buffer], arrived)
         copy_masks(0, rows, buffer, arrived)
+        if wide:
+            buffer = hopper.remainder(step, outs)
+            arrived = shared.outs_arrived.at[buffer]
+            pl.when(step >= outs)(functools.partial(plgpu.barrier_wait, shared.outs_free.at[buffer]))
+        plgpu.copy_gmem_to_smem(inputs.d_out.at[work.row, rows, head], shared.d_out.at[buffer], arrived)
 
     # Every completion of a barrier is waited for, so that all is free at the end (the interpreter asks it).
-    for buffer in range(buffers):
-        pl.when(buffer < work.steps)(functools.partial(plgpu.barrier_wait, shared.free.at[buffer]))
+    for free, count in ((shared.free, buffers), (shared.outs_free, outs)):
+        for buffer in range(0 if free is None else count):
+            pl.when(buffer < work.steps)(functools.partial(plgpu.barrier_wait, free.at[buffer]))
 
 
 def _add_all(statics: _Statics, work: _Work, inputs: _Inputs, dq_ref, shared: _Shared) -> None:
@@ -495,24 +556,26 @@ def _add_all(statics: _Statics, work: _Work, inputs: _Inputs, dq_ref, shared: _S
         query_block = _query_block(statics, work, inputs, step)
         head = _head(statics, work, step)
         turn = inputs.turns[_table_row(inputs.walk, work.row), work.key_block, hopper.floor(step, statics.group)]
-        plgpu.barrier_wait(shared.dq_ready.at[0])
-        _await_turn(turns, (work.row, head, query_block), turn)
-        for i in range(2):
-            place = _dq_place(statics, work, dq_ref, query_block, head, i)
-            pl.when(turn == 0)(functools.partial(_put, shared.dq.at[0, i], place))
-            pl.when(turn > 0)(functools.partial(_add, shared.dq.at[0, i], place))
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.barrier_arrive(shared.dq_free.at[0])
+        for piece in range(2 if statics.tiles.wide else 1):
+            plgpu.barrier_wait(shared.dq_ready.at[0])
+            if piece == 0:
+                _await_turn(turns, (work.row, head, query_block), turn)
+            for i in range(1 if statics.tiles.wide else 2):
+                place = _dq_place(statics, work, dq_ref, query_block, head, i + piece)
+                pl.when(turn == 0)(functools.partial(_put, shared.dq.at[0, i], place))
+                pl.when(turn > 0)(functools.partial(_add, shared.dq.at[0, i], place))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(shared.dq_free.at[0])
         plgpu.wait_smem_to_gmem(0)
         _end_turn(turns, (work.row, head, query_block))
 
 
 def _dq_place(statics: _Statics, work: _Work, dq_ref, query_block, head, part: int):
-    """Where dq of a warpgroup goes: 64 of 128 columns, or of 64 columns 64 of 128 rows."""
+    """Where dq of a warpgroup goes: half of the columns, or of 64 columns 64 of 128 rows."""
     base = query_block * statics.tiles.block_queries
     if statics.tiles.block_queries == 128:
         return dq_ref.at[work.row, pl.ds(base + part * 64, 64), head]
-    return dq_ref.at[work.row, pl.ds(base, 64), head, pl.ds(part * 64, 64)]
+    return dq_ref.at[work.row, pl.ds(base, 64), head, pl.ds(part * statics.dq_columns, statics.dq_columns)]
 
 
 def _turns(statics: _Statics):
@@ -541,12 +604,32 @@ def _add(smem, place) -> None:
 
 def _multiply_all(statics: _Statics, work: _Work, warpgroup, shared: _Shared):
     """(dk [64, H], dv [64, V]) of a warpgroup's keys, without the scale."""
-    dk = plgpu.layout_cast(jnp.zeros((64, statics.key_dim), jnp.float32), hopper.MATRIX)
-    dv = plgpu.layout_cast(jnp.zeros((64, statics.value_dim), jnp.float32), hopper.MATRIX)
+    dk, dv = _zeros(64, statics.key_dim), _zeros(64, statics.value_dim)
     pl.when(work.steps > 0)(functools.partial(plgpu.barrier_wait, shared.keys_arrived.at[0]))
     step = functools.partial(_step, statics, work, shared)
     second = jnp.minimum(work.steps, 1)
     sums = lax.fori_loop(0, second, functools.partial(step, first=True), (dk, dv))
+    sums = _runs_of_steps(statics, work, second, step, sums)
+
+    @pl.when(work.steps > 0)
+    def _():
+        last = work.steps - 1
+        plgpu.barrier_wait(shared.ds_ready.at[0])
+        _store_dq(shared, warpgroup, last, _product(_zeros(64, 64), *_dq_operands(statics, warpgroup, shared, last)))
+        plgpu.barrier_wait(shared.dq_free.at[0])
+
+    return sums
+
+
+def _zeros(rows: int, columns: int) -> jax.Array:
+    return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), hopper.MATRIX)
+
+
+def _runs_of_steps(statics: _Statics, work: _Work, second, step, sums):
+    """`sums` after the steps from `second` on, masked where they must be."""
+    if _can_mask(statics) and statics.tiles.wide:
+        # All of them: with more than one loop, the sums would be in the way of each other.
+        return lax.fori_loop(second, work.steps, step, sums)
     if _can_mask(statics):
         begin, end = jnp.maximum(work.begin, second), jnp.maximum(work.end, second)
 
@@ -557,21 +640,8 @@ def _multiply_all(statics: _Statics, work: _Work, warpgroup, shared: _Shared):
             sums = lax.fori_loop(low, middle, step, sums)
             return lax.fori_loop(middle, end, functools.partial(step, masked=False), sums)
 
-        sums = lax.fori_loop(0, 2, run, sums)
-    else:
-        sums = lax.fori_loop(second, work.steps, functools.partial(step, masked=False), sums)
-
-    @pl.when(work.steps > 0)
-    def _():
-        last = work.steps - 1
-        plgpu.barrier_wait(shared.ds_ready.at[0])
-        dq_operands = _dq_operands(statics, warpgroup, shared, last)
-        zeros = plgpu.layout_cast(jnp.zeros((64, dq_operands[1].shape[1]), jnp.float32), hopper.MATRIX)
-        dq = _product(zeros, *dq_operands)
-        _store_dq(shared, warpgroup, last, dq)
-        plgpu.barrier_wait(shared.dq_free.at[0])
-
-    return sums
+        return lax.fori_loop(0, 2, run, sums)
+    return lax.fori_loop(second, work.steps, functools.partial(step, masked=False), sums)
 
 
 def _step(statics: _Statics, work: _Work, shared: _Shared, step, sums, first=False, masked=True):
@@ -579,7 +649,7 @@ def _step(statics: _Statics, work: _Work, shared: _Shared, step, sums, first=Fal
     other warpgroup has its half of dS ready."""
     # Asked for anew at each step: kept from the start, it would be the one value too many for the registers.
     warpgroup = lax.axis_index("warpgroup")
-    buffer, mine = hopper.remainder(step, statics.tiles.num_buffers), pl.ds(warpgroup * 64, 64)
+    buffer, mine = hopper.remainder(step, statics.tiles.num_buffers), pl.ds(_first_key(statics, warpgroup), 64)
     q_smem, d_out_smem = shared.q.at[buffer], shared.d_out.at[buffer]
     origin = _origin(step)
     plgpu.barrier_wait(shared.arrived.at[buffer])
@@ -595,20 +665,10 @@ def _step(statics: _Statics, work: _Work, shared: _Shared, step, sums, first=Fal
         scores = _two_products(
             dq_operands, functools.partial(_store_dq, shared, warpgroup, before), start, scores_operands
         )
-    shape = (64, statics.tiles.block_queries)
-    delta = hopper.along(plgpu.load(shared.delta.at[buffer], layout=_QUERIES), shape, 1)
-    d_weights_operands, weigh = (
-        (shared.v.at[origin, mine], d_out_smem.T),
-        functools.partial(_weights, statics, shared, buffer),
+    d_weights_operands = (shared.v.at[origin, mine], d_out_smem.T)
+    weights, d_weights = _weights_and_gradient(
+        statics, work, warpgroup, shared, buffer, masked, scores, d_weights_operands
     )
-    masked = masked and _can_mask(statics)
-    if masked or statics.soft_cap is not None:
-        # One after the other, since a mask and the soft cap take registers.
-        mask = functools.partial(_masked, statics, work, warpgroup, shared, buffer) if masked else None
-        weights = weigh(scores, mask)
-        d_weights = _product(delta, *d_weights_operands)
-    else:
-        d_weights, weights = _product_beside(delta, *d_weights_operands, scores, functools.partial(weigh, mask=None))
     # Before the product with the weights begins, though it could go on meanwhile: the registers would not suffice.
     d_scores = (d_weights * _sloped(statics, shared, buffer, weights)).astype(shared.ds.dtype)
     weights = weights.astype(shared.ds.dtype)
@@ -621,6 +681,113 @@ def _step(statics: _Statics, work: _Work, shared: _Shared, step, sums, first=Fal
     sums = _accumulate(*sums, d_scores, q_smem, weights, d_out_smem, publish)
     plgpu.barrier_arrive(shared.free.at[buffer])
     return sums
+
+
+def _weights_and_gradient(statics, work, warpgroup, shared, buffer, masked, scores, d_weights_operands):
+    """(weights, their gradients less delta) of a step."""
+    shape = (64, statics.tiles.block_queries)
+    delta = hopper.along(plgpu.load(shared.delta.at[buffer], layout=_QUERIES), shape, 1)
+    weigh = functools.partial(_weights, statics, shared, buffer)
+    masked = masked and _can_mask(statics)
+    if masked or statics.soft_cap is not None:
+        # One after the other, since a mask and the soft cap take registers.
+        mask = functools.partial(_masked, statics, work, warpgroup, shared, buffer) if masked else None
+        weights = weigh(scores, mask)
+        return weights, _product(delta, *d_weights_operands)
+    return _product_beside(delta, *d_weights_operands, scores, functools.partial(weigh, mask=None))[::-1]
+
+
+def _wide_dk(statics: _Statics, work: _Work, shared: _Shared, dk_ref) -> None:
+    """dk, of all columns, and dS for the other warpgroup."""
+    pl.when(work.steps > 0)(functools.partial(plgpu.barrier_wait, shared.keys_arrived.at[0]))
+    step = functools.partial(_wide_dk_step, statics, work, shared)
+    sums = _runs_of_steps(statics, work, _origin(work.steps), step, _wide_zeros(statics.key_dim))
+    _store_wide(statics, work, [dk * statics.scale for dk in sums], dk_ref)
+    # Every completion of a barrier is waited for, so that all is free at the end (the interpreter asks it).
+    for place in range(2):
+        pl.when(work.steps > 0)(functools.partial(plgpu.barrier_wait, shared.ds_free.at[place]))
+
+
+def _wide_dk_step(statics: _Statics, work: _Work, shared: _Shared, step, sums, masked=True):
+    buffer, outs_buffer = (hopper.remainder(step, n) for n in (statics.tiles.num_buffers, statics.tiles.num_outs))
+    place, origin, q_smem = hopper.remainder(step, 2), _origin(step), shared.q.at[buffer]
+    plgpu.barrier_wait(shared.arrived.at[buffer])
+    scores = _product(_start(statics, shared, buffer), shared.k.at[origin], q_smem.T)
+    plgpu.barrier_wait(shared.outs_arrived.at[outs_buffer])
+    d_weights_operands = (shared.v.at[origin], shared.d_out.at[outs_buffer].T)
+    weights, d_weights = _weights_and_gradient(statics, work, 0, shared, buffer, masked, scores, d_weights_operands)
+    plgpu.barrier_arrive(shared.outs_free.at[outs_buffer])
+    d_scores = (d_weights * _sloped(statics, shared, buffer, weights)).astype(shared.ds.dtype)
+    plgpu.barrier_wait(shared.ds_free.at[place])
+    shared.ds[place] = d_scores
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(shared.ds_ready.at[place])
+    sums = _accumulate_wide(sums, d_scores, q_smem)
+    plgpu.barrier_arrive(shared.free.at[buffer])
+    return sums
+
+
+def _wide_dv(statics: _Statics, work: _Work, shared: _Shared, dv_ref) -> None:
+    """dv, of all columns, and dq."""
+
+    @pl.when(work.steps > 0)
+    def _():
+        plgpu.barrier_wait(shared.keys_arrived.at[0])
+        # Free at first.
+        for place in range(2):
+            plgpu.barrier_arrive(shared.ds_free.at[place])
+
+    step = functools.partial(_wide_dv_step, statics, work, shared)
+    second = jnp.minimum(work.steps, 1)
+    sums = lax.fori_loop(0, second, functools.partial(step, first=True), _wide_zeros(statics.value_dim))
+    sums = _runs_of_steps(statics, work, second, step, sums)
+    _store_wide(statics, work, sums, dv_ref)
+
+    @pl.when(work.steps > 0)
+    def _():
+        _wide_dq(statics, shared, work.steps - 1)
+        plgpu.barrier_wait(shared.dq_free.at[0])
+
+
+def _wide_dv_step(statics: _Statics, work: _Work, shared: _Shared, step, sums, first=False, masked=True):
+    """dq of the step before is multiplied after this step's scores: by then the other warpgroup has its dS ready."""
+    buffer, outs_buffer = (hopper.remainder(step, n) for n in (statics.tiles.num_buffers, statics.tiles.num_outs))
+    plgpu.barrier_wait(shared.arrived.at[buffer])
+    scores = _product(_start(statics, shared, buffer), shared.k.at[_origin(step)], shared.q.at[buffer].T)
+    mask = functools.partial(_masked, statics, work, 0, shared, buffer) if masked and _can_mask(statics) else None
+    weights = _weights(statics, shared, buffer, scores, mask).astype(shared.ds.dtype)
+    plgpu.barrier_arrive(shared.free.at[buffer])
+    plgpu.barrier_wait(shared.outs_arrived.at[outs_buffer])
+    sums = _accumulate_wide(sums, weights, shared.d_out.at[outs_buffer])
+    plgpu.barrier_arrive(shared.outs_free.at[outs_buffer])
+    if not first:
+        _wide_dq(statics, shared, step - 1)
+    return sums
+
+
+def _wide_zeros(columns: int) -> tuple[jax.Array, ...]:
+    """Sums of `columns`, in two: one product's must fit the registers that a thread starts with, which the compiler
+    counts with for a single instruction."""
+    return _zeros(64, columns // 2), _zeros(64, columns // 2)
+
+
+def _store_wide(statics: _Statics, work: _Work, sums, ref) -> None:
+    place, count = _place(statics, work, 0), sums[0].shape[1]
+    for half, array in enumerate(sums):
+        ref[*place, half * count : (half + 1) * count] = array.astype(ref.dtype)
+
+
+def _wide_dq(statics: _Statics, shared: _Shared, step) -> None:
+    """dq of a step, half of its columns at a time."""
+    place = hopper.remainder(step, 2)
+    plgpu.barrier_wait(shared.ds_ready.at[place])
+    for half in range(2):
+        columns = pl.ds(half * statics.dq_columns, statics.dq_columns)
+        operands = (shared.ds.at[place].T, shared.k.at[_origin(step), :, columns])
+        dq = _product(_zeros(64, statics.dq_columns), *operands)
+        if half:
+            plgpu.barrier_arrive(shared.ds_free.at[place])
+        _store_dq(shared, 0, step, dq)
 
 
 def _dq_operands(statics: _Statics, warpgroup, shared: _Shared, step):
@@ -657,21 +824,21 @@ def _weights(statics: _Statics, shared: _Shared, buffer, scores, mask) -> jax.Ar
     mask = (lambda exponent: exponent) if mask is None else mask
     if statics.soft_cap is None:
         return jnp.exp2(mask(scores * (statics.scale * hopper.LOG2_E)))
-    # tanh(x) = 1 - 2 r, with r = 1 / (1 + exp(2x)) by the exponential that the hardware has.
-    r = 1 / (1 + jnp.exp2(scores * (2 * statics.scale / statics.soft_cap * hopper.LOG2_E)))
-    return jnp.exp2(mask(r * (-2 * statics.soft_cap * hopper.LOG2_E) + _shift(statics, shared, buffer)))
+    # One instruction of the hardware, as in the forward pass.
+    capped = jnp.tanh(scores * (statics.scale / statics.soft_cap)) * (statics.soft_cap * hopper.LOG2_E)
+    return jnp.exp2(mask(capped + _shift(statics, shared, buffer)))
 
 
 def _sloped(statics: _Statics, shared: _Shared, buffer, weights) -> jax.Array:
-    """Weights times the derivative of the soft cap, 1 - tanh² = 4 (r - r²). From the weights, for want of registers
-    to keep r in; where a weight is 0, any finite derivative does."""
+    """Weights times the derivative of the soft cap, 1 - tanh². From the weights, for want of registers to keep the
+    tanh in; where a weight is 0, any finite derivative does."""
     if statics.soft_cap is None:
         return weights
-    r = (_shift(statics, shared, buffer) - jnp.log(weights) * hopper.LOG2_E) * (
-        1 / (2 * statics.soft_cap * hopper.LOG2_E)
+    tanh = (jnp.log(weights) * hopper.LOG2_E - _shift(statics, shared, buffer)) * (
+        1 / (statics.soft_cap * hopper.LOG2_E)
     )
-    r = jnp.minimum(r, 1)
-    return weights * (r * (4 - 4 * r))
+    tanh = jnp.maximum(tanh, -1)
+    return weights * (1 - tanh * tanh)
 
 
 def _shift(statics: _Statics, shared: _Shared, buffer) -> jax.Array:
@@ -685,11 +852,11 @@ def _can_mask(statics: _Statics) -> bool:
 
 def _masked(statics: _Statics, work: _Work, warpgroup, shared: _Shared, buffer, exponent):
     """`exponent` [keys, queries], -inf where a query does not see a key."""
-    shape, mine = exponent.shape, pl.ds(warpgroup * 64, 64)
+    shape, mine = exponent.shape, pl.ds(_first_key(statics, warpgroup), 64)
     q_segments, kv_segments, q_positions, kv_positions = shared.masks
     conditions = []
     if statics.key_padding:
-        count = statics.num_keys - work.key_block * statics.tiles.block_keys - warpgroup * 64
+        count = statics.num_keys - work.key_block * statics.tiles.block_keys - _first_key(statics, warpgroup)
         conditions.append(plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=hopper.MATRIX) < count)
     if q_positions is not None:
         # Loaded even where they are the indices: from an iota, the compiler keeps a register for each score.
@@ -712,7 +879,7 @@ def _masked(statics: _Statics, work: _Work, warpgroup, shared: _Shared, buffer, 
 
 def _product(start, a, b) -> jax.Array:
     """start + a · b. Pallas's interpreter doesn't know `run_state`: tests that use it put plain products in place of
-    this function and the three that follow."""
+    this function and the four that follow."""
 
     def product(acc):
         plgpu.wgmma(acc, a, b)
@@ -754,3 +921,13 @@ def _accumulate(dk, dv, d_scores, q_smem, weights, d_out_smem, meanwhile) -> tup
         plgpu.wgmma(dk_acc, d_scores, q_smem)
 
     return pl.run_state(products)((plgpu.ACC.init(dk), plgpu.ACC.init(dv)))
+
+
+def _accumulate_wide(sums, a, b_smem) -> tuple[jax.Array, ...]:
+    """Of each the sum of it and its columns of a · b."""
+
+    def products(refs):
+        for half, acc in enumerate(refs):
+            plgpu.wgmma(acc, a, b_smem.at[:, half * acc.shape[1] : (half + 1) * acc.shape[1]])
+
+    return pl.run_state(products)(tuple(plgpu.ACC.init(array) for array in sums))

@@ -22,8 +22,6 @@ NUM_PROCESSORS = 132
 # (key width, value width) that compile without spills, as `python -m kernels.aot` reports. Narrower tiles of shared
 # memory hold 80 and 96 columns without padding.
 WIDTHS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
-# Of the backward pass. Wider ones have more sums than the registers hold: 64 keys of 256 take them all.
-GRADIENT_WIDTHS = ((64, 64), (128, 128))
 # Keys of a block with float8 operands, by the width of the values.
 FLOAT8_WIDTHS = ((64, 64), (128, 128), (256, 256))
 FLOAT8_BLOCKS = {64: 128, 128: 128, 256: 64}
@@ -109,13 +107,6 @@ def unsupported(case: AttentionCase, target: Target) -> str | None:
     if (case.key_dim, case.value_dim) not in allowed:
         widths = ", ".join(f"{key}/{value}" for key, value in allowed)
         return f"the kernel takes {case.dtype} key/value widths of {widths}, not {case.key_dim}/{case.value_dim}"
-    if case.gradient and (case.key_dim, case.value_dim) not in GRADIENT_WIDTHS:
-        return gradient_unsupported(case.key_dim, case.value_dim)
     if 0 in (case.query_length, case.kv_length):
         return f"the kernel needs a query and a key, not {case.query_length} and {case.kv_length} of them"
     return None
-
-
-def gradient_unsupported(key_dim: int, value_dim: int) -> str:
-    widths = ", ".join(f"{key}/{value}" for key, value in GRADIENT_WIDTHS)
-    return f"the kernel's backward pass takes key/value widths of {widths}, not {key_dim}/{value_dim}"

@@ -132,6 +132,10 @@ def kernel():
         meanwhile()
         return dk + dot(d_scores, q_smem), dv + dot(weights, d_out_smem)
 
+    def accumulate_wide(sums, a, b_smem):
+        whole, count = dot(a, b_smem), sums[0].shape[1]
+        return sums[0] + whole[:, :count], sums[1] + whole[:, count:]
+
     # One thread of the interpreter's has both to itself, in its turn.
     def put(smem, place):
         place[...] = smem[...]
@@ -144,6 +148,7 @@ def kernel():
         patch.setattr(gpu_backward, "_two_products", two_products)
         patch.setattr(gpu_backward, "_product_beside", product_beside)
         patch.setattr(gpu_backward, "_accumulate", accumulate)
+        patch.setattr(gpu_backward, "_accumulate_wide", accumulate_wide)
         patch.setattr(gpu_backward, "_add", add)
         patch.setattr(gpu_backward, "_put", put)
         # Blocks of threads run one after another here, in the order that the turns ask for.
@@ -204,6 +209,13 @@ CASES = {
     "segments, positions, queries that see nothing, rows and kv heads": Case(
         T=64, S=140, B=2, N=2, K=2, H=128, documents=((30, 60, 20), (64, 76)), positions=(60, -40), d_lse=True
     ),
+    "widths of 96": Case(T=130, N=1, H=96),
+    "widths of 256, ragged, window, soft cap, sinks": Case(
+        T=150, N=2, H=256, window=70, soft_cap=3.0, sinks=True, d_lse=True, scale=-0.1
+    ),
+    "keys of 192, values of 128, segments, no causal mask": Case(
+        T=70, S=130, N=1, H=192, V=128, causal=False, documents=((30, 20),)
+    ),
 }
 
 
@@ -240,7 +252,7 @@ def test_walks_visit_what_is_seen(case):
 
     masks = masks_of(case)
     masks.pop("sinks")
-    tiles = backward.choose_backward_tiles(case.H)
+    tiles = backward.choose_backward_tiles(case.H, case.H)
     features = (case.documents is not None, case.positions is not None)
     fixed = (case.B, case.T, case.keys, case.K, case.N // case.K, case.H, case.H)
     statics = backward._Statics(*fixed, case.scale, case.causal, case.window, None, *features, tiles)
@@ -273,7 +285,7 @@ def test_blocks_of_threads_start_in_the_order_of_their_turns(batch, kv_heads, ke
         pytest.skip(f"JAX {jax.__version__} lacks what the module imports; 0.11 has it")
     from kernels.attention import gpu_backward as backward
 
-    tiles = backward.choose_backward_tiles(128)
+    tiles = backward.choose_backward_tiles(128, 128)
     sizes = (batch, 128, key_blocks * tiles.block_keys, kv_heads, 1, 128, 128)
     statics = backward._Statics(*sizes, 1.0, True, None, None, False, False, tiles)
     with pytest.MonkeyPatch.context() as patch:
@@ -291,7 +303,7 @@ def test_widths_without_a_kernel_are_refused():
         pytest.skip(f"JAX {jax.__version__} lacks what the module imports; 0.11 has it")
     from kernels.attention import gpu_backward as backward
 
-    case = Case(T=64, H=256)
+    case = Case(T=64, H=48)
     (q, k, v, d_out), d_lse, masks = operands(case)
-    with pytest.raises(ValueError, match="64/64, 128/128, not 256/256; set the attention impl"):
+    with pytest.raises(ValueError, match="192/128, 256/256, not 48/48; set the attention impl"):
         backward.attention_gradients(q, k, v, d_out, d_out[..., 0], d_out, d_lse, **statics(case), **masks)
