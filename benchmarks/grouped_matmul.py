@@ -121,7 +121,7 @@ def _jax_mosaic(which: str) -> Callable[..., Any]:
     tiles = {"block_m": 128, "block_n": 128, "block_k": 64, "max_concurrent_steps": 4, "grid_block_n": 4}
     if which == "dw":
         module = importlib.import_module(f"{package}.transposed_ragged_dot_mgpu")
-        return lambda x, w, dy, sizes: module.transposed_ragged_dot(x.T, dy, group_sizes=sizes, **tiles)
+        return lambda x, w, dy, sizes: module.transposed_ragged_dot(x, dy, group_sizes=sizes, **tiles)
     module = importlib.import_module(f"{package}.ragged_dot_mgpu")
     if which == "forward":
         return lambda x, w, dy, sizes: module.ragged_dot(x, w, group_sizes=sizes, **tiles)

@@ -20,8 +20,8 @@ from kernels.grouped_matmul.persistent import Tile, aligned, rows_from, tiles_of
 from kernels.grouped_matmul.tiles import ROW_ALIGNMENT, WIDTH, Tiles, choose_tiles
 
 
-class _Product(persistent.Kernel):
-    """x [M, K] and w [E, K, N]; `_Transposed`: w [E, N, K]."""
+class Product(persistent.Kernel):
+    """x [M, K] and w [E, K, N]; `TransposedProduct`: w [E, N, K]."""
 
     name = "grouped_matmul"
 
@@ -70,7 +70,7 @@ class _Product(persistent.Kernel):
         return tile.begin, tile.end
 
 
-class _Transposed(_Product):
+class TransposedProduct(Product):
     name = "grouped_matmul_transposed"
 
     @property
@@ -95,7 +95,7 @@ def product(x, w, group_sizes, transpose: bool = False, *, tiles: Tiles | None =
     `tiles`: None for the choice of `choose_tiles`. `interpret`: parameters of Pallas's interpreter, which tests give.
     """
     num_rows, in_dim = x.shape
-    kind, out_dim = (_Transposed, w.shape[1]) if transpose else (_Product, w.shape[2])
+    kind, out_dim = (TransposedProduct, w.shape[1]) if transpose else (Product, w.shape[2])
     tiles = choose_tiles(num_rows, w.shape[0], in_dim, out_dim) if tiles is None else tiles
     # Copies fill shared memory by eight rows.
     x = jnp.pad(x, ((0, -num_rows % ROW_ALIGNMENT), (0, 0))) if num_rows % ROW_ALIGNMENT else x

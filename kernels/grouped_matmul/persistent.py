@@ -273,30 +273,33 @@ def _multiply(kernel: Kernel, warpgroup, shared: Shared, tile: Tile, start, acc)
     return acc[...]
 
 
-def _store(kernel: Kernel, warpgroup, out_ref, shared: Shared, tile: Tile, values) -> None:
-    """Starts the copies of a warpgroup's outputs, 64 rows at a time."""
+def _store(kernel: Kernel, warpgroup, out_ref, shared: Shared, tile: Tile, values, *, offset: int = 0, turn: int = 0):
+    """Starts the copies of a warpgroup's outputs, 64 rows at a time; or of some of them, from column `offset` on, when
+    so many copies of 64 columns have started before (mod 2): their places are used in turn, in all a tile's copies."""
     by_rows = kernel.tiles.split == "rows"
     first_row = tile.row + (warpgroup * values.shape[0] if by_rows else 0)
-    first_column = tile.column + (0 if by_rows else warpgroup * values.shape[1])
+    first_column = tile.column + (offset if by_rows else warpgroup * values.shape[1])
     owned = kernel.owned(tile)
     swizzled, plain = shared.out
-    for offset in range(0, values.shape[0], WIDTH):
-        row, block = first_row + offset, values[offset : offset + WIDTH]
-        store = functools.partial(_store_whole, kernel, out_ref, tile, row, first_column, swizzled.at[warpgroup], block)
+    chunks = values.shape[1] // WIDTH
+    for i in range(values.shape[0] // WIDTH):
+        row, block, at = first_row + i * WIDTH, values[i * WIDTH : (i + 1) * WIDTH], turn + i * chunks
+        to = (kernel, out_ref, tile, row, first_column)
+        store = functools.partial(_store_whole, *to, swizzled.at[warpgroup], block, at)
         if owned is None:
             store()
             continue
         first, last = jnp.maximum(owned[0] - row, 0), jnp.minimum(owned[1] - row, WIDTH)
         whole = (first == 0) & (last == WIDTH)
         pl.when(whole)(store)
-        some = functools.partial(_store_some, kernel, out_ref, tile, row, first_column, plain.at[warpgroup], block)
-        pl.when(~whole & (first < last))(functools.partial(some, first, last))
+        some = functools.partial(_store_some, *to, plain.at[warpgroup], block, at, first, last)
+        pl.when(~whole & (first < last))(some)
 
 
-def _store_whole(kernel: Kernel, out_ref, tile: Tile, row, column, places, block) -> None:
+def _store_whole(kernel: Kernel, out_ref, tile: Tile, row, column, places, block, turn: int) -> None:
     """64 rows."""
     for i in range(block.shape[1] // WIDTH):
-        smem = places.at[i % 2]
+        smem = places.at[(turn + i) % 2]
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         smem[...] = block[:, i * WIDTH : (i + 1) * WIDTH]
         plgpu.commit_smem()
@@ -304,10 +307,10 @@ def _store_whole(kernel: Kernel, out_ref, tile: Tile, row, column, places, block
         plgpu.copy_smem_to_gmem(smem, target)
 
 
-def _store_some(kernel: Kernel, out_ref, tile: Tile, row, column, places, block, first, last) -> None:
+def _store_some(kernel: Kernel, out_ref, tile: Tile, row, column, places, block, turn: int, first, last) -> None:
     """Rows [first, last) of fewer than 64: by copies of 32, 16, .. rows, whose number is fixed for each."""
     for i in range(block.shape[1] // WIDTH):
-        smem = places.at[i % 2]
+        smem = places.at[(turn + i) % 2]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         smem[...] = block[:, i * WIDTH : (i + 1) * WIDTH]
         plgpu.commit_smem()

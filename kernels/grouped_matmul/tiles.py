@@ -45,6 +45,10 @@ class Tiles:
         by_rows = self.split == "rows"
         return self.rows // (2 if by_rows else 1), self.columns // (1 if by_rows else 2)
 
+    def by_rows(self) -> Tiles:
+        """The same, with the rows shared out."""
+        return dataclasses.replace(self, split="rows")
+
 
 def choose_tiles(num_rows: int, num_groups: int, in_dim: int, out_dim: int) -> Tiles:
     """Of the product x [num_rows, in_dim] by as many matrices [in_dim, out_dim] as there are groups."""
@@ -54,6 +58,11 @@ def choose_tiles(num_rows: int, num_groups: int, in_dim: int, out_dim: int) -> T
 def choose_gradient_tiles(num_rows: int, num_groups: int, in_dim: int, out_dim: int) -> Tiles:
     """Of the gradient of those matrices."""
     return Tiles(128, 256, "columns", 4, 16)
+
+
+def choose_gated_tiles(num_rows: int, num_groups: int, in_dim: int, out_dim: int) -> Tiles:
+    """Of two products side by side, of as many sums each: half the columns."""
+    return Tiles(128, 128, "rows", 4, 16)
 
 
 def shared_bytes(tiles: Tiles) -> int:
