@@ -27,6 +27,7 @@ from checkpoint.pretrained import Pretrained, open_pretrained
 from model.execution import Execution
 from model.precision import Precision
 from model.transformer import Definition
+from quantization.rules import ProductRules
 from serving.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +49,8 @@ class Settings:
     """Tokens that a window begins before the end of the one before."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Weights and activations."""
+    precision: ProductRules = dataclasses.field(default_factory=ProductRules)
+    """Matrices of few bits, as when served."""
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or not self.paths:
@@ -75,11 +78,18 @@ def windows(tokens: list[int], context: int, overlap: int) -> Iterator[Window]:
         scored = end
 
 
-def scorer(pretrained: Pretrained, dtype: str) -> Callable[[np.ndarray], np.ndarray]:
+def scorer(
+    pretrained: Pretrained,
+    dtype: str,
+    rules: ProductRules = ProductRules(),  # noqa: B008
+) -> Callable[[np.ndarray], np.ndarray]:
     """Tokens [T] to the log-probability of each but the first given those before it, float32 [T - 1]."""
-    definition = Definition(pretrained.config, scan=False, param_dtype=dtype)
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    params, biases = pretrained.load(definition, jax.tree.map(lambda _: sharding, definition.abstract))
+    device = jax.devices()[0]
+    definition = Definition(pretrained.config, scan=False, param_dtype=dtype, rules=rules).stored_on(device)
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    shardings = jax.tree.map(lambda _: sharding, definition.plain.abstract)
+    params, biases = pretrained.load(definition.plain, shardings, definition.converter(lambda names: sharding))
+    params = definition.assemble(params, lambda names: sharding)
     execution = Execution(
         precision=Precision(param=dtype, compute=dtype, gradient=dtype),
         attention=("xla",) * len(pretrained.config.window_pattern),
@@ -129,7 +139,7 @@ def measure(settings: Settings) -> dict[str, object]:
     if settings.overlap >= context:
         raise ValueError(f"overlap={settings.overlap} must be below the model's {context} positions")
     documents = [tokenizer.encode(_read(path)) for path in settings.paths]
-    score, total, began = scorer(pretrained, settings.dtype), Total(), time.monotonic()
+    score, total, began = scorer(pretrained, settings.dtype, settings.precision), Total(), time.monotonic()
     for document in documents:
         left = settings.tokens - total.tokens
         for window in windows(document[: left + 1], context, settings.overlap):
@@ -151,6 +161,7 @@ def measure(settings: Settings) -> dict[str, object]:
         "context": context,
         "overlap": settings.overlap,
         "dtype": settings.dtype,
+        "products": settings.precision.products,
         "device": jax.devices()[0].device_kind,
         "seconds": round(time.monotonic() - began, 1),
     }

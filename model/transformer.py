@@ -335,30 +335,37 @@ class Definition:
         found = [(name, v.get_metadata("format"), v.get_value(), v.get_metadata("logical")) for name, v in flat]
         return [Matrix(*each) for each in found if each[1] is not None]
 
+    @property
+    def plain(self) -> Definition:
+        """The same parameters as files have them: projections one by one, nothing quantised."""
+        return dataclasses.replace(self, joined=False, rules=ProductRules(), stored_for=None)
+
     def converter(self, place: Place) -> Convert:
-        """Makes parameters of the same definition without formats into those of this one, but for their layout."""
-        plain = dict(nnx.to_flat_state(dataclasses.replace(self, rules=ProductRules(), stored_for=None)._split[1]))
-        made = dict(nnx.to_flat_state(self._split[1]))
+        """Makes `plain` parameters into those that `assemble` takes: each one quantised as soon as it is there."""
+        before = dict(nnx.to_flat_state(self.plain._split[1]))
+        after = dict(nnx.to_flat_state(dataclasses.replace(self, joined=False)._split[1]))
 
         def convert(path: tuple[str | int, ...], array: jax.Array) -> jax.Array | QArray:
-            if not isinstance(made[path].get_value(), QArray):
+            if not isinstance(after[path].get_value(), QArray):
                 return array
-            logical, format = plain[path].get_metadata("logical"), made[path].get_metadata("format")
+            logical, format = before[path].get_metadata("logical"), after[path].get_metadata("format")
             fields = quantized_logical(logical, format, "rows")
             return placed(quantize_matrix, "rows", place(fields.values), place(fields.scales))(array, logical, format)
 
         return convert
 
-    def arranged(self, params: Tree, place: Place) -> Tree:
-        """What a `converter` made, in the layouts of this definition. An array of the tree given goes when the next one
-        is there."""
-        flat, described = traverse_util.flatten_dict(params), dict(nnx.to_flat_state(self._split[1]))
-        for path, matrix in flat.items():
-            if isinstance(matrix, QArray):
-                logical = described[path].get_metadata("logical")
+    def assemble(self, params: Tree, place: Place) -> Tree:
+        """Parameters of this definition from what a `converter` made: joined, and in their layouts, one after another.
+        The tree given is changed, so that nothing is held twice."""
+        params = join_projections(params) if self.joined else params
+        described = dict(nnx.to_flat_state(self._split[1]))
+        for path in list(traverse_util.flatten_dict(params)):
+            node = functools.reduce(dict.__getitem__, path[:-1], params)
+            matrix, logical = node[path[-1]], described[path].get_metadata("logical")
+            if isinstance(matrix, QArray) and logical.layout != matrix.layout:
                 program = placed(arrange, logical.layout, place(logical.values), place(logical.scales))
-                flat[path] = program(matrix, logical.layout)
-        return traverse_util.unflatten_dict(flat)
+                node[path[-1]] = program(matrix, logical.layout)
+        return params
 
     @property
     def abstract(self) -> tuple[Tree, Tree]:

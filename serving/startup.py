@@ -15,8 +15,7 @@ from model.cache import abstract_cache
 from model.config import ModelConfig
 from model.parameter import Place
 from model.products import stored_bytes
-from model.transformer import Definition, Tree, join_projections
-from quantization.rules import ProductRules
+from model.transformer import Definition, Tree
 from serving.byte_tokenizer import byte_tokenizer
 from serving.chat import ChatTemplate
 from serving.compilations import CompilationCounter
@@ -143,16 +142,6 @@ def _definitions(resolved: Resolved) -> list[tuple[Definition, Pretrained | None
     return models
 
 
-def _apart(definition: Definition) -> Definition:
-    """Projections one by one, as files have them."""
-    return dataclasses.replace(definition, joined=False)
-
-
-def _plain(definition: Definition) -> Definition:
-    """As weights are in files: apart, and not quantised."""
-    return dataclasses.replace(_apart(definition), rules=ProductRules(), stored_for=None)
-
-
 def _place(resolved: Resolved) -> Place:
     if resolved.placement is None:
         return lambda names: jax.sharding.SingleDeviceSharding(resolved.devices[0])
@@ -179,7 +168,10 @@ def _load(resolved: Resolved, say: Say) -> tuple[Weights, Weights | None]:
     loaded = [_load_one(resolved, *model) for model in _definitions(resolved)]
     jax.block_until_ready(loaded)
     source = "random" if resolved.pretrained is None else str(resolved.pretrained.path)
-    size, wide = stored_bytes(loaded), sum(_plain_bytes(definition) for definition, _ in _definitions(resolved))
+    size, wide = (
+        stored_bytes(loaded),
+        stored_bytes([definition.plain.abstract for definition, _ in _definitions(resolved)]),
+    )
     before = "" if size == wide else f", of {wide / 1e9:.2f} GB in {resolved.dtype}"
     say(f"weights: {source}, {size / 1e9:.2f} GB{before}, in {time.monotonic() - began:.1f} s")
     return loaded[0], loaded[1] if len(loaded) > 1 else None
@@ -187,18 +179,13 @@ def _load(resolved: Resolved, say: Say) -> tuple[Weights, Weights | None]:
 
 def _load_one(resolved: Resolved, definition: Definition, pretrained: Pretrained | None) -> Weights:
     """Each parameter is quantised as soon as it is there: the model is never whole in its wide form."""
-    plain, place = _plain(definition), _place(resolved)
-    convert = _apart(definition).converter(place)
+    plain, place = definition.plain, _place(resolved)
+    convert = definition.converter(place)
     if pretrained is None:
         params, biases = plain.init(jax.random.key(resolved.run.seed), place, convert)
     else:
         params, biases = pretrained.load(plain, _shardings(plain, place), convert)
-    params = join_projections(params) if definition.joined else params
-    return definition.arranged(params, place), biases
-
-
-def _plain_bytes(definition: Definition) -> int:
-    return stored_bytes(_plain(definition).abstract)
+    return definition.assemble(params, place), biases
 
 
 def _is_axes(node: object) -> bool:

@@ -12,7 +12,7 @@ from checkpoint import CheckpointConfig, CheckpointStore
 from kernels.target import Target
 from model import layers, transformer
 from model.products import Storage, element_bits, stored_bytes
-from model.transformer import Definition, join_projections
+from model.transformer import Definition
 from parallel.mesh import MeshConfig, make_mesh
 from parallel.sharding import Placement
 from quantization.qarray import QArray, quantize
@@ -51,19 +51,15 @@ def described(config, rules: ProductRules, joined: bool = False, target: Target 
     return dataclasses.replace(Definition(config, False, "float32", joined, rules), stored_for=Storage(target))
 
 
-def plain(definition: Definition) -> Definition:
-    return dataclasses.replace(definition, joined=False, rules=ProductRules(), stored_for=None)
-
-
 def converted(definition: Definition, params, place=lambda names: ONE):
     """As a server does it."""
-    convert = dataclasses.replace(definition, joined=False).converter(place)
+    convert = definition.converter(place)
 
     def one(path, array):
         return convert(tuple(key.key for key in path), jnp.asarray(array))
 
     tree = jax.tree_util.tree_map_with_path(one, params)
-    return definition.arranged(join_projections(tree) if definition.joined else tree, place)
+    return definition.assemble(tree, place)
 
 
 def dequantized(tree, like):
@@ -104,11 +100,11 @@ def multiply_wide(x, kernel, bias, execution, out_dtype=None):
 def test_logits_are_those_of_the_rounded_operands(name, products, monkeypatch):
     joined = products != "w8"
     definition = described(MODELS[name], rules_for(name, products), joined)
-    params, biases = random_params(plain(definition))
+    params, biases = random_params(definition.plain)
     held, run = converted(definition, params), execution(MODELS[name])
     got = logits(definition, held, biases, run)
     if products in ("w8", "w4"):
-        wide = dataclasses.replace(plain(definition), joined=joined)
+        wide = dataclasses.replace(definition.plain, joined=joined)
         want = logits(wide, dequantized(held, wide.abstract[0]), biases, run)
     else:
         for module in (layers, transformer):
@@ -116,7 +112,7 @@ def test_logits_are_those_of_the_rounded_operands(name, products, monkeypatch):
         want = logits(definition, held, biases, run)
     # A rounding that falls on the other side moves an activation by one of its 127 or 16 steps.
     assert_close(got, want, 1e-5 if products in ("w8", "w4") else 3e-2)
-    exact = logits(plain(definition), params, biases, run)
+    exact = logits(definition.plain, params, biases, run)
     assert not np.allclose(got, exact, atol=1e-4), "nothing was quantised"
     assert_close(got, exact, 0.6 if products == "w4" else 0.2)
 
@@ -126,12 +122,12 @@ def test_split_over_devices_gives_the_same(name, products):
     placement = Placement(make_mesh(MeshConfig(fsdp=1, tensor=2), jax.devices()[:2]))
     alone = Definition(MODELS[name], False, "float32", False, RULES[products])
     definition = alone.stored_on(jax.devices()[0], placement=placement)
-    params, biases = random_params(plain(definition))
+    params, biases = random_params(definition.plain)
     run = execution(MODELS[name])
     # Groups within a device's rows of a matrix: 64 of the 128.
     one = converted(definition, params)
     want = logits(definition, one, biases, run)
-    exact = logits(plain(definition), dequantized(one, plain(definition).abstract[0]), biases, run)
+    exact = logits(definition.plain, dequantized(one, definition.plain.abstract[0]), biases, run)
     assert_close(want, exact, 0.1 if products == "int8" else 1e-5)
     held = converted(definition, params, lambda names: placement.sharding(*names))
     mlp = held["prefix"][0]["mlp"]
@@ -153,7 +149,7 @@ def test_what_is_described_is_what_is_made(products, target, layout):
     rules = dataclasses.replace(RULES[products], keep=("layers/1/mlp/*", "layers/*/output"))
     model = dataclasses.replace(MODELS["experts"], num_layers=2)
     definition = described(model, rules, joined=True, target=target)
-    params, _ = random_params(plain(definition))
+    params, _ = random_params(definition.plain)
     held, abstract, logical = converted(definition, params), definition.abstract[0], definition.logical[0]
     assert jax.tree.map(lambda x: (x.shape, x.dtype), held) == jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
     is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
@@ -174,7 +170,7 @@ def is_quantized(node) -> bool:
 
 def test_joined_matrices_lie_side_by_side():
     apart, joined = (described(MODELS["dense"], RULES["w4"], joined) for joined in (False, True))
-    params, _ = random_params(plain(apart))
+    params, _ = random_params(apart.plain)
     parts, whole = (converted(definition, params)["prefix"][0] for definition in (apart, joined))
     for name, names in (("qkv", ("query", "key", "value")), ("gate_up", ("gate", "up"))):
         block = "attention" if name == "qkv" else "mlp"
@@ -218,7 +214,7 @@ def test_a_quantised_tree_is_saved_and_restored(tmp_path):
     placement = Placement(make_mesh(MeshConfig(fsdp=1, tensor=2), jax.devices()[:2]))
     alone = Definition(MODELS["experts"], False, "float32", False, RULES["w4"])
     definition = alone.stored_on(jax.devices()[0], placement=placement)
-    params, _ = random_params(plain(definition))
+    params, _ = random_params(definition.plain)
     held = converted(definition, params)
     config = CheckpointConfig(every=1)
     with CheckpointStore(tmp_path, config, architecture={}, run_config={}, on_note=print) as store:
