@@ -12,9 +12,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PROCESS = """
 import os, sys
 root, directory, coordinator, index = sys.argv[1:]
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 sys.path.insert(0, root)
+from tests.host import xla_flags
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = xla_flags(devices=2)
 import jax
 import numpy as np
 jax.config.update("jax_cpu_collectives_implementation", "gloo")

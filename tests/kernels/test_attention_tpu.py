@@ -48,7 +48,7 @@ def arrays(T=200, S=None, N=2, K=1, H=16, V=None, B=1, dtype=jnp.float32, sinks=
     return *drawn, jnp.asarray(rng.normal(size=N), jnp.float32) if sinks else None
 
 
-def passes(attend, q, k, v, sinks, **arguments):
+def passes(attend, q, k, v, sinks, *, compiler_options=None, **arguments):
     """(out, lse, dq, dk, dv[, dsinks]) for random cotangents of out and of every finite lse."""
     arguments = {"scale": 0.3, **DEFAULTS, **arguments}
     rng = np.random.default_rng(7)
@@ -61,7 +61,8 @@ def passes(attend, q, k, v, sinks, **arguments):
         return jnp.sum(out.astype(lse.dtype) * out_weights.astype(q.dtype).astype(lse.dtype)) + finite.sum(), (out, lse)
 
     used = (0, 1, 2) if sinks is None else (0, 1, 2, 3)
-    gradients, results = jax.jit(jax.grad(loss, argnums=used, has_aux=True))(q, k, v, sinks)
+    differentiate = jax.jit(jax.grad(loss, argnums=used, has_aux=True), compiler_options=compiler_options)
+    gradients, results = differentiate(q, k, v, sinks)
     return *results, *gradients
 
 
@@ -120,10 +121,12 @@ FEATURES = {
 def test_error_is_at_most_half_above_that_of_xla(name, dtype, heads):
     arguments, shapes = FEATURES[name]
     given = arrays(**shapes, dtype=dtype)
-    actual = passes(kernels(heads=heads), *given, **arguments)
+    # The order of a sum and where it rounds are the compiler's: code as a user has it, and not as the tests do.
+    optimized = functools.partial(passes, compiler_options={"xla_backend_optimization_level": 3})
+    actual = optimized(kernels(heads=heads), *given, **arguments)
     assert actual[0].dtype == actual[2].dtype == actual[4].dtype == dtype and actual[1].dtype == jnp.float32
     exact = exactly(*given, **arguments)
-    allowed = errors(passes(xla.attention, *given, **arguments), exact)
+    allowed = errors(optimized(xla.attention, *given, **arguments), exact)
     for name, ours, theirs in zip(
         ("out", "lse", "dq", "dk", "dv", "dsinks"), errors(actual, exact), allowed, strict=False
     ):

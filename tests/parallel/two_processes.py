@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tests.host import xla_flags
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -26,7 +28,7 @@ def start(command: Sequence[str], *, devices: int = 4, cwd: Path = ROOT) -> subp
     environment = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
     environment |= {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
         "TPU_SKIP_MDS_QUERY": "1",
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",

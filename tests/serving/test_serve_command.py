@@ -21,6 +21,7 @@ import pytest
 
 import serve
 from tests.contracts.tree import ROOT
+from tests.host import xla_flags
 from tests.serving.fake_engine import events, wait_until
 from tests.serving.tiny_folder import FAST, write_tiny_folder
 
@@ -266,11 +267,10 @@ def test_bench_ends_with_one_json_line(folder: Path, command, cached):
 @contextlib.contextmanager
 def server(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
     """(process, URL, lines that it has said) of `serve.py` with these arguments."""
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     process = subprocess.Popen(
         [sys.executable, "-W", "error", "serve.py", *arguments],
         cwd=ROOT,
-        env=environment,
+        env=os.environ | {"XLA_FLAGS": xla_flags(devices=1)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,6 +1,7 @@
 """AdamW and Muon by logical axes: parity with hand-written updates, groups, shapes, shardings."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -43,22 +44,24 @@ PARAMETERS = {
 LOGICAL = {name: logical for name, (_, logical, _, _) in PARAMETERS.items()}
 
 
-def tree(seed, scale=1.0, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(seed), len(PARAMETERS))
-    return {
-        name: (scale * jax.random.normal(key, shape)).astype(dtype)
-        for key, (name, (shape, *_)) in zip(keys, PARAMETERS.items(), strict=True)
-    }
+@functools.cache
+def tree(seed):
+    rng = np.random.default_rng(seed)
+    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, (shape, *_) in PARAMETERS.items()}
 
 
 def run(config, logical, params, gradients):
     """Parameters after one update per gradient."""
     optimizer = make_optimizer(config, 100, logical)
     state = optimizer.init(params)
-    step = jax.jit(optimizer.update)
+
+    @jax.jit
+    def step(gradient, state, params):
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
     for gradient in gradients:
-        updates, state = step(gradient, state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = step(gradient, state, params)
     return params
 
 
@@ -97,11 +100,11 @@ def test_clipping_scales_the_global_norm():
     # AdamW is blind to the gradient's size, except where eps outweighs it.
     base = dataclasses.replace(PLAIN, b1=0.0, b2=0.0, eps=1e6, weight_decay=0.0)
     gradient = tree(1)
-    norm = float(optax.tree.norm(gradient))
+    norm = float(jax.jit(optax.tree.norm)(gradient))
 
     def update(clip_norm):
         optimizer = make_optimizer(dataclasses.replace(base, clip_norm=clip_norm), 100, LOGICAL)
-        return optimizer.update(gradient, optimizer.init(tree(0)), tree(0))[0]
+        return jax.jit(lambda params: optimizer.update(gradient, optimizer.init(params), params)[0])(tree(0))
 
     whole = update(None)
     for clipped, factor in ((update(norm / 4), 0.25), (update(norm * 2), 1.0)):
@@ -175,7 +178,7 @@ def test_orthogonalize_keeps_the_singular_vectors(rows, columns, seed, scale):
     v, _ = np.linalg.qr(np.random.default_rng(seed + 1).normal(size=(columns, columns)))
     rank = min(rows, columns)
     x = scale * (u[:, :rank] * np.linspace(1, 2, rank)) @ v[:, :rank].T
-    got = np.asarray(orthogonalize(jnp.asarray(x, jnp.float32), 5, jnp.float32))
+    got = np.asarray(jax.jit(orthogonalize, static_argnums=(1, 2))(jnp.asarray(x, jnp.float32), 5, jnp.float32))
     inner = u[:, :rank].T @ got @ v[:, :rank]
     np.testing.assert_allclose(inner, np.diag(np.diag(inner)), atol=1e-3)
     assert (np.abs(np.diag(inner) - 1) < 0.4).all()
@@ -190,9 +193,9 @@ def test_first_moment_dtype_is_stored_and_kept(kind):
     config = dataclasses.replace(MUON, kind=kind, moment_dtype="bfloat16")
     optimizer = make_optimizer(config, 100, LOGICAL)
     # bf16 parameters must not give a bf16 second moment, nor a state whose dtypes change at the first update.
-    params = tree(0, dtype=jnp.bfloat16)
-    state = optimizer.init(params)
-    updates, after = optimizer.update(tree(1, dtype=jnp.bfloat16), state, params)
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, (shape, *_) in PARAMETERS.items()}
+    state = jax.eval_shape(optimizer.init, params)
+    updates, after = jax.eval_shape(optimizer.update, params, state, params)
     dtypes = {
         path[-2].name: leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(state) if leaf.ndim
     }  # name of the moment: dtype
