@@ -115,8 +115,8 @@ def quantize(
     """`x` with a scale for each block of `block[i]` elements along axis i (None: all of the axis), by its extremes.
 
     A block's largest magnitude becomes `LARGEST[dtype]`; with `asymmetric` (integers only) its least and largest
-    elements become the ends of the range, by a zero point. Rounds to nearest, ties to even. A block of zeros has scale
-    1; one with a NaN or an infinity dequantises to NaN.
+    elements, or zero if that is, become the ends of the range, by a zero point in it, and zeros stay zeros. Rounds to
+    nearest, ties to even. A block of zeros has scale 1; one with a NaN or an infinity dequantises to NaN.
 
     Raises ValueError for an unknown dtype and for a block that does not divide its axis.
     """
@@ -133,11 +133,13 @@ def quantize(
     wide = _split(x.astype(jnp.float32), counts)
     inside = tuple(range(1, wide.ndim, 2))
     if asymmetric:
-        low, high = wide.min(inside, keepdims=True), wide.max(inside, keepdims=True)
-        scale = _positive((high - low) / (2 * LARGEST[dtype]))
+        # With zero inside, a zero point is one of the values: it could be any size for a block far from zero.
+        low, high = wide.min(inside, keepdims=True, initial=0), wide.max(inside, keepdims=True, initial=0)
+        scale = _positive(high / (2 * LARGEST[dtype]) - low / (2 * LARGEST[dtype]), (low == 0) & (high == 0))
         zero = jnp.round(-LARGEST[dtype] - low / scale)
     else:
-        scale = _positive(jnp.abs(wide).max(inside, keepdims=True) / LARGEST[dtype])
+        largest = jnp.abs(wide).max(inside, keepdims=True)
+        scale = _positive(largest / LARGEST[dtype], largest == 0)
         zero = None
     scaled = (wide / scale if zero is None else wide / scale + zero).reshape(x.shape)
     values = round_to(scaled, dtype)
@@ -213,10 +215,11 @@ def round_to(scaled: jax.Array, dtype: str) -> jax.Array:
     return (jnp.round(clipped) if dtype.startswith("int") else clipped).astype(dtype)
 
 
-def _positive(scale: jax.Array) -> jax.Array:
-    """Not zero, nor so small that 1 / scale is infinite. An infinity becomes NaN, which integer values cannot say."""
+def _positive(scale: jax.Array, nothing: jax.Array) -> jax.Array:
+    """1 where a block is `nothing`. Else not zero, nor so small that 1 / scale is infinite: what is subnormal may have
+    become zero. An infinity becomes NaN, which integer values cannot say."""
     scale = jnp.where(jnp.isinf(scale), jnp.nan, scale)
-    return jnp.where(scale == 0, 1.0, jnp.maximum(scale, jnp.finfo(jnp.float32).tiny))
+    return jnp.where(nothing, 1.0, jnp.maximum(scale, jnp.finfo(jnp.float32).tiny))
 
 
 def _lengths(shape: tuple[int, ...], counts: tuple[int, ...]) -> tuple[int, ...]:
