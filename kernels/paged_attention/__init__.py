@@ -68,6 +68,8 @@ def choose(impl: Impl, target: Target, case: PagedAttentionCase | None = None) -
             return "auto", "at each call: pallas where it takes the shapes and the dtype, else xla"
         return "xla", f"the only fast implementation for {target}"
     reason = supports("pallas", case, target)
+    if reason is None and case.kv_dtype is not None:
+        return "xla", f"the kernel for pages of {case.kv_dtype} is not measured on a device yet; 'pallas' names it"
     if reason is None:
         return "pallas", "reads pages where they lie, and live ones only"
     return "xla", f"pallas can't: {reason}"

@@ -120,13 +120,15 @@ def _kernel(statics: Statics, shape: tuple[int, int, int], dtypes, in_parts: boo
     outs = [jax.ShapeDtypeStruct((B, K, rows, H), dtype)]
     if in_parts:
         outs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((X, B, K, rows, H), (X, B, K, columns))]
-    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    tiled, halved = (
+        (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width)) for width in (64, min(64, H // 2))
+    )
     buffers, pages = statics.tiles.num_buffers, statics.tiles.pages_per_block
     ring = plgpu.SMEM((buffers, statics.block, H), code, transforms=narrow.transforms(H))
     scales = plgpu.SMEM((buffers, statics.block), jnp.float32)
     scratch = _Memory(
         staged=plgpu.SMEM((columns, H), dtype),
-        queries=plgpu.SMEM((columns, H), dtype, transforms=tiled),
+        queries=plgpu.SMEM((columns, H), dtype, transforms=halved),
         keys=ring,
         values=ring,
         k_scale=scales,
@@ -217,10 +219,10 @@ def _body(statics: Statics, in_parts: bool, memory: _Memory, refs: _Refs, outs):
         # All four warps passed the barrier just above, so none still reads the buffer of the block before.
         pl.when(block + ahead < end)(functools.partial(fetch, block + ahead, pages))
         plgpu.barrier_wait(memory.values_in.at[buffer])
-        values = narrow.load(memory.values.at[buffer], transposed=True)
+        values = narrow.load_transposed(memory.values.at[buffer])
         if put:
             values = _put(values, memory.new.at[1], new - base, 1)
-        update = narrow.both(*values, memory.weights.T)
+        update = narrow.products(values, memory.weights.T)
         return new_highest, total, *(o * hopper.along(shrink, o.shape, 1) + u for o, u in zip(out, update, strict=True))
 
     carry = _nothing(statics)
@@ -262,21 +264,22 @@ def _fetch_heads(statics: Statics, memory: _Memory, refs: _Refs, row, head) -> N
 
 
 def _nothing(statics: Statics) -> tuple[jax.Array, ...]:
-    """(highest, total, even rows of out, odd rows) before any block."""
+    """(highest, total, and out by the rows of `narrow.load_transposed`) before any block."""
     highest = plgpu.layout_cast(jnp.full((statics.columns,), hopper.LOWEST, jnp.float32), hopper.COLUMNS)
     total = plgpu.layout_cast(jnp.zeros((statics.block, statics.columns), jnp.float32), hopper.MATRIX)
-    out = plgpu.layout_cast(jnp.zeros((statics.head_dim // 2, statics.columns), jnp.float32), hopper.MATRIX)
-    return highest, total, out, out
+    rows = max(statics.head_dim // 2, 64)
+    out = plgpu.layout_cast(jnp.zeros((rows, statics.columns), jnp.float32), hopper.MATRIX)
+    return highest, total, *[out] * (statics.head_dim // rows)
 
 
-def _put(halves, new_smem, index, axis: int) -> list[jax.Array]:
-    """(even, odd) with `new_smem`'s halves at `index` of `axis`."""
+def _put(parts, new_smem, index, axis: int) -> list[jax.Array]:
+    """`parts` of a block with those of `new_smem` at `index` of `axis`."""
     results, layout = [], hopper.COLUMNS if axis == 0 else hopper.ROWS
-    for i, half in enumerate(halves):
-        width = half.shape[1 - axis]
+    for i, part in enumerate(parts):
+        width = part.shape[1 - axis]
         own = plgpu.load(new_smem.at[pl.ds(i * width, width)], layout=layout, optimized=False)
-        place = plgpu.broadcasted_iota(jnp.int32, half.shape, axis, layout=hopper.MATRIX)
-        results.append(jnp.where(place == index, hopper.along(own, half.shape, 1 - axis), half))
+        place = plgpu.broadcasted_iota(jnp.int32, part.shape, axis, layout=hopper.MATRIX)
+        results.append(jnp.where(place == index, hopper.along(own, part.shape, 1 - axis), part))
     return results
 
 

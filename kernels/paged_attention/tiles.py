@@ -165,9 +165,6 @@ def _unsupported_quantized(case: PagedAttentionCase) -> str | None:
     # Weights times scales would leave float16's range.
     if case.dtype != "bfloat16":
         return f"the kernel takes pages of {case.kv_dtype} with queries of bfloat16, not {case.dtype}"
-    # A value's halves are the rows of a product, which come in 64s.
-    if case.head_dim not in (128, 256):
-        return f"the kernel takes pages of {case.kv_dtype} with a head width of 128 or 256, not {case.head_dim}"
     # Copies go to multiples of 128 bytes, and each has the scales of a page.
     if case.page_size < 32:
         return f"the kernel takes pages of {case.kv_dtype} with 32, 64 or 128 positions, not {case.page_size}"

@@ -55,7 +55,8 @@ def widened_pages(
 @functools.partial(jax.jit, static_argnames=("interpret",))
 def _widen(k_pages_PSKH, v_pages_PSKH, page_table_BM, live_B, k_scale, v_scale, *, interpret):
     (_, S, K, H), (B, M) = k_pages_PSKH.shape, page_table_BM.shape
-    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    width = min(64, H // 2)
+    tiled = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width))
     scratch = _Memory(
         codes=plgpu.SMEM((2 * S, H), k_pages_PSKH.dtype, transforms=narrow.transforms(H)),
         scales=plgpu.SMEM((2 * S,), jnp.float32),

@@ -24,23 +24,26 @@ def decode(monkeypatch):
 
     from kernels.paged_attention import gpu_quantized, narrow
 
-    def load(smem, *, transposed=False):
+    def load(smem):
         codes = smem[...].astype(jnp.bfloat16)
-        halves = codes[:, 0::2], codes[:, 1::2]
-        return tuple(half.T for half in halves) if transposed else halves
+        return codes[:, 0::2], codes[:, 1::2]
 
-    def both(even, odd, b_smem):
+    def load_transposed(smem):
+        halves = tuple(half.T for half in load(smem))
+        return halves if smem.shape[1] > 64 else (jnp.concatenate(halves),)
+
+    def products(parts, b_smem):
         b = b_smem[...].astype(jnp.float32)
         # The interpreter asks it between a read into registers and the next copy to that place.
         plgpu.commit_smem()
-        return even.astype(jnp.float32) @ b, odd.astype(jnp.float32) @ b
+        return tuple(part.astype(jnp.float32) @ b for part in parts)
 
     def scores_of(even, odd, b_smem):
         b = b_smem[...].astype(jnp.float32)
         half = b.shape[0] // 2
         return even.astype(jnp.float32) @ b[:half] + odd.astype(jnp.float32) @ b[half:]
 
-    for plain in (load, both, scores_of):
+    for plain in (load, load_transposed, products, scores_of):
         monkeypatch.setattr(narrow, plain.__name__, plain)
     return gpu_quantized
 
@@ -102,7 +105,7 @@ KERNEL_CASES = {
     "parts, some empty": dict(lengths=[130, 5], M=3, tiles=Tiles(1, 2, 3), dtype="float8_e4m3fn"),
     "verification, window": dict(lengths=[150, 40], M=3, T=3, starts=[147, 38], window=50, N=4, K=2),
     "soft cap, sinks": dict(lengths=[90], M=2, soft_cap=1.5, sinks=3 * SINKS, N=4, K=2, T=2, dtype="float8_e4m3fn"),
-    "small pages, window, parts": dict(lengths=[150], M=5, S=32, window=100, tiles=Tiles(2, 3, 2)),
+    "small pages, narrow heads, window, parts": dict(lengths=[150], M=5, S=32, H=64, window=100, tiles=Tiles(2, 3, 2)),
     "wide heads": dict(lengths=[70], M=1, S=128, H=256, N=2, T=9),
 }
 
@@ -127,7 +130,7 @@ def test_kernel_equals_explicit_queries(decode, name):
 
 WRITE_CASES = {
     # The last token of a page, the first, one past the table (in its last block too), and two rows that take no part.
-    "ragged": dict(lengths=[64, 65, 129, 70, 0], counts=[1, 1, 1, 0, 0], M=2, N=6, K=2),
+    "ragged": dict(lengths=[64, 65, 129, 70, 0], counts=[1, 1, 1, 0, 0], M=2, N=6, K=2, H=64),
     "parts, small pages, window": dict(
         lengths=[150, 17, 166], counts=[1, 1, 1], M=5, S=32, window=100, tiles=Tiles(2, 3, 2), dtype="float8_e4m3fn"
     ),
