@@ -105,28 +105,28 @@ def quantized_matmul(x: jax.Array, w: QArray, bias: jax.Array | None, out_dtype)
 def product(x, w: QArray, bias, *, out_dtype, tiles: Tiles, interpret=None) -> jax.Array:
     """As `quantized_matmul`, with its tiles. `interpret`: parameters of Pallas's interpreter, which tests give."""
     (M, K), N = x.shape, w.shape[1]
-    # Zero points of whole columns are those of groups, of which all are the same.
-    group = None if w.scales.shape[0] == 1 else w.block[0]
+    group = None if w.scales.shape[0] == 1 and w.zero_points is None else w.block[0]
     assert group is None or tiles.depth % group == 0, f"groups of {group} in buffers of {tiles.depth}"
-    statics = _Statics(
-        (M, N, K), x.dtype, w.dtype, out_dtype, group, w.zero_points is not None, bias is not None, tiles
-    )
+    if M > 8 and M % 8:
+        # Copies divide the rows into eights; of fewer than eight they fill up the rest with zeros themselves.
+        x = jnp.pad(x, ((0, -M % 8), (0, 0)))
+    shape = (M if tiles.rows >= M else x.shape[0], N, K)
+    statics = _Statics(shape, x.dtype, w.dtype, out_dtype, group, w.zero_points is not None, bias is not None, tiles)
     in_fragments = w.values.reshape(N // TILE, -1, 256)
-    out = _call(statics, _Inputs(x, in_fragments, w.scales, w.zero_points, bias), interpret)
-    if statics.num_parts == 1:
-        return out
-    y = functools.reduce(jnp.add, [out[part] for part in range(statics.num_parts)])
-    if group is None:
-        y = y * w.scales
-    return (y if bias is None else y + bias.astype(jnp.float32)).astype(out_dtype)
+    y = _call(statics, _Inputs(x, in_fragments, w.scales, w.zero_points, bias), interpret)
+    if statics.num_parts > 1:
+        y = functools.reduce(jnp.add, [y[part] for part in range(statics.num_parts)])
+        y = y if group is not None else y * w.scales
+        y = (y if bias is None else y + bias.astype(jnp.float32)).astype(out_dtype)
+    return y[:M]
 
 
 def _call(statics: _Statics, inputs: _Inputs, interpret) -> jax.Array:
     """[M, N] in `out_dtype`; or in parts [parts, M, N] in float32, without what multiplies or is added in the end."""
-    M, N, _ = statics.shape
-    tiles, in_parts = statics.tiles, statics.num_parts > 1
-    out = jax.ShapeDtypeStruct((statics.num_parts, M, N) if in_parts else (M, N), statics.out_dtype)
-    out = jax.ShapeDtypeStruct(out.shape, jnp.float32) if in_parts else out
+    (M, N, _), tiles = statics.shape, statics.tiles
+    out = jax.ShapeDtypeStruct((M, N), statics.out_dtype)
+    if statics.num_parts > 1:
+        out = jax.ShapeDtypeStruct((statics.num_parts, M, N), jnp.float32)
     given = [name for name, array in inputs._asdict().items() if array is not None]
     shared = {name: scratch for name, scratch in _scratch(statics, out.dtype)._asdict().items() if scratch is not None}
 

@@ -22,6 +22,11 @@ GROUPS = (32, 64, 128)
 """Rows of the weight that may share a scale, if not all of them do."""
 MAX_ROWS = 64
 """Rows of x of one block of threads."""
+FEW_ROWS = 16
+"""Rows of x up to which registers hold the sums of twice as many columns, or of four warpgroups of a processor."""
+WARPGROUPS_PER_PROCESSOR = 3
+"""So that one widens while another multiplies or waits; registers allow for no more of the largest."""
+MAX_PARTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,25 +44,42 @@ class Tiles:
 
 
 def choose_tiles(case: QuantizedCase) -> Tiles:
-    """Static in the shapes, so that equal calls add in equal order."""
-    rows = min(-(-case.num_rows // 8) * 8, MAX_ROWS)
-    depth = 256 if case.w_dtype == "int4" else 128
-    columns = 2 * TILE if case.out_dim % (2 * TILE) == 0 else TILE
-    programs = case.out_dim // columns * -(-case.num_rows // rows)
-    most = max(1, case.in_dim // (4 * depth))
-    num_parts = 1 if programs > NUM_PROCESSORS else min(most, 2 * NUM_PROCESSORS // programs, 8)
-    tiles = Tiles(columns, depth, 2, num_parts, rows)
-    # A third of a processor's shared memory: three blocks of threads on each, so that one converts while others wait.
-    share = SHARED_BYTES // 3 - 1024
-    fitting = [n for n in range(2, 9) if shared_bytes(case, dataclasses.replace(tiles, num_buffers=n)) <= share]
-    return dataclasses.replace(tiles, num_buffers=max(fitting, default=2))
+    """Static in the shapes, so that equal calls add in equal order.
+
+    Not measured: by registers and shared memory alone, of which `python -m kernels.aot` tells.
+    """
+    # Zero points and short groups take registers too.
+    crowded = case.zero_points or case.w_block[0] < 64
+    rows = min(-(-case.num_rows // 8) * 8, MAX_ROWS // 2 if crowded else MAX_ROWS)
+    few = rows <= FEW_ROWS
+    # 8 KiB of the weight for 64 columns where registers allow for it: what a copy's barrier costs is small beside that.
+    depth = 256 if case.w_dtype == "int4" and few and case.w_block[0] >= 128 and not case.zero_points else 128
+    row_tiles, steps = -(-case.num_rows // rows), -(-case.in_dim // depth)
+    if few and case.out_dim % (2 * TILE) == 0 and case.out_dim // (2 * TILE) * row_tiles >= NUM_PROCESSORS:
+        return _with_buffers(case, Tiles(2 * TILE, depth, 2, 1, rows), WARPGROUPS_PER_PROCESSOR)
+    programs = case.out_dim // TILE * row_tiles
+    most = WARPGROUPS_PER_PROCESSOR * NUM_PROCESSORS // programs
+    num_warpgroups = max(1, min(4 if few else 2, most, steps // 2))
+    # Adding up parts costs a launch: only where the warpgroups would be fewer than processors.
+    num_parts = max(1, min(NUM_PROCESSORS // (programs * num_warpgroups), steps // (2 * num_warpgroups), MAX_PARTS))
+    tiles = Tiles(TILE, depth, 2, num_parts, rows, num_warpgroups)
+    return _with_buffers(case, tiles, max(1, WARPGROUPS_PER_PROCESSOR // num_warpgroups))
+
+
+def _with_buffers(case: QuantizedCase, tiles: Tiles, per_processor: int) -> Tiles:
+    """As many buffers as `per_processor` blocks of threads have room for, but two at least."""
+    share = SHARED_BYTES // per_processor - 1024
+    numbers = (dataclasses.replace(tiles, num_buffers=n) for n in range(2, 9))
+    return max(
+        (t for t in numbers if t.num_buffers == 2 or shared_bytes(case, t) <= share), key=lambda t: t.num_buffers
+    )
 
 
 def shared_bytes(case: QuantizedCase, tiles: Tiles) -> int:
     """Shared memory of one block of threads."""
     bits = 4 if case.w_dtype == "int4" else 8
     buffer = tiles.columns * tiles.depth * bits // 8 + 2 * tiles.rows * tiles.depth
-    if case.w_block[0] != case.in_dim:
+    if case.zero_points or case.w_block[0] != case.in_dim:
         buffer += 4 * (1 + case.zero_points) * tiles.columns * (tiles.depth // case.w_block[0])
     # Mosaic takes 2 KiB for reductions and a few bytes for barriers.
     buffers = tiles.num_warpgroups * tiles.num_buffers
@@ -79,6 +101,10 @@ def unsupported(case: QuantizedCase, target: Target) -> str | None:
     if case.w_block[0] not in (*GROUPS, case.in_dim):
         return (
             f"the kernel takes a scale for 32, 64, 128 or all rows of a column of the weight, not for {case.w_block[0]}"
+        )
+    if case.zero_points and case.w_block[0] not in GROUPS:
+        return (
+            f"the kernel takes zero points for 32, 64 or 128 rows of a column of the weight, not for {case.w_block[0]}"
         )
     if case.out_dtype not in ("bfloat16", "float16", "float32"):
         return f"the kernel writes bfloat16, float16 or float32, not {case.out_dtype}"

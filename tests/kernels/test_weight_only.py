@@ -170,6 +170,7 @@ def test_what_is_supported():
     assert "bfloat16 or float16, not float32" in reason(x_dtype="float32")
     assert "to_fragments" in reason(w_layout="columns")
     assert "32, 64, 128 or all rows" in reason(w_block=(256, 1))
+    assert "zero points for 32, 64 or 128 rows" in reason(w_block=(8192, 1), zero_points=True)
     assert "not float64" in reason(out_dtype="float64")
     assert choose("auto", CASE, H100)[0] in ("xla", "pallas")
 
