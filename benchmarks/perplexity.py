@@ -24,6 +24,7 @@ import numpy as np
 import tyro
 
 from checkpoint.pretrained import Pretrained, open_pretrained
+from model.assembly import assemble, converter
 from model.execution import Execution
 from model.precision import Precision
 from model.transformer import Definition
@@ -88,8 +89,12 @@ def scorer(
     definition = Definition(pretrained.config, scan=False, param_dtype=dtype, rules=rules).stored_on(device)
     sharding = jax.sharding.SingleDeviceSharding(device)
     shardings = jax.tree.map(lambda _: sharding, definition.plain.abstract)
-    params, biases = pretrained.load(definition.plain, shardings, definition.converter(lambda names: sharding))
-    params = definition.assemble(params, lambda names: sharding)
+
+    def place(names: tuple[str | None, ...]) -> jax.sharding.Sharding:
+        return sharding
+
+    params, biases = pretrained.load(definition.plain, shardings, converter(definition, place))
+    params = assemble(definition, params, place)
     execution = Execution(
         precision=Precision(param=dtype, compute=dtype, gradient=dtype),
         attention=("xla",) * len(pretrained.config.window_pattern),

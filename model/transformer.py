@@ -23,12 +23,10 @@ from model.products import (
     Matrix,
     Storage,
     arrange,
-    join_columns,
     matrix_name,
     matrix_shape,
     multiply,
     part_of,
-    placed,
     quantize_matrix,
     quantized_logical,
 )
@@ -263,8 +261,8 @@ class Definition:
     scan: bool
     param_dtype: str = "float32"
     joined: bool = False
-    """Query, key and value projections as one array, and gate and up as one, by `join_projections`: one product reads
-    them faster when a few tokens are all there is. They cannot be split over devices then."""
+    """Query, key and value projections as one array, and gate and up as one: one product reads them faster when a few
+    tokens are all there is. They cannot be split over devices then. See `model/assembly.py`."""
     rules: ProductRules = dataclasses.field(default_factory=ProductRules)
     """In what formats matrices are multiplied."""
     stored_for: Storage | None = None
@@ -329,43 +327,21 @@ class Definition:
         return Transformer(self.config, Creator(key, self.param_dtype, self.joined, place), scan=self.scan)
 
     @property
+    def parameters(self) -> dict[tuple[str | int, ...], nnx.Param]:
+        """Abstract parameters by path, with the metadata `logical` and `format`."""
+        return dict(nnx.to_flat_state(self._split[1]))
+
+    @property
     def matrices(self) -> list[Matrix]:
-        """Those that have a format."""
-        flat = [(matrix_name(path), variable) for path, variable in nnx.to_flat_state(self._split[1])]
-        found = [(name, v.get_metadata("format"), v.get_value(), v.get_metadata("logical")) for name, v in flat]
+        """Parameters that have a format."""
+        named = [(matrix_name(path), variable) for path, variable in self.parameters.items()]
+        found = [(name, v.get_metadata("format"), v.get_value(), v.get_metadata("logical")) for name, v in named]
         return [Matrix(*each) for each in found if each[1] is not None]
 
     @property
     def plain(self) -> Definition:
         """The same parameters as files have them: projections one by one, nothing quantised."""
         return dataclasses.replace(self, joined=False, rules=ProductRules(), stored_for=None)
-
-    def converter(self, place: Place) -> Convert:
-        """Makes `plain` parameters into those that `assemble` takes: each one quantised as soon as it is there."""
-        before = dict(nnx.to_flat_state(self.plain._split[1]))
-        after = dict(nnx.to_flat_state(dataclasses.replace(self, joined=False)._split[1]))
-
-        def convert(path: tuple[str | int, ...], array: jax.Array) -> jax.Array | QArray:
-            if not isinstance(after[path].get_value(), QArray):
-                return array
-            logical, format = before[path].get_metadata("logical"), after[path].get_metadata("format")
-            fields = quantized_logical(logical, format, "rows")
-            return placed(quantize_matrix, "rows", place(fields.values), place(fields.scales))(array, logical, format)
-
-        return convert
-
-    def assemble(self, params: Tree, place: Place) -> Tree:
-        """Parameters of this definition from what a `converter` made: joined, and in their layouts, one after another.
-        The tree given is changed, so that nothing is held twice."""
-        params = join_projections(params) if self.joined else params
-        described = dict(nnx.to_flat_state(self._split[1]))
-        for path in list(traverse_util.flatten_dict(params)):
-            node = functools.reduce(dict.__getitem__, path[:-1], params)
-            matrix, logical = node[path[-1]], described[path].get_metadata("logical")
-            if isinstance(matrix, QArray) and logical.layout != matrix.layout:
-                program = placed(arrange, logical.layout, place(logical.values), place(logical.scales))
-                node[path[-1]] = program(matrix, logical.layout)
-        return params
 
     @property
     def abstract(self) -> tuple[Tree, Tree]:
@@ -421,27 +397,3 @@ def _fill(abstract: nnx.State, values: Tree) -> nnx.State:
     structure = jax.tree.structure(nnx.to_pure_dict(abstract))
     assert structure == jax.tree.structure(values), f"{structure} != {jax.tree.structure(values)}"
     return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(values))
-
-
-def join_projections(params: Tree) -> Tree:
-    """`params` of unrolled layers as those of a definition that is `joined`. The arrays of each layer may be freed once
-    the ones joined of them are there: the tree given is emptied of them."""
-    for layer in params["prefix"].values():
-        attention, mlp = layer["attention"], layer["mlp"]
-        _join(attention, "qkv", ("query", "key", "value"), axis=-2)
-        # A layer of experts may have a shared one beside them, which is dense.
-        for dense in (mlp, mlp.get("shared", {})):
-            if "gate" in dense:
-                _join(dense, "gate_up", ("gate", "up"), axis=-1)
-    return params
-
-
-def _join(tree: Tree, name: str, parts: tuple[str, ...], axis: int) -> None:
-    """The kernels `parts` of a module as one along `axis`, and their biases where it has them."""
-    for suffix in ("", "_bias"):
-        if parts[0] + suffix in tree:
-            found = [tree.pop(part + suffix) for part in parts]
-            if isinstance(found[0], QArray):
-                tree[name + suffix] = join_columns(found)
-            else:
-                tree[name + suffix] = jnp.concatenate(found, axis=axis)

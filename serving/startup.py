@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from checkpoint.pretrained import Pretrained
+from model.assembly import assemble, converter
 from model.cache import abstract_cache
 from model.config import ModelConfig
 from model.parameter import Place
@@ -180,12 +181,12 @@ def _load(resolved: Resolved, say: Say) -> tuple[Weights, Weights | None]:
 def _load_one(resolved: Resolved, definition: Definition, pretrained: Pretrained | None) -> Weights:
     """Each parameter is quantised as soon as it is there: the model is never whole in its wide form."""
     plain, place = definition.plain, _place(resolved)
-    convert = definition.converter(place)
+    convert = converter(definition, place)
     if pretrained is None:
         params, biases = plain.init(jax.random.key(resolved.run.seed), place, convert)
     else:
         params, biases = pretrained.load(plain, _shardings(plain, place), convert)
-    return definition.assemble(params, place), biases
+    return assemble(definition, params, place), biases
 
 
 def _is_axes(node: object) -> bool:

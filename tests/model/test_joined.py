@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from model.transformer import Definition, join_projections
+from model.assembly import join_projections
+from model.transformer import Definition
 from tests.model.test_transformer import FAMILIES
 from tests.model.tiny import VOCAB, assert_close, dense, execution, hidden, plain_batch, random_params
 

@@ -11,6 +11,7 @@ import pytest
 from checkpoint import CheckpointConfig, CheckpointStore
 from kernels.target import Target
 from model import layers, transformer
+from model.assembly import assemble, converter
 from model.products import Storage, element_bits, stored_bytes
 from model.transformer import Definition
 from parallel.mesh import MeshConfig, make_mesh
@@ -53,13 +54,13 @@ def described(config, rules: ProductRules, joined: bool = False, target: Target 
 
 def converted(definition: Definition, params, place=lambda names: ONE):
     """As a server does it."""
-    convert = definition.converter(place)
+    convert = converter(definition, place)
 
     def one(path, array):
         return convert(tuple(key.key for key in path), jnp.asarray(array))
 
     tree = jax.tree_util.tree_map_with_path(one, params)
-    return definition.assemble(tree, place)
+    return assemble(definition, tree, place)
 
 
 def dequantized(tree, like):

@@ -1,0 +1,108 @@
+"""Weights of few bits in a server: what is loaded, what is said about it, and the text that it gives."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from model.assembly import assemble, converter
+from model.products import stored_bytes
+from parallel.mesh import MeshConfig
+from quantization.qarray import QArray
+from quantization.rules import ProductRules
+from serving.config import ServeRun, ServingKernels
+from serving.resolve import Resolved, resolve
+from serving.startup import _abstract, _bytes_per_device, _load
+from tests.model.tiny import dense, moe
+from tests.serving.engines import SHAPES, NaiveDecoder, generate, start_tiny
+from tests.serving.test_engine import REQUESTS
+from tests.serving.tiny_folder import FAST, write_tiny_folder
+
+ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def resolved(devices: int = 1, **changes) -> Resolved:
+    run = ServeRun(
+        name="tiny",
+        dtype="float32",
+        mesh=MeshConfig(fsdp=1, tensor=devices),
+        engine=SHAPES,
+        xla_options=FAST,
+        **changes,
+    )
+    return resolve(run, jax.devices()[:devices])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny_folder(tmp_path_factory.mktemp("tiny") / "tiny")
+
+
+@pytest.mark.parametrize("products", ["w8", "w4"])
+def test_what_is_loaded_is_the_file_rounded(folder, products):
+    server, lines = resolved(source=str(folder), precision=ProductRules(products, head="w8")), []
+    (params, _), _ = _load(server, lines.append)
+    definition = server.programs.definition
+    wide, _ = server.pretrained.load(definition.plain, jax.tree.map(lambda _: ONE, definition.plain.abstract))
+    before, convert = stored_bytes(wide), converter(definition, lambda names: ONE)
+    rounded = jax.tree_util.tree_map_with_path(lambda path, x: convert(tuple(key.key for key in path), x), wide)
+    want = assemble(definition, rounded, lambda names: ONE)
+    jax.tree.map(np.testing.assert_array_equal, params, want)
+    assert isinstance(params["prefix"][0]["attention"]["qkv"], QArray) and isinstance(params["lm_head"], QArray)
+    assert stored_bytes(params) < 0.75 * before
+    assert f"GB, of {before / 1e9:.2f} GB in float32" in lines[-1]
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_random_weights_are_those_of_the_plain_model_rounded(devices):
+    model = dense(embed_dim=64, mlp_dim=128, head_dim=8)
+    server = resolved(devices, model=model, precision=ProductRules("w4", keep=("layers/1/*",)))
+    (params, _), _ = _load(server, lambda line: None)
+    definition = server.programs.definition
+    plain, _ = definition.plain.init(jax.random.key(0), lambda names: ONE)
+    down = params["prefix"][0]["mlp"]["down"]
+    wide = np.asarray(plain["prefix"][0]["mlp"]["down"])
+    # A group's step is its largest element over 7, and the rounding half of that.
+    steps = np.repeat(np.asarray(down.scales), down.block[0], axis=0)
+    assert np.all(np.abs(np.asarray(down.dequantize()) - wide) <= 0.5001 * steps)
+    kept = params["prefix"][1]["mlp"]["down"]
+    np.testing.assert_array_equal(kept, plain["prefix"][1]["mlp"]["down"])
+    described = _abstract(server)[0][0]
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), params) == jax.tree.map(
+        lambda x: (x.shape, x.dtype, x.sharding), described
+    )
+    shards = [leaf.addressable_shards[0].data for leaf in jax.tree.leaves(params)]
+    assert _bytes_per_device(server) == stored_bytes(shards)
+
+
+def test_the_log_says_what_is_quantised():
+    model = moe(embed_dim=64, mlp_dim=64, head_dim=8)
+    choices = "\n".join(resolved(model=model, precision=ProductRules("int8")).choices)
+    assert "precision int8: 4 matrices (output, qkv) are int8 with a scale per column, times int8" in choices
+    assert "experts: dequantised from int8 at each call" in choices
+    assert "rows in decode with int8: xla" in choices
+    assert not [line for line in resolved(model=model).choices if "precision" in line or "quantised" in line]
+
+
+def test_a_kernel_that_cannot_run_is_refused():
+    kernels = ServingKernels(quantized_matmul="pallas")
+    with pytest.raises(ValueError, match="quantized_matmul impl='pallas' can't run"):
+        resolved(model=dense(), precision=ProductRules("w8"), kernels=kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("products", ["w8", "w4", "fp8", "int8"])
+def test_the_text_is_that_of_one_token_after_another(products):
+    """Prefill, decode and the plain pass over all tokens round each row alike, so that the same token is drawn."""
+    shapes = dataclasses.replace(SHAPES, widths=(64,), batch_sizes=(4,), tile_counts=(4,))
+    model = dense(embed_dim=64, mlp_dim=128, head_dim=8, init_stddev=0.3)
+    server = start_tiny(model, shapes=shapes, precision=ProductRules(products, head="w8"))
+    try:
+        naive = NaiveDecoder(server)
+        for index in range(3):
+            prompt, params = REQUESTS[index][:2]
+            expected = naive(prompt, params)
+            assert generate(server.engine, f"{index}", prompt, params).tokens == expected.tokens
+    finally:
+        server.engine.stop()
