@@ -24,6 +24,8 @@ import numpy as np
 from kernels.attention import AttentionCase
 from kernels.attention import tiles as attention_tiles
 from kernels.paged_attention import PagedAttentionCase, tiles
+from kernels.quantized_matmul import QuantizedCase
+from kernels.target import Target
 
 # XLA's description of the device, in the text form of its GpuTargetConfigProto. Figures of an H100 SXM.
 _H100 = """
@@ -66,6 +68,15 @@ CASES = {
     "prefill, 64, pages of 16": PagedAttentionCase("float16", 16, 128, 32, 8, 64, 16, 1024),
     "prefill, 256, pages of 128": PagedAttentionCase("bfloat16", 16, 128, 16, 4, 256, 128, 1024),
     "20 drafts, heads of 256": PagedAttentionCase("bfloat16", 1, 20, 16, 4, 256, 64, 8192),
+    "int8 pages, 128 rows": PagedAttentionCase("bfloat16", 128, 1, 32, 8, 128, 64, 1024, "int8"),
+    "int8 pages, 1 row of 128k": PagedAttentionCase("bfloat16", 1, 1, 32, 8, 128, 64, 131072, "int8"),
+    "int8 pages, 32 queries": PagedAttentionCase("bfloat16", 16, 8, 32, 8, 128, 32, 1024, "int8"),
+    "int8 pages, 20 drafts": PagedAttentionCase("bfloat16", 16, 20, 32, 8, 128, 64, 1024, "int8"),
+    "float8 pages, 128 rows": PagedAttentionCase("bfloat16", 128, 1, 32, 8, 128, 64, 1024, "float8_e4m3fn"),
+    "float8 pages of 128": PagedAttentionCase("bfloat16", 16, 1, 64, 8, 128, 128, 1024, "float8_e4m3fn"),
+    "float8 pages, heads of 64": PagedAttentionCase("bfloat16", 16, 1, 32, 8, 64, 64, 1024, "float8_e4m3fn"),
+    "float8 pages, heads of 256": PagedAttentionCase("bfloat16", 16, 1, 32, 4, 256, 64, 1024, "float8_e4m3fn"),
+    "float8 pages, prefill": PagedAttentionCase("bfloat16", 16, 128, 32, 8, 128, 64, 8192, "float8_e4m3fn"),
     "forward": AttentionCase("bfloat16", 8192, 8192, 32, 8, 128, 128),
     "forward, full, ragged": AttentionCase("float16", 1001, 777, 32, 8, 128, 128, causal=False),
     **{
@@ -100,6 +111,18 @@ CASES = {
         AttentionCase("bfloat16", 4096, 4096, 16, 4, 256, 256, True, 1000, True, True, True, True)
     ),
     "backward, 64, full": GradientsCase(AttentionCase("bfloat16", 4096, 4096, 32, 8, 64, 64, causal=False)),
+    **{
+        f"product, {x} and {w}, {name}": QuantizedCase(x, w, 8192, 8192, 8192, *blocks, "columns", bias=bias)
+        for x, w, name, blocks, bias in (
+            ("int8", "int8", "rows", ((1, 8192), (8192, 1)), False),
+            ("float8_e4m3fn", "float8_e4m3fn", "rows, bias", ((1, 8192), (8192, 1)), True),
+            ("float8_e4m3fn", "float8_e4m3fn", "blocks", ((1, 128), (128, 128)), False),
+            ("float8_e5m2", "float8_e4m3fn", "blocks, bias", ((1, 128), (128, 128)), True),
+        )
+    },
+    "product, float8, few odd rows": QuantizedCase(
+        "float8_e4m3fn", "float8_e4m3fn", 37, 1000, 777, (1, 1000), (1000, 1), "columns", out_dtype="float32"
+    ),
 }
 
 
@@ -145,7 +168,11 @@ def _parse(output: str) -> Iterator[Report]:
         yield Report(name, max(registers), max(spilled), _shared_bytes(case))
 
 
-def _shared_bytes(case: PagedAttentionCase | AttentionCase | GradientsCase) -> int:
+def _shared_bytes(case: PagedAttentionCase | AttentionCase | GradientsCase | QuantizedCase) -> int:
+    if isinstance(case, QuantizedCase):
+        from kernels.quantized_matmul import tiles as product_tiles
+
+        return product_tiles.shared_bytes(product_tiles.choose_tiles(case))
     if isinstance(case, GradientsCase):
         from kernels.attention import gpu_backward
 
@@ -167,17 +194,28 @@ def _compile_all() -> None:
     mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("device",))
     for name, case in CASES.items():
         print(f"kernel: {name}", flush=True)
-        compile_case = _compile if isinstance(case, PagedAttentionCase) else _compile_attention
-        compile_case(case, mesh)
+        match case:
+            case PagedAttentionCase():
+                _compile(case, mesh)
+            case QuantizedCase():
+                _compile_product(case, mesh)
+            case _:
+                _compile_attention(case, mesh)
 
 
 def _compile(case: PagedAttentionCase, mesh: jax.sharding.Mesh) -> None:
-    from kernels.paged_attention import gpu, prefill
+    from kernels.paged_attention import extend_pages, paged_attention
 
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     pages = (case.width // case.page_size + 1, case.page_size, case.num_kv_heads, case.head_dim)
     shapes = [(case.batch, case.num_tokens, case.num_heads, case.head_dim), pages, pages]
-    floats = [jax.ShapeDtypeStruct(shape, jnp.dtype(case.dtype), sharding=whole) for shape in shapes]
+    dtypes = [case.dtype, *[case.kv_dtype or case.dtype] * 2]
+    floats = [
+        jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=whole)
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    ]
+    scale = jax.ShapeDtypeStruct((pages[0], pages[2], pages[1]), jnp.float32, sharding=whole)
+    scales = {} if case.kv_dtype is None else {"k_scale": scale, "v_scale": scale}
     shapes = [(case.batch, case.width // case.page_size), (case.batch,), (case.batch,)]
     integers = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole) for shape in shapes]
 
@@ -185,18 +223,25 @@ def _compile(case: PagedAttentionCase, mesh: jax.sharding.Mesh) -> None:
     new = [jax.ShapeDtypeStruct((case.batch, 1, *pages[2:]), jnp.dtype(case.dtype), sharding=whole)] * 2
     new = new if case.num_tokens == 1 else []
 
-    def attend(q, k_pages, v_pages, page_table, lengths, starts, *new):
+    def attend(q, k_pages, v_pages, page_table, lengths, starts, scales, *new):
         # Every option on: the most that the kernel keeps in registers.
-        statics = {"scale": 0.1, "window": 100, "soft_cap": 30.0}
-        operands = (q, k_pages, v_pages, page_table, lengths, starts)
-        if tiles.few_queries(case):
-            statics |= {"sinks": None, "new": new or None}
-            return gpu.paged_attention(*operands, **statics, tiles=tiles.choose_tiles(case))
-        statics["sinks"] = jnp.zeros(case.num_heads)
-        return prefill.paged_attention(*operands, **statics, tiles=tiles.choose_prefill_tiles(case))
+        statics = {
+            "scale": 0.1,
+            "window": 100,
+            "soft_cap": 30.0,
+            "impl": "pallas",
+            "target": Target("gpu", (9, 0)),
+            **scales,
+        }
+        if not tiles.few_queries(case):
+            statics["sinks"] = jnp.zeros(case.num_heads)
+        if new:
+            counts = lengths - starts
+            return extend_pages(q, *new, k_pages, v_pages, page_table, starts, counts, **statics)
+        return paged_attention(q, k_pages, v_pages, page_table, lengths, starts_B=starts, **statics)
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = jax.jit(attend).trace(*floats, *integers, *new).lower(lowering_platforms=("cuda",))
+        lowered = jax.jit(attend).trace(*floats, *integers, scales, *new).lower(lowering_platforms=("cuda",))
     lowered.compile()
 
 
@@ -227,6 +272,26 @@ def _compile_attention(case: AttentionCase | GradientsCase, mesh: jax.sharding.M
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jax.jit(attend).trace(*floats, *integers).lower(lowering_platforms=("cuda",))
+    lowered.compile()
+
+
+def _compile_product(case: QuantizedCase, mesh: jax.sharding.Mesh) -> None:
+    from kernels.quantized_matmul import gpu
+    from quantization.qarray import QArray
+
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    M, K, N = case.num_rows, case.in_dim, case.out_dim
+
+    def array(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=whole)
+
+    x = QArray(array((M, K), case.x_dtype), array((M // case.x_block[0], K // case.x_block[1]), "float32"))
+    w_scales = array((K // case.w_block[0], N // case.w_block[1]), "float32")
+    w = QArray(array((N, K), case.w_dtype), w_scales, None, case.w_layout)
+    bias = array((N,), "float32") if case.bias else None
+    multiply = jax.jit(gpu.quantized_matmul, static_argnums=3)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = multiply.trace(x, w, bias, jnp.dtype(case.out_dtype)).lower(lowering_platforms=("cuda",))
     lowered.compile()
 
 
