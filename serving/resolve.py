@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 
 from checkpoint.pretrained import Pretrained, open_pretrained
 from model.cache import token_bytes
@@ -76,6 +77,7 @@ def resolve(run: ServeRun, devices: Sequence[jax.Device]) -> Resolved:
     max_context = min(run.engine.max_context or model.max_positions, model.max_positions)
     apart = Definition(model, False, dtype, mesh.size == 1, run.precision)
     definition = apart.stored_on(devices[0], run.kernels.quantized_matmul, whole)
+    _check_four_bits(definition)
     selection = _select(run, definition, max_context, whole, devices[0])
     drafting, draft, more = _drafting(run, model, dtype, max_context, whole, devices[0])
     drafts = 0 if drafting is None else drafting.max_draft
@@ -110,6 +112,17 @@ def resolve(run: ServeRun, devices: Sequence[jax.Device]) -> Resolved:
         options=compiler_options(run.xla_options, platform),
         choices=(where, _describe(cells, run.engine), *selection.reasons, *more),
     )
+
+
+def _check_four_bits(definition: Definition) -> None:
+    """Raises ValueError for arrays of int4 where JAX can't give them to a compiled program."""
+    held = [leaf.dtype for leaf in jax.tree.leaves(definition.abstract)]
+    if jnp.int4 in held and jax.__version_info__ < (0, 11):
+        # It takes the 4 bits of an argument's element for a layout that the array does not have.
+        raise ValueError(
+            f"precision.products={definition.rules.products} is served by JAX 0.11 or newer (Python 3.12), and this is "
+            f"JAX {jax.__version__}; choose w8, or update"
+        )
 
 
 def _describe(cells: Sequence[Cell], engine: EngineConfig) -> str:

@@ -19,6 +19,10 @@ from tests.serving.engines import SHAPES, NaiveDecoder, generate, start_tiny
 from tests.serving.test_engine import REQUESTS
 from tests.serving.tiny_folder import FAST, write_tiny_folder
 
+FOUR_BITS = pytest.param(
+    "w4", marks=pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="JAX 0.10 serves no int4")
+)
+
 ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
@@ -39,7 +43,7 @@ def folder(tmp_path_factory):
     return write_tiny_folder(tmp_path_factory.mktemp("tiny") / "tiny")
 
 
-@pytest.mark.parametrize("products", ["w8", "w4"])
+@pytest.mark.parametrize("products", ["w8", FOUR_BITS])
 def test_what_is_loaded_is_the_file_rounded(folder, products):
     server, lines = resolved(source=str(folder), precision=ProductRules(products, head="w8")), []
     (params, _), _ = _load(server, lines.append)
@@ -57,13 +61,13 @@ def test_what_is_loaded_is_the_file_rounded(folder, products):
 @pytest.mark.parametrize("devices", [1, 2])
 def test_random_weights_are_those_of_the_plain_model_rounded(devices):
     model = dense(embed_dim=64, mlp_dim=128, head_dim=8)
-    server = resolved(devices, model=model, precision=ProductRules("w4", keep=("layers/1/*",)))
+    server = resolved(devices, model=model, precision=ProductRules("w8", keep=("layers/1/*",)))
     (params, _), _ = _load(server, lambda line: None)
     definition = server.programs.definition
     plain, _ = definition.plain.init(jax.random.key(0), lambda names: ONE)
     down = params["prefix"][0]["mlp"]["down"]
     wide = np.asarray(plain["prefix"][0]["mlp"]["down"])
-    # A group's step is its largest element over 7, and the rounding half of that.
+    # A step is a column's largest element over 127, and the rounding half of that.
     steps = np.repeat(np.asarray(down.scales), down.block[0], axis=0)
     assert np.all(np.abs(np.asarray(down.dequantize()) - wide) <= 0.5001 * steps)
     kept = params["prefix"][1]["mlp"]["down"]
@@ -91,8 +95,15 @@ def test_a_kernel_that_cannot_run_is_refused():
         resolved(model=dense(), precision=ProductRules("w8"), kernels=kernels)
 
 
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="JAX 0.11 serves int4")
+def test_four_bits_are_refused_where_they_cannot_be_served():
+    model = dense(embed_dim=64, mlp_dim=128, head_dim=8)
+    with pytest.raises(ValueError, match=r"precision.products=w4 is served by JAX 0.11 or newer .*choose w8"):
+        resolved(model=model, precision=ProductRules("w4"))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("products", ["w8", "w4", "fp8", "int8"])
+@pytest.mark.parametrize("products", ["w8", FOUR_BITS, "fp8", "int8"])
 def test_the_text_is_that_of_one_token_after_another(products):
     """Prefill, decode and the plain pass over all tokens round each row alike, so that the same token is drawn."""
     shapes = dataclasses.replace(SHAPES, widths=(64,), batch_sizes=(4,), tile_counts=(4,))
