@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from kernels.grouped_matmul import persistent
 from kernels.grouped_matmul.gpu_weight_gradient import weight_gradient as weight_gradient
-from kernels.grouped_matmul.persistent import Tile, aligned, rows_from, tiles_of
+from kernels.grouped_matmul.persistent import Tile, rows_from
 from kernels.grouped_matmul.tiles import ROW_ALIGNMENT, WIDTH, Tiles, choose_tiles
 
 
@@ -29,45 +29,29 @@ class Product(persistent.Kernel):
     def shapes(self):
         return (self.tiles.rows, WIDTH), (WIDTH, self.tiles.columns)
 
-    @property
-    def num_columns(self) -> int:
-        return -(-self.out_dim // self.tiles.columns)
+    def copy(self, tile: Tile, step, inputs, buffers, arrived) -> None:
+        x, *weights = inputs
+        depth = pl.ds(step * WIDTH, WIDTH)
+        plgpu.copy_gmem_to_smem(x.at[rows_from(tile.row, self.tiles.rows), depth], buffers[0], arrived)
+        for w, smem in zip(weights, buffers[1:], strict=True):
+            plgpu.copy_gmem_to_smem(self.part(w, tile, depth), smem, arrived)
 
-    @property
-    def max_tiles(self) -> int:
-        # Each group, and the rows of none, may have a tile that is not full.
-        return (-(-self.num_rows // self.tiles.rows) + self.num_groups + 1) * self.num_columns
+    def part(self, w, tile: Tile, depth):
+        """A step's operand."""
+        return w.at[tile.group, depth, pl.ds(tile.column, self.tiles.columns)]
 
-    @property
-    def num_visits(self) -> int:
-        return self.num_groups + 1
-
-    def extent(self, group, begin, size):
-        steps = jnp.where(group < self.num_groups, -(-self.in_dim // WIDTH), 0)
-        return tiles_of(begin, size, self.tiles.rows), steps
-
-    def first_row(self, begin):
-        return aligned(begin)
-
-    def copy(self, tile: Tile, step, a_ref, b_ref, a_smem, b_smem, arrived) -> None:
-        rows, depth = rows_from(tile.row, self.tiles.rows), pl.ds(step * WIDTH, WIDTH)
-        plgpu.copy_gmem_to_smem(a_ref.at[rows, depth], a_smem, arrived)
-        plgpu.copy_gmem_to_smem(self.weights(b_ref, tile, depth), b_smem, arrived)
-
-    def weights(self, ref, tile: Tile, depth):
-        return ref.at[tile.group, depth, pl.ds(tile.column, self.tiles.columns)]
-
-    def operands(self, a_smem, b_smem, warpgroup):
+    def multiply(self, sums, buffers, warpgroup) -> None:
+        x, *weights = buffers
         rows, columns = self.tiles.piece
-        if self.tiles.split == "rows":
-            return a_smem.at[pl.ds(warpgroup * rows, rows)], b_smem
-        return a_smem, b_smem.at[:, pl.ds(warpgroup * columns, columns)]
+        for acc, w in zip(sums, weights, strict=True):
+            if self.tiles.split == "rows":
+                plgpu.wgmma(acc, x.at[pl.ds(warpgroup * rows, rows)], self.right(w, slice(None)))
+            else:
+                plgpu.wgmma(acc, x, self.right(w, pl.ds(warpgroup * columns, columns)))
 
-    def place(self, out_ref, tile: Tile, rows, columns):
-        return out_ref.at[rows, columns]
-
-    def owned(self, tile: Tile):
-        return tile.begin, tile.end
+    def right(self, w_smem, columns):
+        """The product's second operand: some columns of a step's."""
+        return w_smem.at[:, columns]
 
 
 class TransposedProduct(Product):
@@ -77,14 +61,11 @@ class TransposedProduct(Product):
     def shapes(self):
         return (self.tiles.rows, WIDTH), (self.tiles.columns, WIDTH)
 
-    def weights(self, ref, tile: Tile, depth):
-        return ref.at[tile.group, pl.ds(tile.column, self.tiles.columns), depth]
+    def part(self, w, tile: Tile, depth):
+        return w.at[tile.group, pl.ds(tile.column, self.tiles.columns), depth]
 
-    def operands(self, a_smem, b_smem, warpgroup):
-        rows, columns = self.tiles.piece
-        if self.tiles.split == "rows":
-            return a_smem.at[pl.ds(warpgroup * rows, rows)], b_smem.T
-        return a_smem, b_smem.at[pl.ds(warpgroup * columns, columns)].T
+    def right(self, w_smem, columns):
+        return w_smem.at[columns].T
 
 
 # A jit of its own, so that a model's layers are built once.
@@ -96,9 +77,10 @@ def product(x, w, group_sizes, transpose: bool = False, *, tiles: Tiles | None =
     """
     num_rows, in_dim = x.shape
     kind, out_dim = (TransposedProduct, w.shape[1]) if transpose else (Product, w.shape[2])
-    tiles = choose_tiles(num_rows, w.shape[0], in_dim, out_dim) if tiles is None else tiles
+    tiles = choose_tiles(out_dim, transpose) if tiles is None else tiles
     # Copies fill shared memory by eight rows.
     x = jnp.pad(x, ((0, -num_rows % ROW_ALIGNMENT), (0, 0))) if num_rows % ROW_ALIGNMENT else x
     kernel = kind(w.shape[0], x.shape[0], in_dim, out_dim, tiles)
-    y = persistent.call(kernel, x, w, group_sizes, jax.ShapeDtypeStruct((x.shape[0], out_dim), x.dtype), interpret)
+    out_type = jax.ShapeDtypeStruct((x.shape[0], out_dim), x.dtype)
+    (y,) = persistent.call(kernel, (x, w), group_sizes, [out_type], interpret)
     return y[:num_rows]

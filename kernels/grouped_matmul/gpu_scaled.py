@@ -18,9 +18,9 @@ from jax import lax
 
 from kernels import hopper
 from kernels.grouped_matmul import persistent
-from kernels.grouped_matmul.persistent import Tile, aligned, rows_from, tiles_of
+from kernels.grouped_matmul.persistent import Tile, rows_from
 from kernels.grouped_matmul.scaled_tiles import DEPTH, choose_scaled_tiles
-from kernels.grouped_matmul.tiles import NUM_PROCESSORS, ROW_ALIGNMENT, WIDTH
+from kernels.grouped_matmul.tiles import ROW_ALIGNMENT, WIDTH
 from quantization.qarray import QArray
 
 _ROWS = 64
@@ -36,6 +36,7 @@ class _Product(persistent.Kernel):
     outside: bool
 
     name = "grouped_matmul_scaled"
+    depth = DEPTH
 
     @property
     def shapes(self):
@@ -45,36 +46,11 @@ class _Product(persistent.Kernel):
     def num_steps(self) -> int:
         return -(-self.in_dim // DEPTH)
 
-    @property
-    def num_columns(self) -> int:
-        return -(-self.out_dim // self.tiles.columns)
-
-    @property
-    def max_tiles(self) -> int:
-        # Each group, and the rows of none, may have a tile that is not full.
-        return (-(-self.num_rows // self.tiles.rows) + self.num_groups + 1) * self.num_columns
-
-    @property
-    def num_visits(self) -> int:
-        return self.num_groups + 1
-
-    def extent(self, group, begin, size):
-        return tiles_of(begin, size, self.tiles.rows), jnp.where(group < self.num_groups, self.num_steps, 0)
-
-    def first_row(self, begin):
-        return aligned(begin)
-
-    def copy(self, tile: Tile, step, a_ref, b_ref, a_smem, b_smem, arrived) -> None:
-        depth = pl.ds(step * DEPTH, DEPTH)
-        plgpu.copy_gmem_to_smem(a_ref.at[rows_from(tile.row, self.tiles.rows), depth], a_smem, arrived)
+    def copy(self, tile: Tile, step, inputs, buffers, arrived) -> None:
+        (x, w), depth = inputs, pl.ds(step * DEPTH, DEPTH)
+        plgpu.copy_gmem_to_smem(x.at[rows_from(tile.row, self.tiles.rows), depth], buffers[0], arrived)
         columns = pl.ds(tile.column, self.tiles.columns)
-        plgpu.copy_gmem_to_smem(b_ref.at[tile.group, columns, depth], b_smem, arrived)
-
-    def place(self, out_ref, tile: Tile, rows, columns):
-        return out_ref.at[rows, columns]
-
-    def owned(self, tile: Tile):
-        return tile.begin, tile.end
+        plgpu.copy_gmem_to_smem(w.at[tile.group, columns, depth], buffers[1], arrived)
 
 
 class _Inputs(NamedTuple):
@@ -92,8 +68,7 @@ class _Shared(NamedTuple):
     """As `persistent.Shared`."""
 
     sizes: Any
-    a: Any
-    b: Any
+    ring: tuple[Any, Any]
     out: Any
     sizes_arrived: Any
     arrived: Any
@@ -139,7 +114,7 @@ def _call(kernel: _Product, inputs: _Inputs, out_dtype, interpret) -> jax.Array:
         out_type=jax.ShapeDtypeStruct((kernel.num_rows, kernel.out_dim), out_dtype),
         kernel_name=kernel.name,
         scratch_types=list(_scratch(kernel, inputs.x.dtype, out_dtype, inputs.sizes.shape)),
-        grid=(min(kernel.max_tiles, NUM_PROCESSORS),),
+        grid=(kernel.num_programs,),
         grid_names=("program",),
         num_threads=_COPIER + 1,
         thread_name="warpgroup",
@@ -153,12 +128,11 @@ def _scratch(kernel: _Product, dtype, out_dtype, sizes_shape) -> _Shared:
     def tiled(shape, dtype, width):
         return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(128)))
 
-    buffers, (a_shape, b_shape) = kernel.tiles.num_buffers, kernel.shapes
+    buffers = kernel.tiles.num_buffers
     outputs = (2, 2, WIDTH, WIDTH)
     return _Shared(
         sizes=plgpu.SMEM(sizes_shape, jnp.int32),
-        a=tiled((buffers, *a_shape), dtype, DEPTH),
-        b=tiled((buffers, *b_shape), dtype, DEPTH),
+        ring=tuple(tiled((buffers, *shape), dtype, DEPTH) for shape in kernel.shapes),
         out=persistent._in_one_place(tiled(outputs, out_dtype, WIDTH), plgpu.SMEM(outputs, out_dtype)),
         sizes_arrived=plgpu.Barrier(num_barriers=1),
         arrived=plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
@@ -174,7 +148,7 @@ def _body(kernel: _Product, inputs: _Inputs, out_ref, shared: _Shared) -> None:
         plgpu.set_max_registers(24, action="decrease")
         plgpu.copy_gmem_to_smem(inputs.sizes, shared.sizes, shared.sizes_arrived.at[0])
         plgpu.barrier_wait(shared.sizes_arrived.at[0])
-        copy = functools.partial(persistent._copy, kernel, inputs.x, inputs.w, shared)
+        copy = functools.partial(persistent._copy, kernel, (inputs.x, inputs.w), shared)
         total = persistent.walk(kernel, shared.sizes, copy)
         for buffer in range(kernel.tiles.num_buffers):
             pl.when(buffer < total)(functools.partial(plgpu.barrier_wait, shared.free.at[buffer]))
@@ -200,9 +174,10 @@ def _compute(kernel: _Product, warpgroup, inputs: _Inputs, out_ref, shared: _Sha
 
 def _operands(warpgroup, shared: _Shared, count):
     """(buffer, the warpgroup's x, w) of a step, when they are there."""
-    buffer = hopper.remainder(count, shared.a.shape[0])
+    x, w = shared.ring
+    buffer = hopper.remainder(count, x.shape[0])
     plgpu.barrier_wait(shared.arrived.at[buffer])
-    return buffer, shared.a.at[buffer, pl.ds(warpgroup * _ROWS, _ROWS)], shared.b.at[buffer].T
+    return buffer, x.at[buffer, pl.ds(warpgroup * _ROWS, _ROWS)], w.at[buffer].T
 
 
 def _multiply(kernel: _Product, warpgroup, inputs: _Inputs, shared: _Shared, tile: Tile, start):

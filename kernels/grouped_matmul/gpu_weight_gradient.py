@@ -31,10 +31,6 @@ class _WeightGradient(persistent.Kernel):
         return (WIDTH, self.tiles.rows), (WIDTH, self.tiles.columns)
 
     @property
-    def num_columns(self) -> int:
-        return -(-self.out_dim // self.tiles.columns)
-
-    @property
     def num_row_tiles(self) -> int:
         return -(-self.in_dim // self.tiles.rows)
 
@@ -52,31 +48,36 @@ class _WeightGradient(persistent.Kernel):
     def first_row(self, begin):
         return 0
 
-    def copy(self, tile: Tile, step, a_ref, b_ref, a_smem, b_smem, arrived) -> None:
+    def copy(self, tile: Tile, step, inputs, buffers, arrived) -> None:
         rows = rows_from(aligned(tile.begin) + step * WIDTH, WIDTH)
-        plgpu.copy_gmem_to_smem(a_ref.at[rows, pl.ds(tile.row, self.tiles.rows)], a_smem, arrived)
-        plgpu.copy_gmem_to_smem(b_ref.at[rows, pl.ds(tile.column, self.tiles.columns)], b_smem, arrived)
+        columns = (pl.ds(tile.row, self.tiles.rows), pl.ds(tile.column, self.tiles.columns))
+        for array, of_array, smem in zip(inputs, columns, buffers, strict=True):
+            plgpu.copy_gmem_to_smem(array.at[rows, of_array], smem, arrived)
 
-    def operands(self, a_smem, b_smem, warpgroup):
-        rows, columns = self.tiles.piece
-        if self.tiles.split == "rows":
-            return a_smem.at[:, pl.ds(warpgroup * rows, rows)].T, b_smem
-        return a_smem.T, b_smem.at[:, pl.ds(warpgroup * columns, columns)]
-
-    def prepare(self, tile: Tile, step, a_smem, b_smem, warpgroup, masked) -> None:
+    def prepare(self, tile: Tile, step, buffers, warpgroup, masked) -> None:
         row = aligned(tile.begin) + step * WIDTH
 
         @pl.when((row < tile.begin) | (row + WIDTH > tile.end))
         def _():
-            for smem in (a_smem, b_smem):
+            for smem in buffers:
                 share = smem.shape[1] // 2
                 _keep_rows(smem.at[:, pl.ds(warpgroup * share, share)], tile.begin - row, tile.end - row)
             plgpu.commit_smem()
             plgpu.barrier_arrive(masked)
             plgpu.barrier_wait(masked)
 
+    def multiply(self, sums, buffers, warpgroup) -> None:
+        (x, dy), (rows, columns) = buffers, self.tiles.piece
+        if self.tiles.split == "rows":
+            plgpu.wgmma(sums[0], x.at[:, pl.ds(warpgroup * rows, rows)].T, dy)
+        else:
+            plgpu.wgmma(sums[0], x.T, dy.at[:, pl.ds(warpgroup * columns, columns)])
+
     def place(self, out_ref, tile: Tile, rows, columns):
         return out_ref.at[tile.group, rows, columns]
+
+    def owned(self, tile: Tile):
+        return None
 
 
 def _keep_rows(smem, first, last) -> None:
@@ -97,11 +98,12 @@ def weight_gradient(x, dy, group_sizes, *, tiles: Tiles | None = None, interpret
     tests give.
     """
     num_groups, num_rows, in_dim, out_dim = group_sizes.shape[0], *x.shape, dy.shape[1]
-    tiles = choose_gradient_tiles(num_rows, num_groups, in_dim, out_dim) if tiles is None else tiles
+    tiles = choose_gradient_tiles(out_dim) if tiles is None else tiles
     tiles = dataclasses.replace(tiles, lead=0)
     # Copies fill shared memory by eight rows.
     padding = -num_rows % ROW_ALIGNMENT
     x, dy = (jnp.pad(array, ((0, padding), (0, 0))) if padding else array for array in (x, dy))
     kernel = _WeightGradient(num_groups, num_rows + padding, in_dim, out_dim, tiles)
     out_type = jax.ShapeDtypeStruct((num_groups, in_dim, out_dim), x.dtype)
-    return persistent.call(kernel, x, dy, group_sizes, out_type, interpret)
+    (dw,) = persistent.call(kernel, (x, dy), group_sizes, [out_type], interpret)
+    return dw

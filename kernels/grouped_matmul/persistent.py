@@ -1,7 +1,7 @@
 """What the Hopper kernels of the grouped product share: programs that stay, a ring of buffers, the way out.
 
-A tile of the output is a sum over steps of 64. One warpgroup copies both operands of each step into a ring of buffers,
-and two multiply, half of the tile each, with the sums in registers. Each processor of the chip takes tile after tile,
+A tile of the output is a sum over steps. One warpgroup copies the operands of each step into a ring of buffers, and two
+multiply, half of the tile each, with the sums in registers. Each processor of the chip takes tile after tile,
 and copies for the next one before it has finished one. Which tile that is it finds itself, from the group sizes: they
 are data, and a table of tiles would take several launches to make.
 """
@@ -43,14 +43,13 @@ class Tile(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """Shared memory of a block of threads: the group sizes, the ring with both operands, two places [64, 64] for
+    """Shared memory of a block of threads: the group sizes, the ring with a step's operands, two places [64, 64] for
     outputs of each warpgroup, swizzled and (for single rows, in the same memory) plain; and the barriers.
-    `arrived`: the copy is there. `free`: both warpgroups are done with it. `masked`: both have masked their share.
+    `arrived`: the copies are there. `free`: both warpgroups are done with them. `masked`: both have masked their share.
     `ahead`: the first warpgroup has begun so many steps of a tile that the second may begin."""
 
     sizes: Any
-    a: Any
-    b: Any
+    ring: tuple[Any, ...]
     out: Any
     sizes_arrived: Any
     arrived: Any
@@ -61,7 +60,8 @@ class Shared(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """What is fixed when a kernel is traced, and what distinguishes one kernel from another."""
+    """What is fixed when a kernel is traced, and what distinguishes one from another. As it stands: a tile is rows of
+    one group times columns of its matrix [in_dim, out_dim]; rows of no group are tiles of no steps, which are zeros."""
 
     num_groups: int
     num_rows: int
@@ -70,86 +70,105 @@ class Kernel:
     tiles: Tiles
 
     name = ""
+    depth = WIDTH
+    """Of a step, along what is summed over."""
 
     @property
-    def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Of both operands of a step, as they lie in memory."""
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """Of a step's operands, as they lie in memory."""
         raise NotImplementedError
+
+    @property
+    def sums(self) -> tuple[tuple[int, int], ...]:
+        """Shapes of what a warpgroup sums up."""
+        return (self.tiles.piece,)
+
+    @property
+    def extra(self) -> int:
+        """How many of a tile's steps, the last, bring what `emit` reads, and are not multiplied."""
+        return 0
 
     @property
     def num_columns(self) -> int:
         """Tiles side by side."""
-        raise NotImplementedError
+        return -(-self.out_dim // self.tiles.columns)
 
     @property
     def max_tiles(self) -> int:
-        """At least as many as there are for any group sizes."""
-        raise NotImplementedError
+        """At least as many as there are for any group sizes: each group, and the rows of none, may have one that is not
+        full."""
+        return (-(-self.num_rows // self.tiles.rows) + self.num_groups + 1) * self.num_columns
+
+    @property
+    def num_programs(self) -> int:
+        return min(self.max_tiles, NUM_PROCESSORS)
 
     @property
     def num_visits(self) -> int:
         """Groups, and with them whatever else has tiles."""
-        raise NotImplementedError
+        return self.num_groups + 1
 
     def extent(self, group, begin, size) -> tuple[Any, Any]:
         """(tiles of rows, steps of each) of a group."""
-        raise NotImplementedError
+        steps = jnp.where(group < self.num_groups, -(-self.in_dim // self.depth), 0)
+        return tiles_of(begin, size, self.tiles.rows), steps
 
     def first_row(self, begin):
         """Of a group's first tile, in the output."""
+        return aligned(begin)
+
+    def copy(self, tile: Tile, step, inputs, buffers, arrived) -> None:
+        """Starts the copies of a step, as many as it has operands, to its buffers."""
         raise NotImplementedError
 
-    def copy(self, tile: Tile, step, a_ref, b_ref, a_smem, b_smem, arrived) -> None:
-        """Starts both copies of a step."""
-        raise NotImplementedError
-
-    def operands(self, a_smem, b_smem, warpgroup) -> tuple[Any, Any]:
-        """A warpgroup's operands of its product, of a step's."""
-        raise NotImplementedError
-
-    def prepare(self, tile: Tile, step, a_smem, b_smem, warpgroup, masked) -> None:
+    def prepare(self, tile: Tile, step, buffers, warpgroup, masked) -> None:
         """What is to be done to a step's operands before they are multiplied."""
+
+    def multiply(self, sums, buffers, warpgroup) -> None:
+        """Starts a warpgroup's products of a step, one for each of `sums`."""
+        raise NotImplementedError
+
+    def emit(self, tile: Tile, start, warpgroup, sums, outs, shared: Shared) -> None:
+        """A warpgroup's part of a tile on its way out."""
+        _store(self, warpgroup, outs[0], shared, tile, sums[0].astype(outs[0].dtype))
 
     def place(self, out_ref, tile: Tile, rows, columns):
         """Where rows and columns (of the output, of the tile's group) lie."""
-        raise NotImplementedError
+        return out_ref.at[rows, columns]
 
     def owned(self, tile: Tile) -> tuple[Any, Any] | None:
         """Rows [first, last) of the output that are the tile's own; None where all of them are."""
-        return None
+        return tile.begin, tile.end
 
 
-def call(kernel: Kernel, a, b, group_sizes, out_type, interpret):
-    """The output of `out_type`, which nothing else is written to."""
-    sizes = group_sizes.astype(jnp.int32)
+def call(kernel: Kernel, inputs, group_sizes, out_types, interpret) -> list[jax.Array]:
+    """The outputs of `out_types`."""
     # Copies are in units of 16 bytes.
-    sizes = jnp.pad(sizes, (0, -kernel.num_groups % 4))
+    sizes = jnp.pad(group_sizes.astype(jnp.int32), (0, -kernel.num_groups % 4))
     run = plgpu.kernel(
-        functools.partial(_body, kernel),
-        out_type=out_type,
+        functools.partial(_body, kernel, len(inputs), len(out_types)),
+        out_type=out_types,
         kernel_name=kernel.name,
-        scratch_types=list(_scratch(kernel, a.dtype, sizes.shape)),
-        grid=(min(kernel.max_tiles, NUM_PROCESSORS),),
+        scratch_types=list(_scratch(kernel, inputs[0].dtype, sizes.shape)),
+        grid=(kernel.num_programs,),
         grid_names=("program",),
-        num_threads=3,
+        num_threads=_COPIER + 1,
         thread_name="warpgroup",
         compiler_params=_COMPILER,
         interpret=interpret,
     )
-    return run(a, b, sizes)
+    return run(*inputs, sizes)
 
 
 def _scratch(kernel: Kernel, dtype, sizes_shape) -> Shared:
     tiled = (plgpu.TilingTransform((8, WIDTH)), plgpu.SwizzleTransform(2 * WIDTH))
-    buffers, (a_shape, b_shape) = kernel.tiles.num_buffers, kernel.shapes
-    outputs = (2, 2, WIDTH, WIDTH)
+    buffers, outputs = kernel.tiles.num_buffers, (2, 2, WIDTH, WIDTH)
     return Shared(
         sizes=plgpu.SMEM(sizes_shape, jnp.int32),
-        a=plgpu.SMEM((buffers, *a_shape), dtype, transforms=tiled),
-        b=plgpu.SMEM((buffers, *b_shape), dtype, transforms=tiled),
+        ring=tuple(plgpu.SMEM((buffers, *shape), dtype, transforms=tiled) for shape in kernel.shapes),
         out=_in_one_place(plgpu.SMEM(outputs, dtype, transforms=tiled), plgpu.SMEM(outputs, dtype)),
         sizes_arrived=plgpu.Barrier(num_barriers=1),
-        arrived=plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
+        arrived=plgpu.Barrier(num_arrivals=len(kernel.shapes), num_barriers=buffers),
         free=plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
         masked=plgpu.Barrier(num_arrivals=2, num_barriers=1),
         ahead=plgpu.Barrier(num_barriers=1),
@@ -161,8 +180,9 @@ def _in_one_place(*arrays):
     return plgpu.RefUnion(*arrays)
 
 
-def _body(kernel: Kernel, a_ref, b_ref, sizes_ref, out_ref, *shared):
-    shared = Shared(*shared)
+def _body(kernel: Kernel, num_inputs: int, num_outs: int, *refs):
+    inputs, sizes_ref, refs = refs[:num_inputs], refs[num_inputs], refs[num_inputs + 1 :]
+    outs, shared = refs[:num_outs], Shared(*refs[num_outs:])
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup == _COPIER)
@@ -170,7 +190,7 @@ def _body(kernel: Kernel, a_ref, b_ref, sizes_ref, out_ref, *shared):
         plgpu.set_max_registers(_FEW_REGISTERS, action="decrease")
         plgpu.copy_gmem_to_smem(sizes_ref, shared.sizes, shared.sizes_arrived.at[0])
         plgpu.barrier_wait(shared.sizes_arrived.at[0])
-        total = walk(kernel, shared.sizes, functools.partial(_copy, kernel, a_ref, b_ref, shared))
+        total = walk(kernel, shared.sizes, functools.partial(_copy, kernel, inputs, shared))
         # Every completion of a barrier is waited for, so that all is free at the end (the interpreter asks it).
         for buffer in range(kernel.tiles.num_buffers):
             pl.when(buffer < total)(functools.partial(plgpu.barrier_wait, shared.free.at[buffer]))
@@ -179,14 +199,14 @@ def _body(kernel: Kernel, a_ref, b_ref, sizes_ref, out_ref, *shared):
     def _():
         plgpu.set_max_registers(_REGISTERS, action="increase")
         plgpu.barrier_wait(shared.sizes_arrived.at[0])
-        walk(kernel, shared.sizes, functools.partial(_compute, kernel, warpgroup, out_ref, shared))
+        walk(kernel, shared.sizes, functools.partial(_compute, kernel, warpgroup, outs, shared))
         plgpu.wait_smem_to_gmem(0)
 
 
 def walk(kernel: Kernel, sizes_smem, visit: Callable[[Tile, Any], None]):
     """Calls `visit(tile, start)` for each tile of this program, in order; `start`: steps of its tiles before this one.
     Returns how many steps all have. All programs together take every tile once."""
-    program, programs = lax.axis_index("program"), min(kernel.max_tiles, NUM_PROCESSORS)
+    program, programs = lax.axis_index("program"), kernel.num_programs
 
     def in_group(group, carry):
         before, begin, start = carry
@@ -222,55 +242,56 @@ def _position(kernel: Kernel, index, num_rows):
     return number * panel + (rest - column * height), column
 
 
-def _copy(kernel: Kernel, a_ref, b_ref, shared: Shared, tile: Tile, start) -> None:
-    """Both operands of every step of a tile to their buffers, as soon as those are free."""
+def _copy(kernel: Kernel, inputs, shared: Shared, tile: Tile, start) -> None:
+    """The operands of every step of a tile to their buffers, as soon as those are free."""
     buffers = kernel.tiles.num_buffers
 
     @pl.loop(0, tile.steps)
     def _(step):
         buffer = hopper.remainder(start + step, buffers)
         pl.when(start + step >= buffers)(lambda: plgpu.barrier_wait(shared.free.at[buffer]))
-        arrived = shared.arrived.at[buffer]
-        kernel.copy(tile, step, a_ref, b_ref, shared.a.at[buffer], shared.b.at[buffer], arrived)
+        kernel.copy(tile, step, inputs, _operands(shared, buffer), shared.arrived.at[buffer])
 
 
-def _compute(kernel: Kernel, warpgroup, out_ref, shared: Shared, tile: Tile, start) -> None:
+def _operands(shared: Shared, buffer) -> list[Any]:
+    return [ring.at[buffer] for ring in shared.ring]
+
+
+def _compute(kernel: Kernel, warpgroup, outs, shared: Shared, tile: Tile, start) -> None:
     """A warpgroup's part of a tile, multiplied and on its way out."""
-    sums = pl.run_scoped(
-        functools.partial(_multiply, kernel, warpgroup, shared, tile, start),
-        plgpu.ACC(kernel.tiles.piece, jnp.float32),
-    )
-    _store(kernel, warpgroup, out_ref, shared, tile, sums.astype(out_ref.dtype))
+    multiply = functools.partial(_multiply, kernel, warpgroup, shared, tile, start)
+    sums = pl.run_scoped(multiply, *(plgpu.ACC(shape, jnp.float32) for shape in kernel.sums))
+    kernel.emit(tile, start, warpgroup, sums, outs, shared)
 
 
-def _multiply(kernel: Kernel, warpgroup, shared: Shared, tile: Tile, start, acc):
-    buffers = kernel.tiles.num_buffers
+def _multiply(kernel: Kernel, warpgroup, shared: Shared, tile: Tile, start, *sums):
+    buffers, lead = kernel.tiles.num_buffers, kernel.tiles.lead
+    steps = tile.steps - kernel.extra
+    # Of fewer steps the first warpgroup could be a whole tile ahead, and a barrier counts no further than one.
+    staggered = steps >= buffers
+    if lead:
+        pl.when(staggered & (warpgroup == 1))(lambda: plgpu.barrier_wait(shared.ahead.at[0]))
 
     def release(step):
         plgpu.barrier_arrive(shared.free.at[hopper.remainder(start + step, buffers)])
 
-    # Of fewer steps the first warpgroup could be a whole tile ahead, and a barrier counts no further than one.
-    staggered = tile.steps >= buffers
-    if kernel.tiles.lead:
-        pl.when(staggered & (warpgroup == 1))(lambda: plgpu.barrier_wait(shared.ahead.at[0]))
-
-    @pl.loop(0, tile.steps)
+    @pl.loop(0, steps)
     def _(step):
         buffer = hopper.remainder(start + step, buffers)
         plgpu.barrier_wait(shared.arrived.at[buffer])
-        a_smem, b_smem = shared.a.at[buffer], shared.b.at[buffer]
-        kernel.prepare(tile, step, a_smem, b_smem, warpgroup, shared.masked.at[0])
-        plgpu.wgmma(acc, *kernel.operands(a_smem, b_smem, warpgroup))
-        # The product of the step before is complete, and this one goes on.
-        plgpu.wgmma_wait(1)
-        if kernel.tiles.lead:
-            begun = staggered & (warpgroup == 0) & (step == kernel.tiles.lead)
+        operands = _operands(shared, buffer)
+        kernel.prepare(tile, step, operands, warpgroup, shared.masked.at[0])
+        kernel.multiply(sums, operands, warpgroup)
+        # The products of the step before are complete, and these go on.
+        plgpu.wgmma_wait(len(sums))
+        if lead:
+            begun = staggered & (warpgroup == 0) & (step == lead)
             pl.when(begun)(lambda: plgpu.barrier_arrive(shared.ahead.at[0]))
         pl.when(step > 0)(lambda: release(step - 1))
 
     plgpu.wgmma_wait(0)
-    pl.when(tile.steps > 0)(lambda: release(tile.steps - 1))
-    return acc[...]
+    pl.when(steps > 0)(lambda: release(steps - 1))
+    return tuple(sum_of[...] for sum_of in sums)
 
 
 def _store(kernel: Kernel, warpgroup, out_ref, shared: Shared, tile: Tile, values, *, offset: int = 0, turn: int = 0):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from kernels.grouped_matmul import GroupedCase, choose, supports, tiles
-from kernels.grouped_matmul.tiles import Tiles, choose_gradient_tiles, choose_tiles, shared_bytes
+from kernels.grouped_matmul.tiles import Tiles, choose_gated_tiles, choose_gradient_tiles, choose_tiles, shared_bytes
 from kernels.target import Target
 
 H100 = Target("gpu", (9, 0))
@@ -145,15 +146,18 @@ def test_rows_of_other_groups_may_hold_anything(gpu):
         np.testing.assert_allclose(actual[others].astype(np.float64), true[others], rtol=2**-8, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [(16384, 8, 4096, 14336), (32768, 8, 1024, 3584), (131072, 128, 7168, 2048), (512, 256, 64, 64), (8, 1, 64, 64)],
-)
-def test_chosen_tiles_fit(shape):
-    for chosen in (choose_tiles(*shape), choose_gradient_tiles(*shape)):
-        assert shared_bytes(chosen) <= tiles.SHARED_BYTES
-        rows, columns = chosen.piece
-        assert rows % 64 == 0 and columns % 64 == 0 and rows * columns <= 64 * 256
+@pytest.mark.parametrize("out_dim", [64, 128, 192, 2048, 14336])
+def test_chosen_tiles_fit(out_dim):
+    products = [choose_tiles(out_dim, False), choose_tiles(out_dim, True), choose_gradient_tiles(out_dim)]
+    for chosen, columns in [
+        *((x, x.columns) for x in products),
+        (choose_gated_tiles(), 2 * choose_gated_tiles().columns),
+    ]:
+        assert shared_bytes(dataclasses.replace(chosen, columns=columns)) <= tiles.SHARED_BYTES
+        piece = chosen.piece
+        # 128 registers of sums to a thread, and whole copies of 64 columns, an even number of them.
+        assert piece[0] % 64 == 0 and piece[1] % 64 == 0 and math.prod(piece) * columns // chosen.columns <= 64 * 256
+        assert math.prod(piece) // 64**2 % 2 == 0
 
 
 @pytest.mark.parametrize(

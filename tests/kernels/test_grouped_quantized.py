@@ -87,8 +87,7 @@ def test_the_hopper_kernel_by_interpreter(dtype, x_block, w_block, sizes, monkey
 
     from kernels.grouped_matmul import gpu_scaled, persistent
 
-    for module in (gpu_scaled, persistent):
-        monkeypatch.setattr(module, "NUM_PROCESSORS", 2)
+    monkeypatch.setattr(persistent, "NUM_PROCESSORS", 2)
     # The interpreter takes two warpgroups' parts of what shares memory for one.
     monkeypatch.setattr(persistent, "_in_one_place", lambda *arrays: arrays)
     x, w = arrays(139, 384, 192, 3)
