@@ -120,6 +120,17 @@ CASES = {
             ("float8_e5m2", "float8_e4m3fn", "blocks, bias", ((1, 128), (128, 128)), True),
         )
     },
+    **{
+        f"few-bit weight, {name}": QuantizedCase("bfloat16", w, M, 8192, N, None, (group, 1), "fragments", zeros, bias)
+        for name, w, M, N, group, zeros, bias in (
+            ("int8, 1 row", "int8", 1, 28672, 8192, False, False),
+            ("float8, 16 rows", "float8_e4m3fn", 16, 28672, 8192, False, True),
+            ("int4, 16 rows", "int4", 16, 28672, 128, False, False),
+            ("int4, 1 row, narrow", "int4", 1, 4096, 128, False, True),
+            ("int4, zero points", "int4", 16, 28672, 32, True, False),
+            ("int4, 100 rows", "int4", 100, 4096, 64, False, True),
+        )
+    },
     "product, float8, few odd rows": QuantizedCase(
         "float8_e4m3fn", "float8_e4m3fn", 37, 1000, 777, (1, 1000), (1000, 1), "columns", out_dtype="float32"
     ),
@@ -169,6 +180,10 @@ def _parse(output: str) -> Iterator[Report]:
 
 
 def _shared_bytes(case: PagedAttentionCase | AttentionCase | GradientsCase | QuantizedCase) -> int:
+    if isinstance(case, QuantizedCase) and case.weight_only:
+        from kernels.quantized_matmul import weight_only_tiles
+
+        return weight_only_tiles.shared_bytes(case, weight_only_tiles.choose_tiles(case))
     if isinstance(case, QuantizedCase):
         from kernels.quantized_matmul import tiles as product_tiles
 
@@ -197,6 +212,8 @@ def _compile_all() -> None:
         match case:
             case PagedAttentionCase():
                 _compile(case, mesh)
+            case QuantizedCase() if case.weight_only:
+                _compile_weight_only(case, mesh)
             case QuantizedCase():
                 _compile_product(case, mesh)
             case _:
@@ -292,6 +309,26 @@ def _compile_product(case: QuantizedCase, mesh: jax.sharding.Mesh) -> None:
     multiply = jax.jit(gpu.quantized_matmul, static_argnums=3)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = multiply.trace(x, w, bias, jnp.dtype(case.out_dtype)).lower(lowering_platforms=("cuda",))
+    lowered.compile()
+
+
+def _compile_weight_only(case: QuantizedCase, mesh: jax.sharding.Mesh) -> None:
+    from kernels.quantized_matmul import weight_only
+    from quantization.qarray import QArray, to_fragments
+
+    M, K, N = case.num_rows, case.in_dim, case.out_dim
+    shapes = [(K // case.w_block[0], N), (M, K), (N,)]
+    scales, x, bias = (
+        jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+        for shape, dtype in zip(shapes, ("float32", case.x_dtype, case.x_dtype), strict=True)
+    )
+    rows = QArray(jax.ShapeDtypeStruct((K, N), jnp.dtype(case.w_dtype)), scales, scales if case.zero_points else None)
+    operands = x, jax.eval_shape(to_fragments, rows), bias if case.bias else None
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    operands = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), operands)
+    multiply = jax.jit(weight_only.quantized_matmul, static_argnums=3)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = multiply.trace(*operands, jnp.dtype(case.out_dtype)).lower(lowering_platforms=("cuda",))
     lowered.compile()
 
 
