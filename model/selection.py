@@ -131,6 +131,8 @@ class PagedSelection(NamedTuple):
     """Decoding reads live pages alone, so that the width of the page table costs nothing."""
     live_prefill: bool
     """So does the computation of prompts."""
+    holds_scores: bool
+    """The computation of prompts holds the scores of all its tokens."""
     target: Target
 
 
@@ -172,7 +174,7 @@ def select_paged_kernels(
     sizes = (rows, tiles[0] * tiles[1])
     reasons += _select_quantized(definition, quantized_matmul, sizes, placement, target)
     # The kernel for prompts takes pages in the activations' dtype: quantised ones are laid end to end for it.
-    live = (in_decode == "pallas", in_prefill == "pallas" and prefill.kv_dtype is None)
+    live = (in_decode == "pallas", in_prefill == "pallas" and prefill.kv_dtype is None, in_prefill != "pallas")
     return PagedSelection(paged, grouped, quantized_matmul, tuple(reasons), *live, target)
 
 

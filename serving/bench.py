@@ -54,6 +54,7 @@ class Bench:
             "device": self._resolved.devices[0].device_kind,
             "devices": len(self._resolved.devices),
             "dtype": self._resolved.dtype,
+            "kv_dtype": self._resolved.kv_dtype,
             "versions": {"python": platform.python_version(), "jax": jax.__version__},
             "speculation": self._resolved.run.speculation.kind,
             "drafts": None if (stats := self._started.engine.speculation) is None else dataclasses.asdict(stats),

@@ -45,6 +45,8 @@ class Resolved:
     """Decoding reads live pages alone, where they lie."""
     live_prefill: bool
     """So does a prefill."""
+    holds_scores: bool
+    """A prefill holds the scores of all its tokens."""
     options: Options
     choices: tuple[str, ...]
 
@@ -109,6 +111,7 @@ def resolve(run: ServeRun, devices: Sequence[jax.Device]) -> Resolved:
         cells=cells,
         live_decode=selection.live_decode,
         live_prefill=selection.live_prefill,
+        holds_scores=selection.holds_scores,
         options=compiler_options(run.xla_options, platform),
         choices=(where, _describe(cells, run.engine), *selection.reasons, *more),
     )

@@ -254,7 +254,7 @@ def _scratch_bytes(resolved: Resolved) -> int:
     logits = tokens * model.vocab_size * 4
     tiles = max(cell.rows for cell in prefills) * resolved.run.engine.tile_tokens
     hidden = tiles * (2 * model.mlp_dim + 4 * model.embed_dim) * itemsize
-    scored = 0 if resolved.live_prefill else max(cell.rows * cell.width for cell in prefills)
+    scored = max(cell.rows * cell.width for cell in prefills) if resolved.holds_scores else 0
     scores = scored * resolved.run.engine.tile_tokens * model.num_heads * 4 * 2 // tensor
     return SCRATCH_COPIES * (context * itemsize // tensor + logits) + hidden + scores
 
