@@ -43,7 +43,7 @@ _FORMATS = {
 }
 
 GROUPS = (128, 64, 32)
-"""Lengths of a group of int4, the best first: the longest that divides K is taken."""
+"""Lengths of a group of int4: the longest that divides K is taken."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,9 @@ class ProductRules:
     its bytes, for a decode step of w4 weights up to an eighth of all."""
     keep: tuple[str, ...] = ()
     """Matrices that stay in the compute dtype, by patterns such as layers/0/* or */mlp/down."""
+    group: Literal[128, 64, 32] = 128
+    """w4: inputs of a column that share a scale, at most. Scales take 6% of the bytes with 128 and 20% with 32, and
+    small models need the shorter ones."""
 
     def covers(self, part: Part | None) -> bool:
         """Whether matrices of a part have a format, unless they are kept."""
@@ -77,10 +80,11 @@ class ProductRules:
             found = dataclasses.replace(found, activation=None)
         if found.group is None:
             return found
-        group = next((length for length in GROUPS if in_dim % length == 0), None)
+        lengths = [length for length in GROUPS if length <= self.group]
+        group = next((length for length in lengths if in_dim % length == 0), None)
         if group is None:
             raise ValueError(
-                f"precision.products={self.products} has groups of {', '.join(map(str, GROUPS))} inputs, and {name} "
+                f"precision.products={self.products} has groups of {', '.join(map(str, lengths))} inputs, and {name} "
                 f"has {in_dim} on a device; choose w8, or keep it by precision.keep={name}"
             )
         return dataclasses.replace(found, group=group)

@@ -25,6 +25,10 @@ def test_the_longest_group_that_divides_is_taken(in_dim, group):
     assert ProductRules("w4").format_of("m", "projection", in_dim).group == group
 
 
+def test_a_shorter_group_can_be_asked_for():
+    assert ProductRules("w4", group=64).format_of("m", "projection", 256).group == 64
+
+
 def test_a_matrix_that_no_group_divides_is_named():
     rules = ProductRules("w4", keep=("layers/1/*",))
     with pytest.raises(ValueError, match="groups of 128, 64, 32 inputs, and layers/0/mlp/down has 100"):
