@@ -8,8 +8,7 @@ import pytest
 from kernels.quantized_matmul import QuantizedCase, choose, supports, tiles
 from kernels.quantized_matmul.tiles import Tiles, choose_tiles, shared_bytes
 from kernels.target import Target
-from quantization.qarray import quantize
-from tests.kernels.test_quantized_matmul import assert_close, draw
+from tests.kernels.test_quantized_matmul import assert_close, draw, quantize
 
 H100 = Target("gpu", (9, 0))
 ROW, BLOCK, TENSOR = ((1, None), (None, 1)), ((1, 128), (128, 128)), ((None, None), (None, None))

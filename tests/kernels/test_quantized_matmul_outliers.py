@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.quantized_matmul.outliers import int8_matmul_with_outliers
-from quantization.qarray import quantize
-from tests.kernels.test_quantized_matmul import assert_close, draw, wide
+from kernels.quantized_matmul import outliers
+from tests.kernels.test_quantized_matmul import assert_close, draw, quantize, wide
 
 OUTLIERS = (3, 17, 40)
+int8_matmul_with_outliers = jax.jit(
+    outliers.int8_matmul_with_outliers, static_argnames=("num_outliers", "threshold", "out_dtype", "impl")
+)
 
 
 def activations(dtype=np.float32):
@@ -18,10 +20,10 @@ def activations(dtype=np.float32):
     return jnp.asarray(x, dtype)
 
 
-def explicit(x, w, outliers):
+def explicit(x, w, columns):
     """Float64: outlier columns as they are, the others rounded to int8 by their rows' largest."""
     x = x.reshape(-1, x.shape[-1])
-    rest = x.at[:, list(outliers)].set(0)
+    rest = x.at[:, list(columns)].set(0)
     return wide(quantize(rest, "int8", (1, None))) @ wide(w) + wide(x - rest) @ wide(w)
 
 
@@ -50,7 +52,7 @@ def test_no_outliers_is_the_int8_product():
 def test_bias_dtype_and_groups_with_zero_points():
     w = quantize(draw((48, 8), 1), "int8", (16, 1), asymmetric=True)
     x, bias = activations(jnp.bfloat16), draw((8,), 2)
-    y = jax.jit(lambda x, w: int8_matmul_with_outliers(x, w, num_outliers=3, threshold=20.0, bias=bias))(x, w)
+    y = int8_matmul_with_outliers(x, w, num_outliers=3, threshold=20.0, bias=bias)
     assert y.dtype == jnp.bfloat16
     true = explicit(x, w, OUTLIERS) + wide(bias)
     np.testing.assert_allclose(

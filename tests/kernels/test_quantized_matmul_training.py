@@ -1,13 +1,15 @@
 """A linear layer in FP8: three products against float64 of what they round to, and the two kinds of scaling."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kernels.quantized_matmul.training import ScalingState, fp8_matmul
-from quantization.qarray import LARGEST, quantize
-from tests.kernels.test_quantized_matmul import draw, equations, wide
+from quantization.qarray import LARGEST
+from tests.kernels.test_quantized_matmul import draw, equations, quantize, wide
 
 E4, E5 = "float8_e4m3fn", "float8_e5m2"
 
@@ -17,6 +19,7 @@ def rounded(x, dtype):
     return wide(quantize(x.reshape(-1, x.shape[-1]), dtype, (None, None)))
 
 
+@functools.partial(jax.jit, static_argnames=("gradient_dtype", "impl"))
 def gradients(x, w, dy, *state, **options):
     y, pullback = jax.vjp(lambda *inputs: fp8_matmul(*inputs, **options), x, w, *state)
     return y, *pullback(dy)
