@@ -55,12 +55,12 @@ WEIGHTS = _formats(
     Format("int8", 8, SCALE_BITS),
     Format("int4", 4, SCALE_BITS, 128),
 )
-# A scale per token and head for integers; fp8 is stored with one scale for the tensor, or none.
+# A scale per token and head, in float32 where the server has the format (kernels.paged_attention.quantize).
 CACHE = _formats(
     Format("fp32", 32),
     Format("bf16", 16),
-    Format("fp8", 8),
-    Format("int8", 8, SCALE_BITS),
+    Format("fp8", 8, 32),
+    Format("int8", 8, 32),
     Format("int4", 4, SCALE_BITS),
 )
 
