@@ -5,9 +5,13 @@ are widened to x's dtype; x's few rows are its columns and come from shared memo
 The weight lies in memory as the registers want it (`quantization.qarray.to_fragments`): a thread's 16 bytes are its own
 elements of the next products, and no thread needs another's.
 
-One block of threads (a warpgroup of 128) has some columns of the weight and walks a part of its rows, while the copies
-of the next are under way. Several blocks share a processor, so that one widens while another multiplies or waits. Where
-there are too few columns to fill the chip, their rows are cut into parts, which a second step adds up in order.
+A warpgroup walks down some columns of the weight, while the copies of the next rows are under way. Several warpgroups
+share a processor, so that one widens while another multiplies or waits. They are blocks of threads of their own; where
+there are too few columns for that, they are of one block, share its rows out among them and add up their sums in order.
+Of still fewer columns the rows are cut into parts, which a second program adds up, in order too.
+
+A group's scale multiplies its sums, in float32, and not the weight, which stays exact. A zero point is taken away there
+as well: times the sum of x's elements, which is one more product, with ones.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from kernels.quantized_matmul.weight_only_tiles import TILE, Tiles, choose_tiles
 from quantization.qarray import QArray
 
 # Without the barriers that Pallas would put around every load, store and copy: `commit_smem` in each step lies between
-# the last read of a buffer and the copy that fills it again.
+# the last read of a buffer and the copy that fills it again, and no buffer is another warpgroup's.
 _COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
 
 

@@ -12,7 +12,7 @@ from kernels.target import Target
 if TYPE_CHECKING:
     from kernels.quantized_matmul import QuantizedCase
 
-# Mosaic GPU's interface changes with JAX's minor version; the kernel was compiled with 0.11.2.
+# Mosaic GPU's interface changes with JAX's minor version; the kernel was compiled, and interpreted, with 0.11.2.
 JAX_VERSION = jax.__version_info__
 # Columns of the weight in one matrix product of a warpgroup, and rows and columns of a tile of packed weights.
 TILE = 64
@@ -69,10 +69,8 @@ def choose_tiles(case: QuantizedCase) -> Tiles:
 def _with_buffers(case: QuantizedCase, tiles: Tiles, per_processor: int) -> Tiles:
     """As many buffers as `per_processor` blocks of threads have room for, but two at least."""
     share = SHARED_BYTES // per_processor - 1024
-    numbers = (dataclasses.replace(tiles, num_buffers=n) for n in range(2, 9))
-    return max(
-        (t for t in numbers if t.num_buffers == 2 or shared_bytes(case, t) <= share), key=lambda t: t.num_buffers
-    )
+    numbers = [n for n in range(3, 9) if shared_bytes(case, dataclasses.replace(tiles, num_buffers=n)) <= share]
+    return dataclasses.replace(tiles, num_buffers=max(numbers, default=2))
 
 
 def shared_bytes(case: QuantizedCase, tiles: Tiles) -> int:

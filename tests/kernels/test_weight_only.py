@@ -157,6 +157,19 @@ def test_error_is_within_rounding(weight_only, name):
     assert (np.abs(np.asarray(y, np.float64) - exact) <= bound).all()
 
 
+def test_only_what_meets_a_nan_becomes_one(weight_only):
+    """A row of x, and a column of the weight by its scale and by an element; zeros beside them stay zeros."""
+    x = jnp.zeros((3, 128), jnp.bfloat16).at[1].set(1).at[2, 5].set(jnp.nan)
+    w = weight(128, 64, "float8_e4m3fn", 128)
+    w = dataclasses.replace(
+        w, values=w.values.at[7, 3].set(jnp.nan), scales=w.scales.at[0, 40].set(jnp.nan).at[0, 41].set(1e30)
+    )
+    y = np.asarray(interpreted(weight_only, x, to_fragments(w), None, "float32", Tiles(64, 128, 2, 1, 8)))
+    columns = np.isin(np.arange(64), (3, 40))
+    assert np.isnan(y[2]).all() and (np.isnan(y[:2]) == columns).all()
+    assert (y[0, ~columns] == 0).all() and np.isfinite(y[1, ~columns]).all() and abs(y[1, 41]) > 1e28
+
+
 def test_what_is_supported():
     def reason(**changes):
         return supports("pallas", dataclasses.replace(CASE, **changes), H100)
