@@ -209,7 +209,14 @@ def measure_all(works: list[Work], impls: list[str], repeats: int) -> Iterator[d
                 if reason is None:
                     try:
                         row |= measure(impl, work, which, given, repeats)
-                    except Exception as error:
+                    except (
+                        AttributeError,
+                        ImportError,
+                        NotImplementedError,
+                        RuntimeError,
+                        TypeError,
+                        ValueError,
+                    ) as error:
                         # A rival may refuse a shape in its own way; a failure of ours is an error.
                         if impl in ("dense", *OURS):
                             raise

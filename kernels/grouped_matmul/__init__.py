@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from kernels.grouped_matmul import batched, loop, ragged_dot, reference, tiles, tpu_tiles
 from kernels.target import Target, default_target
 
-Impl = Literal["auto", "reference", "ragged_dot", "loop", "batched", "pallas"]
+# "pallas_fused" is "pallas", and in `swiglu.grouped_swiglu` its products do the elementwise steps too.
+Impl = Literal["auto", "reference", "ragged_dot", "loop", "batched", "pallas", "pallas_fused"]
 
 _IMPLEMENTATIONS = {"ragged_dot": ragged_dot, "loop": loop, "batched": batched}
 
@@ -36,9 +37,13 @@ def supports(impl: Impl, case: GroupedCase, target: Target) -> str | None:
     """Why `impl` can't compute `case` on `target`; None where it can. Raises ValueError for an unknown name."""
     if impl == "auto" or impl not in get_args(Impl):
         raise ValueError(f"grouped_matmul impl={impl!r} is unknown; choose one of {', '.join(get_args(Impl))}")
-    if impl != "pallas":
-        return None
-    return (tpu_tiles if target.platform == "tpu" else tiles).unsupported(case, target)
+    match impl:
+        case "pallas":
+            return (tpu_tiles if target.platform == "tpu" else tiles).unsupported(case, target)
+        case "pallas_fused":
+            return tiles.unsupported(case, target)
+        case _:
+            return None
 
 
 def choose(impl: Impl, case: GroupedCase, target: Target) -> tuple[Impl, str]:
@@ -57,7 +62,10 @@ def choose(impl: Impl, case: GroupedCase, target: Target) -> tuple[Impl, str]:
         case "cpu":
             return "loop", "about 80% of a dense product's speed on two cores; batched 53%, ragged_dot 11%"
         case "gpu":
-            return "batched", "fastest measured on an H100: moe-1b step 149 ms; with ragged_dot 401, with loop 597"
+            reason = tiles.unsupported(case, target)
+            if reason is None:
+                return "pallas", "fastest measured on an H100: 0.35 to 0.39 ms a product of moe-1b, batched 2.7"
+            return "batched", f"of XLA's the fastest measured on an H100; pallas can't run: {reason}"
 
 
 def grouped_matmul(
@@ -82,7 +90,7 @@ def grouped_matmul(
     Raises ValueError for shapes or dtypes that disagree and for an `impl` that is unknown or can't run.
     """
     case = _case(x_MK, w_EKN, group_sizes_E)
-    if impl in ("auto", "pallas"):
+    if impl in ("auto", "pallas", "pallas_fused"):
         target = default_target() if target is None else target
     impl, _ = choose(impl, case, target)
     if case.num_rows == 0:
@@ -115,7 +123,7 @@ def _implementation(name: str):
     """A module with `product` and `weight_gradient`: that of an impl, or of Pallas's kernels on "tpu"."""
     # Not at import: Pallas's modules take half a second.
     match name:
-        case "pallas":
+        case "pallas" | "pallas_fused":
             from kernels.grouped_matmul import gpu
 
             return gpu

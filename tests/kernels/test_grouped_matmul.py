@@ -177,7 +177,7 @@ def case():
 
 
 @pytest.mark.parametrize(
-    ("target", "impl"), [(Target("cpu"), "loop"), (Target("tpu"), "ragged_dot"), (Target("gpu", (9, 0)), "batched")]
+    ("target", "impl"), [(Target("cpu"), "loop"), (Target("tpu"), "ragged_dot"), (Target("gpu", (8, 0)), "batched")]
 )
 def test_auto(target, impl):
     assert choose("auto", case(), target)[0] == impl

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from kernels.grouped_matmul import GroupedCase, choose, supports, tiles
+from kernels.grouped_matmul import GroupedCase, choose, grouped_matmul, supports, tiles
 from kernels.grouped_matmul.tiles import Tiles, choose_gated_tiles, choose_gradient_tiles, choose_tiles, shared_bytes
 from kernels.target import Target
 
@@ -184,7 +184,23 @@ def test_older_jax_is_named(monkeypatch):
     assert "needs JAX 0.11" in supports("pallas", CASE, H100)
 
 
-def test_what_the_kernel_takes(monkeypatch):
+@pytest.mark.parametrize("impl", ["pallas", "pallas_fused"])
+def test_what_the_kernel_takes(monkeypatch, impl):
     monkeypatch.setattr(tiles, "JAX_VERSION", (0, 11, 2))
-    assert supports("pallas", CASE, H100) is None
-    assert choose("pallas", CASE, H100) == ("pallas", "asked for by name")
+    assert supports(impl, CASE, H100) is None
+    assert choose(impl, CASE, H100) == (impl, "asked for by name")
+
+
+def test_auto_takes_the_kernel_where_it_can_run(monkeypatch):
+    monkeypatch.setattr(tiles, "JAX_VERSION", (0, 11, 2))
+    assert choose("auto", CASE, H100)[0] == "pallas"
+    impl, reason = choose("auto", dataclasses.replace(CASE, dtype="float32"), H100)
+    assert impl == "batched" and "not float32" in reason
+
+
+def test_a_call_is_judged_by_its_own_shapes(monkeypatch):
+    monkeypatch.setattr(tiles, "JAX_VERSION", (0, 11, 2))
+    for E, K, N, words in ((3, 100, 64, "not K 100 and N 64"), (257, 64, 128, "1 to 256 groups, not 257")):
+        x, w, sizes = np.zeros((8, K), np.float16), np.zeros((E, K, N), np.float16), np.zeros(E, np.int32)
+        with pytest.raises(ValueError, match=words):
+            grouped_matmul(x, w, sizes, impl="pallas", target=H100)
