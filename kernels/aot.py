@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import re
 import shutil
@@ -16,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,8 @@ import numpy as np
 
 from kernels.attention import AttentionCase
 from kernels.attention import tiles as attention_tiles
+from kernels.grouped_matmul import GroupedCase
+from kernels.grouped_matmul import tiles as grouped_tiles
 from kernels.paged_attention import PagedAttentionCase, tiles
 from kernels.quantized_matmul import QuantizedCase
 from kernels.target import Target
@@ -49,6 +53,14 @@ class GradientsCase:
     """The backward pass of a case of attention."""
 
     forward: AttentionCase
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedProductCase:
+    """One of the grouped products of a feed-forward [in_dim] -> [out_dim] -> [in_dim]."""
+
+    which: Literal["product", "transposed", "weight gradient", "hidden", "hidden gradient", "sum"]
+    shape: GroupedCase
 
 
 # llama3-8b in decode (many rows, one row, one long row), verification and prefill, and the edges of what the kernels
@@ -131,6 +143,12 @@ CASES = {
             ("int4, 100 rows", "int4", 100, 4096, 64, False, True),
         )
     },
+    **{
+        f"grouped {which}": GroupedProductCase(which, GroupedCase("bfloat16", 32768, 8, 1024, 3584))
+        for which in get_args(get_type_hints(GroupedProductCase)["which"])
+    },
+    "grouped product, narrow, ragged": GroupedProductCase("product", GroupedCase("float16", 1001, 3, 64, 128)),
+    "grouped product, 256 groups": GroupedProductCase("product", GroupedCase("bfloat16", 4096, 256, 7168, 2048)),
     "product, float8, few odd rows": QuantizedCase(
         "float8_e4m3fn", "float8_e4m3fn", 37, 1000, 777, (1, 1000), (1000, 1), "columns", out_dtype="float32"
     ),
@@ -179,7 +197,7 @@ def _parse(output: str) -> Iterator[Report]:
         yield Report(name, max(registers), max(spilled), _shared_bytes(case))
 
 
-def _shared_bytes(case: PagedAttentionCase | AttentionCase | GradientsCase | QuantizedCase) -> int:
+def _shared_bytes(case: PagedAttentionCase | AttentionCase | GradientsCase | QuantizedCase | GroupedProductCase) -> int:
     if isinstance(case, QuantizedCase) and case.weight_only:
         from kernels.quantized_matmul import weight_only_tiles
 
@@ -188,6 +206,8 @@ def _shared_bytes(case: PagedAttentionCase | AttentionCase | GradientsCase | Qua
         from kernels.quantized_matmul import tiles as product_tiles
 
         return product_tiles.shared_bytes(product_tiles.choose_tiles(case))
+    if isinstance(case, GroupedProductCase):
+        return _grouped_shared_bytes(case)
     if isinstance(case, GradientsCase):
         from kernels.attention import gpu_backward
 
@@ -197,6 +217,21 @@ def _shared_bytes(case: PagedAttentionCase | AttentionCase | GradientsCase | Qua
     if tiles.few_queries(case):
         return tiles.shared_bytes(case, tiles.choose_tiles(case).num_buffers)
     return tiles.prefill_shared_bytes(case, tiles.choose_prefill_tiles(case))
+
+
+def _grouped_shared_bytes(case: GroupedProductCase) -> int:
+    match case.which:
+        case "product":
+            chosen = grouped_tiles.choose_tiles(case.shape.out_dim, False)
+        case "transposed" | "sum":
+            chosen = grouped_tiles.choose_tiles(case.shape.in_dim, True)
+        case "hidden gradient":
+            chosen = grouped_tiles.choose_tiles(case.shape.out_dim, True)
+        case "weight gradient":
+            chosen = grouped_tiles.choose_gradient_tiles(case.shape.out_dim)
+        case "hidden":
+            chosen = grouped_tiles.choose_gated_tiles()
+    return grouped_tiles.shared_bytes(chosen, num_matrices=2 if case.which == "hidden" else 1)
 
 
 def _compile_all() -> None:
@@ -216,6 +251,8 @@ def _compile_all() -> None:
                 _compile_weight_only(case, mesh)
             case QuantizedCase():
                 _compile_product(case, mesh)
+            case GroupedProductCase():
+                _compile_grouped(case, mesh)
             case _:
                 _compile_attention(case, mesh)
 
@@ -309,6 +346,28 @@ def _compile_product(case: QuantizedCase, mesh: jax.sharding.Mesh) -> None:
     multiply = jax.jit(gpu.quantized_matmul, static_argnums=3)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = multiply.trace(x, w, bias, jnp.dtype(case.out_dtype)).lower(lowering_platforms=("cuda",))
+    lowered.compile()
+
+
+def _compile_grouped(case: GroupedProductCase, mesh: jax.sharding.Mesh) -> None:
+    from kernels.grouped_matmul import gpu, gpu_gated
+
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    M, E, K, N = case.shape.num_rows, case.shape.num_groups, case.shape.in_dim, case.shape.out_dim
+    shapes = ((M, K), (E, K, N), (E, N, K), (M, N))
+    x, w, down, dy = (jax.ShapeDtypeStruct(shape, jnp.dtype(case.shape.dtype), sharding=whole) for shape in shapes)
+    run, operands = {
+        "product": (gpu.product, (x, w)),
+        "transposed": (functools.partial(gpu.product, transpose=True), (dy, w)),
+        "weight gradient": (gpu.weight_gradient, (x, dy)),
+        "hidden": (functools.partial(gpu_gated.hidden, with_parts=True), (x, w, w)),
+        "hidden gradient": (gpu_gated.hidden_gradient, (x, down, dy, dy)),
+        "sum": (gpu_gated.summed_product, (dy, w, dy, w)),
+    }[case.which]
+    sizes = jax.ShapeDtypeStruct((E,), jnp.int32, sharding=whole)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(lambda sizes, *arrays: run(*arrays, group_sizes=sizes)).trace(sizes, *operands)
+        lowered = lowered.lower(lowering_platforms=("cuda",))
     lowered.compile()
 
 

@@ -81,9 +81,10 @@ def _fit(tiles: Tiles, out_dim: int) -> Tiles:
     return dataclasses.replace(tiles, columns=128, num_buffers=6) if out_dim <= 128 else tiles
 
 
-def shared_bytes(tiles: Tiles) -> int:
-    """Shared memory of a block of threads: the ring, two places for outputs of each warpgroup, sizes and barriers."""
-    ring = tiles.num_buffers * (tiles.rows + tiles.columns) * WIDTH * 2
+def shared_bytes(tiles: Tiles, num_matrices: int = 1) -> int:
+    """Shared memory of a block of threads: the ring, two places for outputs of each warpgroup, sizes and barriers.
+    `num_matrices`: products side by side."""
+    ring = tiles.num_buffers * (tiles.rows + num_matrices * tiles.columns) * WIDTH * 2
     return ring + 2 * 2 * WIDTH * WIDTH * 2 + 4 * MAX_GROUPS + 1024
 
 
