@@ -57,13 +57,24 @@ class Tiles:
 
 
 def choose_tiles(case: QuantizedCase) -> Tiles:
-    """Static in the shapes, so that equal calls add in equal order."""
-    # Two float32 sums of a block-scaled tile are in registers: half of the columns.
-    columns = 256 if case.scales_outside else 128
-    cluster = 2 if case.num_rows > 128 else 1
-    fewer = Tiles(2, columns, 2, cluster, 8, 2)
-    options = [dataclasses.replace(fewer, num_buffers=n) for n in (8, 7, 6, 5, 4, 3)]
-    return next((tiles for tiles in options if shared_bytes(tiles) <= SHARED_BYTES), fewer)
+    """Static in the shapes, so that equal calls add in equal order. By what is read and computed: not measured yet.
+
+    Wide tiles read the least for what they compute, and narrow ones keep all processors busy where there are few.
+    """
+    # Two sums of a tile whose scales change along K are in registers at a time, and three while they are chained.
+    columns = (256, 128, 64) if case.scales_outside else (128, 64)
+    # Two tiles, one below the other, wait for each other's buffers: not where there is one.
+    cluster = 2 if case.num_rows > 2 * WARPGROUP_ROWS else 1
+    options = [Tiles(2, width, 2, cluster, 8, 1 if case.scales_outside else 2) for width in columns]
+    best = min(options, key=lambda tiles: _columns_in_turn(case, tiles))
+    fitting = [dataclasses.replace(best, num_buffers=number) for number in range(2, 9)]
+    return max((tiles for tiles in fitting if shared_bytes(tiles) <= SHARED_BYTES), key=lambda tiles: tiles.num_buffers)
+
+
+def _columns_in_turn(case: QuantizedCase, tiles: Tiles) -> int:
+    """That one processor computes, one tile after the other, with as many as 32 for the start and end of each."""
+    clusters = -(-case.num_rows // (tiles.rows * tiles.cluster)) * -(-case.out_dim // tiles.columns)
+    return -(-clusters // (NUM_PROCESSORS // tiles.cluster)) * (tiles.columns + 32)
 
 
 def shared_bytes(tiles: Tiles) -> int:

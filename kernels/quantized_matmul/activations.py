@@ -1,0 +1,122 @@
+"""Activations quantised as they leave a norm or a gate, a scale for each row: the x of the products that follow."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from kernels.quantized_matmul import Activation, Impl
+from kernels.quantized_matmul.tiles import JAX_VERSION
+from kernels.target import Target, default_target
+from quantization.qarray import QArray, quantize
+
+MAX_WIDTH = 16384
+"""Of the kernel: a row lies in the registers of 128 threads."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationCase:
+    """The static facts of one call: dtypes before and after, the length of a row, and whether two arrays are read."""
+
+    x_dtype: str
+    dtype: str
+    num_rows: int
+    width: int
+    gated: bool
+
+
+def supports(impl: Impl, case: ActivationCase, target: Target) -> str | None:
+    """Why `impl` can't compute `case` on `target`; None where it can. Raises ValueError for an unknown name."""
+    match impl:
+        case "reference" | "xla":
+            return None
+        case "pallas":
+            return _unsupported(case, target)
+        case _:
+            raise ValueError(f"quantised activations impl={impl!r} is unknown; choose auto, xla or pallas")
+
+
+def _unsupported(case: ActivationCase, target: Target) -> str | None:
+    if target.platform != "gpu" or target.compute_capability != (9, 0):
+        return f"the kernel is written for NVIDIA GPUs of compute capability 9.0, and the target is {target}"
+    if JAX_VERSION < (0, 11):
+        return f"the kernel needs JAX 0.11 (Python 3.12), and this is JAX {'.'.join(map(str, JAX_VERSION))}"
+    if case.x_dtype not in ("bfloat16", "float16"):
+        return f"the kernel takes bfloat16 and float16, not {case.x_dtype}"
+    if case.width % 512 or not 0 < case.width <= MAX_WIDTH:
+        return f"the kernel takes rows of a multiple of 512 up to {MAX_WIDTH}, not of {case.width}"
+    return None
+
+
+def choose(impl: Impl, case: ActivationCase, target: Target) -> tuple[Impl, str]:
+    """Concrete implementation and the reason for it. Raises ValueError for a named one that can't run."""
+    if impl == "auto":
+        return "xla", "pallas reads an activation once where XLA reads it twice, and has not been measured"
+    reason = supports(impl, case, target)
+    if reason is not None:
+        raise ValueError(f"quantised activations impl={impl!r} can't run: {reason}; set it to 'auto' or 'xla'")
+    return impl, "asked for by name"
+
+
+def rms_norm_quantized(
+    x: jax.Array,
+    gain: jax.Array,
+    *,
+    epsilon: float,
+    dtype: Activation,
+    impl: Impl = "auto",
+    target: Target | None = None,
+) -> QArray:
+    """[M, D] with a scale for each row: x / rms(x) · gain of x [..., D] in float32, rounded as x is, then quantised.
+
+    Several products may read it. Not differentiable where the kernel computes it.
+
+    Args:
+      x: bfloat16, float16 or float32; gain: [D].
+      impl: "auto", "xla" or "pallas" (Hopper); a named one that can't run raises. target: None for the default device.
+
+    Raises ValueError for shapes that disagree and for an `impl` that can't run.
+    """
+    if x.ndim < 1 or gain.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm_quantized of x {list(x.shape)} and gain {list(gain.shape)}: needs [..., D] and [D]")
+    gain, statics = gain.astype(jnp.float32), {"dtype": dtype, "epsilon": epsilon}
+    return _quantized((x,), gain, statics, impl, target)
+
+
+def swiglu_quantized(
+    gate: jax.Array, up: jax.Array, *, dtype: Activation, impl: Impl = "auto", target: Target | None = None
+) -> QArray:
+    """[M, F] with a scale for each row: silu(gate) · up of [..., F] in float32, rounded as they are, then quantised.
+
+    Arguments and errors as of `rms_norm_quantized`.
+    """
+    if gate.ndim < 1 or gate.shape != up.shape or gate.dtype != up.dtype:
+        given = f"gate {gate.dtype}{list(gate.shape)} and up {up.dtype}{list(up.shape)}"
+        raise ValueError(f"swiglu_quantized of {given}: they need one shape [..., F] and one dtype")
+    return _quantized((gate, up), None, {"dtype": dtype, "epsilon": None}, impl, target)
+
+
+def _quantized(arrays, gain, statics, impl: Impl, target: Target | None) -> QArray:
+    arrays = tuple(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) for x in arrays)
+    case = ActivationCase(arrays[0].dtype.name, statics["dtype"], *arrays[0].shape, len(arrays) == 2)
+    impl, _ = choose(impl, case, default_target() if target is None else target)
+    with jax.named_scope("quantize_activation"):
+        if impl == "pallas" and case.num_rows:
+            # Not at import: Pallas's modules take half a second.
+            from kernels.quantized_matmul import activations_gpu
+
+            return activations_gpu.quantized_rows(arrays, gain, **statics)
+        y = transformed([x.astype(jnp.float32) for x in arrays], gain, statics["epsilon"])
+        return quantize(y.astype(case.x_dtype), case.dtype, (1, None))
+
+
+def transformed(arrays, gain, epsilon: float | None) -> jax.Array:
+    """The float32 norm or gate of whole rows, along the last axis."""
+    if gain is None:
+        gate, up = arrays
+        return gate * jax.nn.sigmoid(gate) * up
+    (x,) = arrays
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon) * gain
