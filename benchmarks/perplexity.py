@@ -25,12 +25,14 @@ import tyro
 
 from checkpoint.pretrained import Pretrained, open_pretrained
 from model.assembly import assemble, converter
+from model.cache import PagedRows, abstract_cache
 from model.execution import Execution
 from model.precision import Precision
-from model.transformer import Definition
+from model.transformer import Definition, Transformer
 from quantization.rules import ProductRules
 from serving.tokenizer import Tokenizer, load_tokenizer
 
+PAGE_SIZE = 64
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -52,6 +54,8 @@ class Settings:
     """Weights and activations."""
     precision: ProductRules = dataclasses.field(default_factory=ProductRules)
     """Matrices of few bits, as when served."""
+    kv_dtype: Literal["auto", "int8", "float8_e4m3fn"] = "auto"
+    """Keys and values, as when served from a cache in it; auto: as they are computed."""
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or not self.paths:
@@ -83,6 +87,7 @@ def scorer(
     pretrained: Pretrained,
     dtype: str,
     rules: ProductRules = ProductRules(),  # noqa: B008
+    kv_dtype: str = "auto",
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Tokens [T] to the log-probability of each but the first given those before it, float32 [T - 1]."""
     device = jax.devices()[0]
@@ -103,8 +108,11 @@ def scorer(
     @jax.jit
     def score(params, biases, tokens_1T):
         model = definition.bind(params, biases)
-        positions_1T = jnp.arange(tokens_1T.shape[1], dtype=jnp.int32)[None]
-        hidden_1TD = model(tokens_1T, positions_1T, None, execution).hidden_BTD
+        if kv_dtype == "auto":
+            positions_1T = jnp.arange(tokens_1T.shape[1], dtype=jnp.int32)[None]
+            hidden_1TD = model(tokens_1T, positions_1T, None, execution).hidden_BTD
+        else:
+            hidden_1TD = _through_cache(model, tokens_1T, kv_dtype, execution)
         log_probs_TV = jax.nn.log_softmax(model.logits(hidden_1TD, execution)[0, :-1])
         return jnp.take_along_axis(log_probs_TV, tokens_1T[0, 1:, None], axis=-1)[:, 0]
 
@@ -114,6 +122,19 @@ def scorer(
             return np.asarray(score(params, biases, tokens[None]))
 
     return run
+
+
+def _through_cache(model: Transformer, tokens_1T: jax.Array, kv_dtype: str, execution: Execution) -> jax.Array:
+    """As the server computes a prompt: keys and values are rounded to pages, and read from there."""
+    length, device = tokens_1T.shape[1], jax.devices()[0]
+    num_pages = -(-length // PAGE_SIZE)
+    described = abstract_cache(
+        model.config, num_pages=num_pages + 1, page_size=PAGE_SIZE, dtype=kv_dtype, placement=None, device=device
+    )
+    cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), described)
+    table_1M = jnp.arange(1, num_pages + 1, dtype=jnp.int32)[None]
+    rows = PagedRows(table_1M, jnp.zeros(1, jnp.int32), jnp.full(1, length, jnp.int32))
+    return model.extend(tokens_1T, cache, rows, execution)[0].hidden_BTD
 
 
 @dataclasses.dataclass
@@ -144,7 +165,8 @@ def measure(settings: Settings) -> dict[str, object]:
     if settings.overlap >= context:
         raise ValueError(f"overlap={settings.overlap} must be below the model's {context} positions")
     documents = [tokenizer.encode(_read(path)) for path in settings.paths]
-    score, total, began = scorer(pretrained, settings.dtype, settings.precision), Total(), time.monotonic()
+    score = scorer(pretrained, settings.dtype, settings.precision, settings.kv_dtype)
+    total, began = Total(), time.monotonic()
     for document in documents:
         left = settings.tokens - total.tokens
         for window in windows(document[: left + 1], context, settings.overlap):
@@ -167,6 +189,7 @@ def measure(settings: Settings) -> dict[str, object]:
         "overlap": settings.overlap,
         "dtype": settings.dtype,
         "products": settings.precision.products,
+        "kv_dtype": settings.kv_dtype,
         "device": jax.devices()[0].device_kind,
         "seconds": round(time.monotonic() - began, 1),
     }

@@ -10,6 +10,8 @@ import pytest
 
 from benchmarks.perplexity import Settings, measure, scorer, windows
 from checkpoint.pretrained import open_pretrained
+from kernels.paged_attention.quantize import dequantize, quantize_heads
+from model.attention import Attention
 from tests.serving.tiny_folder import write_tiny_folder
 
 TEXT = "naïve text, some of it twice: some of it twice"
@@ -50,6 +52,20 @@ def test_the_number_is_that_of_one_token_after_another(folder: Path, tmp_path: P
     assert found["nats_per_token"] == pytest.approx(mean, abs=2e-6)
     assert found["perplexity"] == pytest.approx(math.exp(mean), rel=1e-4)
     assert found["bits_per_byte"] == pytest.approx(mean / math.log(2), abs=1e-4)
+
+
+def test_a_cache_in_few_bits_rounds_keys_and_values(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    tokens, pretrained = np.array(list(TEXT.encode())[:24], np.int32), open_pretrained(folder)
+    plain, cached = scorer(pretrained, "float32")(tokens), scorer(pretrained, "float32", kv_dtype="int8")(tokens)
+    project = Attention._project
+
+    def rounded(self, *args):
+        q, *sides = project(self, *args)
+        return q, *(dequantize(*quantize_heads(x, "int8"), x.dtype) for x in sides)
+
+    monkeypatch.setattr(Attention, "_project", rounded)
+    np.testing.assert_allclose(cached, scorer(pretrained, "float32")(tokens), atol=1e-5)
+    assert 0 < np.abs(cached - plain).max() < 0.1
 
 
 def test_what_can_not_be_measured_is_refused(folder: Path, tmp_path: Path):
