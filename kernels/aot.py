@@ -29,6 +29,7 @@ from kernels.grouped_matmul import GroupedCase
 from kernels.grouped_matmul import tiles as grouped_tiles
 from kernels.paged_attention import PagedAttentionCase, tiles
 from kernels.quantized_matmul import QuantizedCase
+from kernels.quantized_matmul.activations import ActivationCase
 from kernels.target import Target
 
 # XLA's description of the device, in the text form of its GpuTargetConfigProto. Figures of an H100 SXM.
@@ -149,6 +150,8 @@ CASES = {
     },
     "grouped product, narrow, ragged": GroupedProductCase("product", GroupedCase("float16", 1001, 3, 64, 128)),
     "grouped product, 256 groups": GroupedProductCase("product", GroupedCase("bfloat16", 4096, 256, 7168, 2048)),
+    "norm, quantised": ActivationCase("bfloat16", "float8_e4m3fn", 8192, 4096, gated=False),
+    "gate, quantised, wide": ActivationCase("float16", "int8", 8192, 16384, gated=True),
     "product, float8, few odd rows": QuantizedCase(
         "float8_e4m3fn", "float8_e4m3fn", 37, 1000, 777, (1, 1000), (1000, 1), "columns", out_dtype="float32"
     ),
@@ -197,7 +200,12 @@ def _parse(output: str) -> Iterator[Report]:
         yield Report(name, max(registers), max(spilled), _shared_bytes(case))
 
 
-def _shared_bytes(case: PagedAttentionCase | AttentionCase | GradientsCase | QuantizedCase | GroupedProductCase) -> int:
+def _shared_bytes(
+    case: PagedAttentionCase | AttentionCase | GradientsCase | QuantizedCase | ActivationCase | GroupedProductCase,
+) -> int:
+    if isinstance(case, ActivationCase):
+        # Only what Mosaic takes for reductions.
+        return 2048
     if isinstance(case, QuantizedCase) and case.weight_only:
         from kernels.quantized_matmul import weight_only_tiles
 
@@ -251,6 +259,8 @@ def _compile_all() -> None:
                 _compile_weight_only(case, mesh)
             case QuantizedCase():
                 _compile_product(case, mesh)
+            case ActivationCase():
+                _compile_activation(case, mesh)
             case GroupedProductCase():
                 _compile_grouped(case, mesh)
             case _:
@@ -388,6 +398,19 @@ def _compile_weight_only(case: QuantizedCase, mesh: jax.sharding.Mesh) -> None:
     multiply = jax.jit(weight_only.quantized_matmul, static_argnums=3)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = multiply.trace(*operands, jnp.dtype(case.out_dtype)).lower(lowering_platforms=("cuda",))
+    lowered.compile()
+
+
+def _compile_activation(case: ActivationCase, mesh: jax.sharding.Mesh) -> None:
+    from kernels.quantized_matmul import activations_gpu
+
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    x = jax.ShapeDtypeStruct((case.num_rows, case.width), jnp.dtype(case.x_dtype), sharding=whole)
+    gain = None if case.gated else jax.ShapeDtypeStruct((case.width,), jnp.float32, sharding=whole)
+    run = jax.jit(activations_gpu.quantized_rows, static_argnames=("dtype", "epsilon"))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        traced = run.trace((x, x) if case.gated else (x,), gain, dtype=case.dtype, epsilon=1e-6)
+        lowered = traced.lower(lowering_platforms=("cuda",))
     lowered.compile()
 
 
