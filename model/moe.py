@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels.grouped_matmul import grouped_matmul
+from kernels.grouped_matmul.swiglu import grouped_swiglu
 from model.config import ModelConfig, MoEConfig
 from model.exchange import exchange_experts
 from model.execution import Execution
@@ -147,10 +148,12 @@ class Experts(nnx.Module):
 
     def _feed_forward(self, execution: Execution, rows_MD, group_sizes, up, gate, down) -> jax.Array:
         """Rows sorted by expert through their expert; partial over the shards of F."""
-        product = functools.partial(grouped_matmul, impl=execution.grouped_matmul, target=execution.target)
-        up_MF = product(rows_MD, up, group_sizes)
-        hidden_MF = self._activate(up_MF, None if gate is None else product(rows_MD, gate, group_sizes))
-        return product(hidden_MF, down, group_sizes)
+        how = {"impl": execution.grouped_matmul, "target": execution.target}
+        if gate is not None and self.config.activation == "silu":
+            return grouped_swiglu(rows_MD, gate, up, down, group_sizes, **how)
+        product = functools.partial(grouped_matmul, group_sizes_E=group_sizes, **how)
+        hidden_MF = self._activate(product(rows_MD, up), None if gate is None else product(rows_MD, gate))
+        return product(hidden_MF, down)
 
     def _activate(self, up: jax.Array, gate: jax.Array | None) -> jax.Array:
         activation = self.config.activation
