@@ -23,10 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.ceilings import matmul_flops_per_second, median_seconds
-from kernels.attention import AttentionCase, attention, reference, supports
+from kernels.attention import AttentionCase, attention, float8, reference, supports
 from kernels.target import Target, default_target
 
 IMPLS = ("pallas", "cudnn", "tokamax", "xla")
+SCALES = ("q_scale", "k_scale", "v_scale")
 # A backward pass has five products of the size of the forward pass's two.
 BACKWARD = 2.5
 
@@ -79,10 +80,19 @@ WORKS = (
     Work("full 8192", 2, 8192, causal=False),
     Work("window of 1024", 2, 8192, window=1024),
     Work("heads of 64", 2, 8192, 64, 8, 64, 64),
+    Work("heads of 80", 2, 8192, 32, 32, 80, 80),
+    Work("heads of 96", 2, 8192, 32, 32, 96, 96),
     Work("heads of 256", 2, 8192, 16, 4, 256, 256),
     Work("keys of 192, values of 128", 2, 8192, 32, 32, 192, 128),
     Work("segments, window, soft cap, sinks; all is seen", 2, 8192, document=8192, features=True),
+    Work("heads of 256, all of those", 2, 8192, 16, 4, 256, 256, document=8192, features=True),
     Work("documents of 1024", 2, 8192, document=1024),
+    Work("float8, causal 1024", 16, 1024, dtype=float8.DTYPE),
+    Work("float8, causal 8192", 2, 8192, dtype=float8.DTYPE),
+    Work("float8, full 8192", 2, 8192, causal=False, dtype=float8.DTYPE),
+    Work("float8, full 16384", 1, 16384, causal=False, dtype=float8.DTYPE),
+    Work("float8, heads of 64, full 8192", 2, 8192, 64, 8, 64, 64, causal=False, dtype=float8.DTYPE),
+    Work("float8, heads of 256, full 8192", 2, 8192, 16, 4, 256, 256, causal=False, dtype=float8.DTYPE),
 )
 
 
@@ -95,10 +105,16 @@ class Operands:
     arguments: dict[str, Any]
 
     def first_group(self) -> Operands:
-        """Of one kv head of one row, in float32."""
+        """Of one kv head of one row, in float32: what float8 operands stand for."""
         group = self.q.shape[2] // self.k.shape[2]
-        heads = ((self.q, group), (self.k, 1), (self.v, 1), (self.d_out, group))
-        arguments = dict(self.arguments)
+        arguments = {name: value for name, value in self.arguments.items() if name not in SCALES}
+        given = {"q": self.q, "k": self.k, "v": self.v}
+        if self.q.dtype == float8.DTYPE:
+            given = {
+                name: float8.dequantize_heads(x, self.arguments[f"{name}_scale"], jnp.float32)
+                for name, x in given.items()
+            }
+        heads = ((given["q"], group), (given["k"], 1), (given["v"], 1), (self.d_out, group))
         if arguments["sinks"] is not None:
             arguments["sinks"] = arguments["sinks"][:group]
         for name in ("q_segments", "kv_segments"):
@@ -110,7 +126,12 @@ def operands(work: Work) -> Operands:
     keys = iter(jax.random.split(jax.random.key(0), 5))
     shapes = ((work.heads, work.key_dim), (work.kv_heads, work.key_dim), (work.kv_heads, work.value_dim))
     shapes = (*shapes, (work.heads, work.value_dim))
-    q, k, v, d_out = (jax.random.normal(next(keys), (work.batch, work.length, *shape), work.dtype) for shape in shapes)
+    wide = "bfloat16" if work.dtype == float8.DTYPE else work.dtype
+    q, k, v, d_out = (jax.random.normal(next(keys), (work.batch, work.length, *shape), wide) for shape in shapes)
+    scales = {}
+    if work.dtype == float8.DTYPE:
+        (q, k, v), scales = zip(*(float8.quantize_heads(x) for x in (q, k, v)), strict=True)
+        scales = dict(zip(SCALES, scales, strict=True))
     segments = None
     if work.document is not None:
         segments = jnp.broadcast_to(jnp.arange(work.length) // work.document + 1, (work.batch, work.length))
@@ -125,6 +146,7 @@ def operands(work: Work) -> Operands:
         "kv_positions": None,
         "soft_cap": 30.0 if work.features else None,
         "sinks": jax.random.normal(next(keys), (work.heads,)) if work.features else None,
+        **scales,
     }
     return Operands(q, k, v, d_out, arguments)
 
@@ -135,6 +157,8 @@ def lacking(impl: str, work: Work, target: Target) -> str | None:
         return supports(impl, work.case(), target)
     if importlib.util.find_spec("tokamax") is None:
         return "not installed"
+    if work.dtype == float8.DTYPE:
+        return "has no float8 attention"
     return "is measured without masks" if work.document is not None or work.reach is not None else None
 
 

@@ -24,6 +24,8 @@ _PREFERRED: tuple[tuple[Impl, str], ...] = (
 # (of keys, of values), where pallas is that. At 256 cuDNN is (646 TFLOP/s forward, pallas 630); 80 and 96 are not
 # measured.
 _PALLAS_FASTEST = ((64, 64), (128, 128), (192, 128))
+# Where its backward pass has been measured.
+_GRADIENT_MEASURED = ((64, 64), (128, 128))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +99,8 @@ def choose(impl: Impl, case: AttentionCase, target: Target) -> tuple[Impl, str]:
     reasons = []
     for preferred, measured in _PREFERRED if _pallas_is_fastest(case) else _PREFERRED[::-1]:
         reason = supports(preferred, case, target)
+        if preferred == "pallas" and case.gradient and (case.key_dim, case.value_dim) not in _GRADIENT_MEASURED:
+            reason = reason or f"its backward pass at widths {case.key_dim}/{case.value_dim} has not been measured"
         if reason is None:
             return preferred, measured
         reasons.append(f"{preferred} can't: {reason}")

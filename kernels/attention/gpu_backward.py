@@ -35,6 +35,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels import hopper
+from kernels.attention.backward_walks import padded, padded_masks, walks
 from kernels.attention.masks import Marks
 from kernels.attention.tiles import WIDTHS, swizzle
 
@@ -258,103 +259,18 @@ def shared_bytes(key_dim: int, value_dim: int) -> int:
 @functools.partial(jax.jit, static_argnames=("statics", "interpret"))
 def _gradients(statics: _Statics, arrays, masks: Marks, interpret):
     q, k, v, d_out, shift, delta = arrays
-    masks = _padded_masks(statics, masks)
-    visited, runs, walk, turns = _walks(statics, masks)
-    q, d_out = (_padded(array, statics.query_padding) for array in (q, d_out))
-    k, v = (_padded(array, statics.key_padding) for array in (k, v))
+    masks = padded_masks(statics, masks)
+    visited, runs, walk, turns = walks(statics, masks)
+    q, d_out = (padded(array, statics.query_padding) for array in (q, d_out))
+    k, v = (padded(array, statics.key_padding) for array in (k, v))
     # Queries that are padding are like those that see nothing.
-    shift = _padded(shift, statics.query_padding, -_unit(statics) * _NOTHING).transpose(0, 2, 1)
-    delta = _padded(delta, statics.query_padding).transpose(0, 2, 1)
+    shift = padded(shift, statics.query_padding, -_unit(statics) * _NOTHING).transpose(0, 2, 1)
+    delta = padded(delta, statics.query_padding).transpose(0, 2, 1)
     dq, dk, dv = _call(statics, _Inputs(q, k, v, d_out, shift, delta, runs, walk, turns, masks), interpret)
     # Nobody has written the queries that see no key.
     visited = jnp.repeat(visited, statics.tiles.block_queries, axis=1)[..., None, None]
     dq = jnp.where(visited, dq * statics.scale, 0).astype(q.dtype)
     return dq[:, : statics.num_queries], dk[:, : statics.num_keys], dv[:, : statics.num_keys]
-
-
-def _padded(array, padding: int, value=0):
-    """`array` [B, tokens, ...] with `padding` tokens more."""
-    widths = [(0, padding if axis == 1 else 0) for axis in range(array.ndim)]
-    return jnp.pad(array, widths, constant_values=value) if padding else array
-
-
-def _padded_masks(statics: _Statics, masks: Marks) -> Marks:
-    """Padded to whole blocks, of no segment and at the last position of its row (for the least and the largest of a
-    block). Positions that were not given are the indices, [1, T] and [1, S]."""
-
-    def edge(array, padding):
-        return jnp.pad(array, ((0, 0), (0, padding)), mode="edge") if padding else array
-
-    q_padding, kv_padding = statics.query_padding, statics.key_padding
-    q_segments, kv_segments, q_positions, kv_positions = masks
-    if statics.segments:
-        q_segments, kv_segments = _padded(q_segments, q_padding), _padded(kv_segments, kv_padding)
-    if not statics.positions:
-        q_positions, kv_positions = jnp.arange(statics.num_queries)[None], jnp.arange(statics.num_keys)[None]
-    q_positions, kv_positions = edge(q_positions, q_padding), edge(kv_positions, kv_padding)
-    masks = (q_segments, kv_segments, q_positions, kv_positions)
-    return Marks(*(None if array is None else array.astype(jnp.int32) for array in masks))
-
-
-def _walks(statics: _Statics, masks: Marks):
-    """(visited [B, I], runs, walk and turns as in `_Inputs`): I blocks of queries, J of keys. The first axis is 1
-    where the masks are known beforehand.
-
-    A pair of blocks is left out where the bounds of its positions and segments show that nothing is seen.
-    """
-    num_q, num_k = statics.query_blocks, statics.key_blocks
-    (q_low, q_high), (k_low, k_high) = _bounds(masks.q_positions, num_q), _bounds(masks.kv_positions, num_k)
-    q_low, q_high, k_low, k_high = q_low[:, None], q_high[:, None], k_low[..., None], k_high[..., None]
-    shape = (q_low.shape[0], num_k, num_q)
-    some, whole = jnp.ones(shape, bool), jnp.ones(shape, bool)
-    if statics.key_padding:
-        whole = whole & (jnp.arange(num_k) < num_k - 1)[:, None]
-    if statics.causal:
-        some, whole = some & (k_low <= q_high), whole & (k_high <= q_low)
-    if statics.window is not None:
-        some, whole = some & (q_low - k_high < statics.window), whole & (q_high - k_low < statics.window)
-        if not statics.causal:
-            some, whole = some & (k_low - q_high < statics.window), whole & (k_high - q_low < statics.window)
-    if statics.segments:
-        meet, same = _segments_meet(masks, num_q, num_k)
-        some, whole = some & meet, whole & same
-    # The visited ones first, from the last to the first.
-    order = -jnp.sort(jnp.where(some, -jnp.arange(num_q), 0), axis=-1)
-    before = jnp.cumsum(some, axis=1) - some
-    turns = jnp.take_along_axis(before, order, axis=-1)
-    runs = _runs(jnp.sum(some, axis=-1), jnp.take_along_axis(whole, order, axis=-1))
-    return jnp.any(some, axis=1), *(array.astype(jnp.int32) for array in (runs, order, turns))
-
-
-def _runs(counts, whole):
-    """[B, J, 3]: the first whole run of a walk, from and until where, and the walk's length."""
-    index = jnp.arange(whole.shape[-1])
-    begin = jnp.min(jnp.where(whole, index, counts[..., None]), axis=-1)
-    begin = jnp.minimum(begin, counts)
-    rest = ~whole & (index >= begin[..., None])
-    end = jnp.min(jnp.where(rest, index, counts[..., None]), axis=-1)
-    return jnp.stack([begin, jnp.clip(end, begin, counts), counts], axis=-1)
-
-
-def _bounds(array, blocks: int):
-    """Least and largest of each block, [B, blocks]."""
-    array = array.reshape(array.shape[0], blocks, -1)
-    return array.min(axis=-1), array.max(axis=-1)
-
-
-def _segments_meet(masks: Marks, query_blocks: int, key_blocks: int):
-    """bool [B, J, I]: whether the ranges of segments of two blocks overlap; whether both are one and the same."""
-    sides = ((masks.q_segments, query_blocks), (masks.kv_segments, key_blocks))
-    # 0 is padding, which sees nothing and is seen by nothing.
-    largest = jnp.iinfo(jnp.int32).max
-    lows = [_bounds(jnp.where(array == 0, largest, array), blocks)[0] for array, blocks in sides]
-    highs = [_bounds(jnp.where(array == 0, -largest, array), blocks)[1] for array, blocks in sides]
-    padded = [jnp.any((array == 0).reshape(array.shape[0], blocks, -1), axis=-1) for array, blocks in sides]
-    q_low, q_high, q_padded = (array[:, None] for array in (lows[0], highs[0], padded[0]))
-    k_low, k_high, k_padded = (array[..., None] for array in (lows[1], highs[1], padded[1]))
-    meet = (q_low <= k_high) & (k_low <= q_high)
-    same = (q_low == q_high) & (k_low == k_high) & (q_low == k_low) & ~q_padded & ~k_padded
-    return meet, same
 
 
 def _call(statics: _Statics, inputs: _Inputs, interpret):
@@ -685,15 +601,14 @@ def _step(statics: _Statics, work: _Work, shared: _Shared, step, sums, first=Fal
 
 def _weights_and_gradient(statics, work, warpgroup, shared, buffer, masked, scores, d_weights_operands):
     """(weights, their gradients less delta) of a step."""
-    shape = (64, statics.tiles.block_queries)
-    delta = hopper.along(plgpu.load(shared.delta.at[buffer], layout=_QUERIES), shape, 1)
     weigh = functools.partial(_weights, statics, shared, buffer)
     masked = masked and _can_mask(statics)
     if masked or statics.soft_cap is not None:
         # One after the other, since a mask and the soft cap take registers.
         mask = functools.partial(_masked, statics, work, warpgroup, shared, buffer) if masked else None
         weights = weigh(scores, mask)
-        return weights, _product(delta, *d_weights_operands)
+        return weights, _product(_of_queries(statics, shared.delta.at[buffer]), *d_weights_operands)
+    delta = _of_queries(statics, shared.delta.at[buffer])
     return _product_beside(delta, *d_weights_operands, scores, functools.partial(weigh, mask=None))[::-1]
 
 
@@ -813,10 +728,9 @@ def _store_dq(shared: _Shared, warpgroup, step, dq) -> None:
 
 def _start(statics: _Statics, shared: _Shared, buffer):
     """What a step's scores start from: the log-sum-exp, in units of scores, unless the soft cap comes before it."""
-    shape = (64, statics.tiles.block_queries)
     if statics.soft_cap is not None:
-        return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), hopper.MATRIX)
-    return _shift(statics, shared, buffer)
+        return _zeros(64, statics.tiles.block_queries)
+    return _of_queries(statics, shared.shift.at[buffer])
 
 
 def _weights(statics: _Statics, shared: _Shared, buffer, scores, mask) -> jax.Array:
@@ -825,8 +739,8 @@ def _weights(statics: _Statics, shared: _Shared, buffer, scores, mask) -> jax.Ar
     if statics.soft_cap is None:
         return jnp.exp2(mask(scores * (statics.scale * hopper.LOG2_E)))
     # One instruction of the hardware, as in the forward pass.
-    capped = jnp.tanh(scores * (statics.scale / statics.soft_cap)) * (statics.soft_cap * hopper.LOG2_E)
-    return jnp.exp2(mask(capped + _shift(statics, shared, buffer)))
+    capped = mask(jnp.tanh(scores * (statics.scale / statics.soft_cap)))
+    return jnp.exp2(capped * (statics.soft_cap * hopper.LOG2_E) + _of_queries(statics, shared.shift.at[buffer]))
 
 
 def _sloped(statics: _Statics, shared: _Shared, buffer, weights) -> jax.Array:
@@ -834,15 +748,17 @@ def _sloped(statics: _Statics, shared: _Shared, buffer, weights) -> jax.Array:
     tanh in; where a weight is 0, any finite derivative does."""
     if statics.soft_cap is None:
         return weights
-    tanh = (jnp.log(weights) * hopper.LOG2_E - _shift(statics, shared, buffer)) * (
-        1 / (statics.soft_cap * hopper.LOG2_E)
+    tanh = jnp.log(weights) * (1 / statics.soft_cap) - _of_queries(
+        statics, shared.shift.at[buffer], 1 / statics.soft_cap / hopper.LOG2_E
     )
     tanh = jnp.maximum(tanh, -1)
     return weights * (1 - tanh * tanh)
 
 
-def _shift(statics: _Statics, shared: _Shared, buffer) -> jax.Array:
-    return hopper.along(plgpu.load(shared.shift.at[buffer], layout=_QUERIES), (64, statics.tiles.block_queries), 1)
+def _of_queries(statics: _Statics, smem, factor: float = 1) -> jax.Array:
+    """A number of each query, for all keys."""
+    numbers = plgpu.load(smem, layout=_QUERIES)
+    return hopper.along(numbers if factor == 1 else numbers * factor, (64, statics.tiles.block_queries), 1)
 
 
 def _can_mask(statics: _Statics) -> bool:

@@ -87,7 +87,7 @@ def shared_bytes(case: AttentionCase, tiles: Tiles) -> int:
         queries += 2 * tiles.rows * case.value_dim
     buffers = _item_bytes(case) * tiles.num_buffers * tiles.block * (case.key_dim + case.value_dim)
     marks = 4 * tiles.block * (1 + (tiles.num_buffers + 1) * (case.segments + case.positions))
-    return queries + buffers + marks + 2048 + 512
+    return queries + buffers + marks + 2048 + 1024
 
 
 def swizzle(width: int) -> int:

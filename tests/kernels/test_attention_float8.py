@@ -85,7 +85,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if "blocks of 192" in name else name for name in CASES]
+)
 def test_kernel_error_is_that_of_rounding_the_weights(monkeypatch, name):
     plain_products(monkeypatch)
     import jax.experimental.pallas.mosaic_gpu as plgpu
