@@ -32,6 +32,7 @@ from kernels.attention.tpu_tiles import (
 )
 from kernels.target import Target
 from parallel.topology import tpu_devices
+from tests.host import OPTIMIZED
 
 TPU = Target("tpu")
 NEEDS = (forward_bytes, d_queries_bytes, d_keys_bytes)
@@ -122,7 +123,7 @@ def test_error_is_at_most_half_above_that_of_xla(name, dtype, heads):
     arguments, shapes = FEATURES[name]
     given = arrays(**shapes, dtype=dtype)
     # The order of a sum and where it rounds are the compiler's: code as a user has it, and not as the tests do.
-    optimized = functools.partial(passes, compiler_options={"xla_backend_optimization_level": 3})
+    optimized = functools.partial(passes, compiler_options=OPTIMIZED)
     actual = optimized(kernels(heads=heads), *given, **arguments)
     assert actual[0].dtype == actual[2].dtype == actual[4].dtype == dtype and actual[1].dtype == jnp.float32
     exact = exactly(*given, **arguments)

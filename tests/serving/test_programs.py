@@ -17,6 +17,7 @@ from serving import programs as programs_module
 from serving.batch import Drawing, RowBatch, State, Tiles, row_params
 from serving.programs import Drafting, Programs
 from serving.request import MAX_TOP_LOGPROBS, Request, SamplingParams, Sequence
+from tests.host import OPTIMIZED
 from tests.model import oracle
 from tests.model.tiny import dense, execution, moe, random_params, to_device
 from tests.serving.distribution_oracle import Params, agrees, distribution
@@ -114,7 +115,10 @@ def build(kind: str | None, config=TARGET, drafts: int = DRAFTS, drawing: Drawin
     """A round: (cache, draft_cache, Result, State, experts)."""
     programs = dataclasses.replace(make(kind, config), branches=branches)
 
-    @jax.jit
+    # Most calls are of these programs: they run for longer than they compile.
+    often = config == TARGET and drawing is Drawing.FULL and branches
+
+    @functools.partial(jax.jit, compiler_options=OPTIMIZED if often else None)
     def run(weights, draft_weights, cache, draft_cache, batch, state, mask):
         held = (weights, draft_weights, cache, draft_cache)
         cache, draft_cache, forward = programs.decode(drafts, *held, batch, state)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from serving import sampling
 from serving.sampling import History, draw, log_distribution, row_is_valid, seed_words, top_log_probs, uniform
+from tests.host import OPTIMIZED
 from tests.serving.distribution_oracle import (
     ORDER,
     Params,
@@ -224,7 +225,8 @@ ALLOWED = np.arange(12) % 5 != 1
 PROMPT, OUTPUT = [2, 5], [5, 7, 5]
 
 
-@jax.jit
+# Of many rows: it runs longer than it compiles.
+@functools.partial(jax.jit, compiler_options=OPTIMIZED)
 def _many(logits_V, rows, mask_U, position_B):
     batch = len(position_B)
     tokens_BW = jnp.broadcast_to(jnp.array([*PROMPT, *OUTPUT]), (batch, len(PROMPT) + len(OUTPUT)))

@@ -15,6 +15,7 @@ import pytest
 from serving import verification
 from serving.sampling import History, draw, log_distribution
 from serving.verification import Verified, verify
+from tests.host import OPTIMIZED
 from tests.serving.distribution_oracle import (
     FALSE_ALARM,
     Params,
@@ -95,9 +96,10 @@ def advance(past: History, verified: Verified) -> History:
     return past._replace(tokens_BW=tokens_BW, length_B=past.length_B + verified.count_B)
 
 
-advance_compiled = jax.jit(advance)
-one_round = jax.jit(a_round, static_argnames="num_drafts")
-propose_compiled = jax.jit(propose)
+# Those that many tests call with many rows run longer than they compile.
+advance_compiled = jax.jit(advance, compiler_options=OPTIMIZED)
+one_round = jax.jit(a_round, static_argnames="num_drafts", compiler_options=OPTIMIZED)
+propose_compiled = jax.jit(propose, compiler_options=OPTIMIZED)
 verify_compiled = jax.jit(verify, static_argnames="with_log_probs")
 
 
