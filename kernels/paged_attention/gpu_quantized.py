@@ -136,7 +136,8 @@ def _kernel(statics: Statics, shape: tuple[int, int, int], dtypes, in_parts: boo
         weights=plgpu.SMEM((columns, statics.block), dtype, transforms=tiled),
         out=plgpu.SMEM((columns, H), outs[0].dtype),
         new=plgpu.SMEM((4, H), dtype),
-        codes=plgpu.SMEM((2, H), code),
+        # Copies begin at multiples of 128 bytes.
+        codes=plgpu.SMEM((2, max(H, 128)), code),
         early=plgpu.Barrier(num_arrivals=5 if statics.writes else 1),
         keys_in=plgpu.Barrier(num_arrivals=3 * pages, num_barriers=buffers),
         values_in=plgpu.Barrier(num_arrivals=pages, num_barriers=buffers),
@@ -242,11 +243,12 @@ def _body(statics: Statics, in_parts: bool, memory: _Memory, refs: _Refs, outs):
         @pl.when((new >= 0) & (first <= block) & (block < end))
         def _():
             codes = memory.new[pl.ds(2, 2)].astype(jnp.float32)
-            memory.codes[...] = codes.astype(memory.codes.dtype)
+            whole = pl.ds(0, statics.head_dim)
+            memory.codes[:, whole] = codes.astype(memory.codes.dtype)
             plgpu.commit_smem()
             offset = lax.rem(new, jnp.int32(statics.page_size))
             for i, (pages, scales) in enumerate(((refs.k, refs.k_scale), (refs.v, refs.v_scale))):
-                plgpu.copy_smem_to_gmem(memory.codes.at[i], pages.at[new_page, offset, head])
+                plgpu.copy_smem_to_gmem(memory.codes.at[i, whole], pages.at[new_page, offset, head])
                 scales[new_page, head, offset] = new_scales[i]
 
     plgpu.wait_smem_to_gmem(0)
