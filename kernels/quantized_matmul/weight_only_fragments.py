@@ -58,13 +58,11 @@ _WIDEN = {
 
 
 def fragment(w_smem, block: int, start: int, size: int, *, w_dtype, dtype) -> jax.Array:
-    """[64, size] of `dtype` (bfloat16 or float16): rows start.. of the weight, transposed, without scales; exact.
+    """[64, size] of `dtype` (bfloat16 or float16): rows start.. of a block of 64 columns of the weight, transposed,
+    without scales; exact. Multiples of sixteen rows.
 
-    `w_smem` [blocks of columns, lines, 256] is a buffer in the order of `quantization.qarray.to_fragments`.
+    `w_smem` [blocks, lines, 256] is a buffer in the order of `quantization.qarray.to_fragments`.
     """
-    word_elements = 8 if w_dtype == jnp.int4 else 4
-    block_bytes = w_smem.shape[1] * 256 * (4 if w_dtype == jnp.int4 else 1)
-    widen = _WIDEN[jnp.dtype(w_dtype).name, jnp.dtype(dtype).name]
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(),),
@@ -72,45 +70,49 @@ def fragment(w_smem, block: int, start: int, size: int, *, w_dtype, dtype) -> ja
     )
     def load(ctx, ref):
         del ctx
-        return _load(ref, block * block_bytes, start, (TILE, size), word_elements, widen)
+        return _load(ref, block, start, size, jnp.dtype(w_dtype).name, jnp.dtype(dtype).name)
 
     return load(w_smem)
 
 
-def _load(ref, offset: int, start: int, shape: tuple[int, int], word_elements: int, widen: str):
-    """A Mosaic GPU array; `offset` in bytes. A word has `word_elements`, and each thread 16 bytes of a load."""
+def _load(ref, block: int, start: int, size: int, w_dtype: str, dtype: str):
+    """A Mosaic GPU array, from a buffer that is one too."""
     from jax.experimental.mosaic.gpu import fragmented_array, utils
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith, llvm, vector
 
     word, byte = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8)
-    element = ir.BF16Type.get() if "bf16x2" in widen else ir.F16Type.get()
-    pair, outputs = ir.VectorType.get((2,), element), word_elements // 2
-    # Of a step of sixteen rows a thread has eight elements.
-    words_per_step, steps = 8 // word_elements, shape[1] // 16
-    steps_per_load = 4 // words_per_step
-    layout = fragmented_array.WGMMA_LAYOUT
-    registers = np.empty(layout.registers_shape(shape), dtype=object)
-    of_steps = registers.reshape(steps, 4)
+    pair = ir.VectorType.get((2,), ir.BF16Type.get() if dtype == "bfloat16" else ir.F16Type.get())
+    word_elements = 8 if w_dtype == "int4" else 4
+    pairs_of_word = llvm.StructType.get_literal([word] * (word_elements // 2))
+    constraints = ",".join(["=r"] * (word_elements // 2) + ["r"])
+    memref = ir.MemRefType(ref.type)
+    block_bytes = memref.shape[1] * memref.shape[2] * utils.bitwidth(memref.element_type) // 8
+
     base = utils.memref_ptr(ref)
     own = arith.muli(arith.remui(utils.thread_idx(), utils.c(128, word)), utils.c(16, word))
-    several = llvm.StructType.get_literal([word] * outputs)
-    step = 0
-    while step < steps:
-        load, skip = divmod(start // 16 + step, steps_per_load)
-        count = min(steps_per_load - skip, steps - step)
-        place = offset + load * 2048 + skip * words_per_step * 4
-        address = llvm.getelementptr(
-            base.type, base, [arith.addi(own, utils.c(place, word))], [-(2**31)], byte, llvm.GEPNoWrapFlags.none
-        )
-        num_words = count * words_per_step
-        words = llvm.load(ir.VectorType.get((num_words,), word), address, alignment=4 * num_words)
-        for i in range(num_words):
-            one = vector.extract(words, dynamic_position=[], static_position=[i])
-            many = llvm.inline_asm(several, [one], widen, ",".join(["=r"] * outputs + ["r"]))
-            for j in range(outputs):
-                wide = vector.broadcast(ir.VectorType.get((1,), word), llvm.extractvalue(word, many, [j]))
-                at = i * outputs + j
-                of_steps[step + at // 4, at % 4] = vector.bitcast(pair, wide)
-        step += count
+
+    def load_words(first: int, count: int) -> list:
+        """Words of a thread from its `first` in the block on: four follow each other, and then it is the next one's
+        turn."""
+        place = block * block_bytes + first // 4 * 128 * 16 + first % 4 * 4
+        offset = arith.addi(own, utils.c(place, word))
+        address = llvm.getelementptr(base.type, base, [offset], [-(2**31)], byte, llvm.GEPNoWrapFlags.none)
+        words = llvm.load(ir.VectorType.get((count,), word), address, alignment=4 * count)
+        return [vector.extract(words, dynamic_position=[], static_position=[i]) for i in range(count)]
+
+    # Of sixteen rows a thread has eight elements: two pairs in each of its two columns.
+    first, end = (row // 16 * 8 // word_elements for row in (start, start + size))
+    pairs = []
+    while first < end:
+        count = min(4 - first % 4, end - first)
+        for one in load_words(first, count):
+            wide = llvm.inline_asm(pairs_of_word, [one], _WIDEN[w_dtype, dtype], constraints)
+            for i in range(word_elements // 2):
+                register = vector.broadcast(ir.VectorType.get((1,), word), llvm.extractvalue(word, wide, [i]))
+                pairs.append(vector.bitcast(pair, register))
+        first += count
+    layout = fragmented_array.WGMMA_LAYOUT
+    # Its order: eight rows after eight rows, and of each the columns of the first eight before those of the second.
+    registers = np.array(pairs, dtype=object).reshape(layout.registers_shape((TILE, size)))
     return fragmented_array.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)

@@ -1,4 +1,5 @@
-"""What widens weights of few bits in registers, of which the interpreter knows nothing: its PTX, run word by word."""
+"""What brings weights of few bits to registers, of which the interpreter knows nothing: the words that each thread
+loads, and the PTX that widens them, run word by word."""
 
 import re
 
@@ -11,7 +12,8 @@ import pytest
 if jax.__version_info__ < (0, 11):
     pytest.skip(f"the kernel needs JAX 0.11, and this is JAX {jax.__version__}", allow_module_level=True)
 
-from kernels.quantized_matmul.weight_only_fragments import _WIDEN
+from kernels.quantized_matmul.weight_only_fragments import _WIDEN, _load
+from quantization.qarray import quantize, to_fragments
 
 # Every byte in every place of a word, beside its neighbours.
 RANDOM = np.random.default_rng(0).integers(0, 2**32, 4096, np.uint32)
@@ -107,3 +109,54 @@ def test_a_word_becomes_its_elements(w_dtype, dtype):
     else:
         expected = WORDS[:, None].view(np.uint8).view(jnp.dtype(w_dtype)).reshape(-1, 2, 2)
     np.testing.assert_array_equal(actual.astype(np.float32), expected.astype(np.float32))
+
+
+def loaded(buffer, *arguments):
+    """What `_load` makes of a buffer [blocks, lines, 256]: of each register [128 threads, 2], in the layout's order."""
+    from jax._src.interpreters import mlir
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import func
+
+    memory = buffer.reshape(-1).view(np.uint8)
+    results = []
+    with mlir.make_ir_context(), ir.Location.unknown():
+        module = ir.Module.create()
+        element = ir.IntegerType.get_signless(8 * buffer.itemsize)
+        ref = ir.MemRefType.get(buffer.shape, element, memory_space=utils.smem())
+        with ir.InsertionPoint(module.body):
+            block = func.FuncOp("load", ir.FunctionType.get([ref], [])).add_entry_block()
+        with ir.InsertionPoint(block):
+            array = _load(block.arguments[0], *arguments)
+            for register in array.registers.flat:
+                # bitcast, broadcast, extractvalue, inline_asm, extract, load, getelementptr, addi.
+                chain = [register.owner]
+                for operand in (0, 0, 0, 0, 0, 0, 1):
+                    chain.append(chain[-1].operands[operand].owner)
+                pair = ir.DenseI64ArrayAttr(chain[2].attributes["position"])[0]
+                word = ir.DenseI64ArrayAttr(chain[4].attributes["static_position"])[0]
+                stride, place = (
+                    ir.IntegerAttr(constant.operands[1].owner.attributes["value"]).value
+                    for constant in (chain[7].operands[0].owner, chain[7])
+                )
+                assert str(chain[6].attributes["elem_type"]) == "i8"
+                starts = stride * np.arange(128) + place + 4 * word
+                words = memory[starts[:, None] + np.arange(4)].view(np.uint32)[:, 0]
+                text = ir.StringAttr(chain[3].attributes["asm_string"]).value
+                results.append(halves(execute(text, words)[pair], HALVES["bf16"]).astype(np.float32))
+    return results
+
+
+@pytest.mark.parametrize("w_dtype", ["int4", "int8"])
+@pytest.mark.parametrize("block, start, size", [(0, 0, 128), (1, 128, 64), (1, 32, 32), (0, 192, 32)])
+def test_a_thread_has_its_elements_of_the_operand(w_dtype, block, start, size):
+    w = quantize(jax.random.normal(jax.random.key(0), (256, 128)), w_dtype, (64, 1))
+    buffer = np.asarray(to_fragments(w).values).reshape(2, -1, 256)
+    registers = loaded(buffer, block, start, size, w_dtype, "bfloat16")
+    assert len(registers) == size // 4
+    values, thread = np.asarray(w.values.astype(jnp.float32)), np.arange(128)[:, None]
+    for i, actual in enumerate(registers):
+        # PTX ISA, fragments of wgmma's A in registers: rows of A are columns of w.
+        column = 64 * block + 16 * (thread // 32) + 8 * (i % 2) + thread % 32 // 4
+        row = start + 8 * (i // 2) + 2 * (thread % 4) + np.arange(2)
+        np.testing.assert_array_equal(actual, values[row, column])
