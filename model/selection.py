@@ -87,7 +87,7 @@ def _select_rounded(definition, impl, dtype, tokens, placement, target) -> tuple
         return "xla", []
     kinds = ", ".join(dict.fromkeys(matrix.name.rsplit("/", 1)[-1] for matrix in matrices))
     experts = (
-        "" if definition.config.moe is None else f"; experts stay in {dtype}, as grouped products have no FP8 form"
+        "" if definition.config.moe is None else f"; experts stay in {dtype}: grouped products have no gradients in FP8"
     )
     lines = [
         f"precision {matrices[0].format.name}: products of {kinds} are of e4m3, their gradients of e5m2, with a scale "
@@ -190,10 +190,7 @@ def _select_quantized(
         kinds = ", ".join(dict.fromkeys(matrix.name.rsplit("/", 1)[-1] for matrix in matrices))
         reasons.append(f"precision {format.name}: {len(matrices)} matrices ({kinds}) are {format}")
         if any(matrix.is_of_experts for matrix in matrices):
-            reasons.append(
-                f"experts: dequantised from {format.name} at each call, since grouped products take no quantised "
-                "weights: that saves memory, and no time"
-            )
+            reasons.append(f"experts: dequantised from {format.name} at each call: that saves memory, and no time")
         dense = [matrix for matrix in matrices if not matrix.is_of_experts]
         for phase, num_rows in zip(("decode", "prefill"), sizes if dense else (), strict=False):
             found: dict[str, str] = {}

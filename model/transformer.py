@@ -304,7 +304,7 @@ class Definition:
         flat, names = nnx.to_flat_state(params), set()
         for path, variable in flat:
             part = part_of(variable.get_metadata("logical"))
-            # Training's grouped products have no quantised form.
+            # Grouped products have no gradients in FP8.
             if self.rules.covers(part) and not (part == "experts" and self.stored_for is None):
                 names.add(matrix_name(path))
                 self._format(matrix_name(path), part, variable)

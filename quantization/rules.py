@@ -76,7 +76,7 @@ class ProductRules:
             return None
         found = _FORMATS[self._chosen(part)]
         if part == "experts":
-            # Grouped products have no quantised form: the weights are dequantised before them.
+            # Their weights are dequantised before the grouped products, which take the rows as they are.
             found = dataclasses.replace(found, activation=None)
         if found.group is None:
             return found

@@ -112,7 +112,7 @@ def test_logits_are_those_of_the_rounded_operands(name, products, monkeypatch):
             monkeypatch.setattr(module, "multiply", multiply_wide)
         want = logits(definition, held, biases, run)
     # A rounding that falls on the other side moves an activation by one of its 127 or 16 steps.
-    assert_close(got, want, 1e-5 if products in ("w8", "w4") else 3e-2)
+    assert_close(got, want, 1e-5 if products in ("w8", "w4") else 5e-3)
     exact = logits(definition.plain, params, biases, run)
     assert not np.allclose(got, exact, atol=1e-4), "nothing was quantised"
     assert_close(got, exact, 0.6 if products == "w4" else 0.2)
