@@ -31,7 +31,7 @@ from kernels.grouped_matmul.tpu_visits import begins, ends, visits_of
 
 
 @dataclasses.dataclass(frozen=True)
-class _Statics:
+class Statics:
     shape: Shape
     tiles: Tiles
     which: Pass
@@ -72,10 +72,10 @@ def weight_gradient(x, dy, group_sizes, *, tiles: Tiles | None = None, interpret
     return _weight_gradient(_statics(shape, tiles, "weight_gradient", interpret), x, dy, group_sizes)
 
 
-def _statics(shape: Shape, tiles: Tiles | None, which: Pass, interpret: bool) -> _Statics:
+def _statics(shape: Shape, tiles: Tiles | None, which: Pass, interpret: bool) -> Statics:
     tiles = choose_tiles(shape, which) if tiles is None else tiles
     check(shape, tiles, which)
-    return _Statics(shape, tiles, which, interpret)
+    return Statics(shape, tiles, which, interpret)
 
 
 class _Refs(NamedTuple):
@@ -89,7 +89,7 @@ class _Refs(NamedTuple):
 
 # Jits of their own, so that a model's layers are traced once.
 @functools.partial(jax.jit, static_argnums=0)
-def _product(statics: _Statics, x, w, group_sizes) -> jax.Array:
+def _product(statics: Statics, x, w, group_sizes) -> jax.Array:
     shape, tiles = statics.shape, statics.tiles
     visits = visits_of(group_sizes, shape.rows, tiles.rows, statics.visits, every="tile")
     if statics.which == "transposed":
@@ -98,7 +98,7 @@ def _product(statics: _Statics, x, w, group_sizes) -> jax.Array:
         w_spec = pl.BlockSpec((None, tiles.depth, tiles.columns), lambda n, v, k, group, *_: (group[v], k, n))
     sums = [pltpu.VMEM((tiles.rows, tiles.columns), jnp.float32)] if statics.steps > 1 else []
     return pl.pallas_call(
-        functools.partial(_product_body, statics),
+        functools.partial(product_body, statics),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(visits),
             grid=(pl.cdiv(shape.columns, tiles.columns), statics.visits, statics.steps),
@@ -113,7 +113,7 @@ def _product(statics: _Statics, x, w, group_sizes) -> jax.Array:
     )(*visits, x, w)
 
 
-def _product_body(statics: _Statics, group, tile, start, stop, *blocks):
+def product_body(statics: Statics, group, tile, start, stop, *blocks):
     refs, visit, step = _Refs(*blocks), pl.program_id(1), pl.program_id(2)
     low, high = start[visit], stop[visit]
 
@@ -144,11 +144,11 @@ def _rows_between(low, high, rows: int):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _weight_gradient(statics: _Statics, x, dy, group_sizes) -> jax.Array:
+def _weight_gradient(statics: Statics, x, dy, group_sizes) -> jax.Array:
     shape, tiles = statics.shape, statics.tiles
     visits = visits_of(group_sizes, shape.rows, tiles.rows, statics.visits, every="group")
     return pl.pallas_call(
-        functools.partial(_weight_gradient_body, statics),
+        functools.partial(weight_gradient_body, statics),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(visits),
             grid=(pl.cdiv(shape.depth, tiles.depth), pl.cdiv(shape.columns, tiles.columns), statics.visits),
@@ -166,7 +166,7 @@ def _weight_gradient(statics: _Statics, x, dy, group_sizes) -> jax.Array:
     )(*visits, x, dy)
 
 
-def _weight_gradient_body(statics: _Statics, group, tile, start, stop, x, dy, out, sums):
+def weight_gradient_body(statics: Statics, group, tile, start, stop, x, dy, out, sums):
     visit = pl.program_id(2)
     low, high = start[visit], stop[visit]
 

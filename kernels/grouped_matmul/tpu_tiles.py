@@ -18,7 +18,8 @@ VMEM_BYTES = 32 * _MIB
 # Scalar memory for the table of visits; a core has 1 MiB.
 SMEM_BYTES = 512 * 2**10
 LANES = 128
-# Columns that are multiplied at a time: while the matrix units have one strip, the vector units store another.
+# Columns that are multiplied at a time, the width of the matrix units of v6e and tpu7x: while they have one strip, the
+# vector units finish another.
 STRIP = 256
 # A longer tile costs less for each row, and wastes more where a group ends inside it.
 _MOST_ROWS = 512
@@ -58,8 +59,8 @@ def choose_tiles(shape: Shape, which: Pass) -> Tiles:
     """Static in the shapes, so that equal calls add in equal order. ValueError where none fits."""
     average = shape.rows // shape.groups
     rows = length(shape.rows, min(_MOST_ROWS, max(LANES, -(-average // LANES) * LANES)))
-    for limit in (1024, 768, 512, 384, 256, 128):
-        columns = length(shape.columns, limit)
+    for limit in (1024, 768, 512, 256, 128):
+        columns = length(shape.columns, limit, STRIP)
         for depth in [length(shape.depth, 1024)] if which == "weight_gradient" else _depths(shape.depth):
             tiles = Tiles(rows, depth, columns)
             if needed_bytes(shape, tiles, which) <= VMEM_BYTES:
@@ -70,11 +71,12 @@ def choose_tiles(shape: Shape, which: Pass) -> Tiles:
     )
 
 
-def length(number: int, largest: int) -> int:
-    """A length of tiles that covers `number` with little beyond. What is shorter than a register is taken whole."""
-    if number <= LANES:
-        return number
-    return min(range(LANES, largest + 1, LANES), key=lambda n: (-(-number // n) * n * (1 + LANES / n), -n))
+def length(number: int, largest: int, unit: int = LANES) -> int:
+    """A multiple of `unit` that covers `number` with little beyond. What is shorter is taken whole, or in registers."""
+    if number <= unit:
+        return number if number <= LANES else unit
+    lengths = range(unit, max(unit, largest) + 1, unit)
+    return min(lengths, key=lambda n: (-(-number // n) * n * (1 + LANES / n), -n))
 
 
 def _depths(depth: int) -> list[int]:

@@ -17,7 +17,8 @@ _MIB = 2**20
 # tpu7x has. Untold, the compiler stops at 16 MiB on v5e.
 VMEM_BYTES = 32 * _MIB
 LANES = 128
-# Columns that are multiplied at a time: while the matrix units have one strip, the vector units finish another.
+# Columns that are multiplied at a time, the width of the matrix units of v6e and tpu7x: while they have one strip, the
+# vector units finish another.
 STRIP = 256
 # A step of decode copies about this much of w: enough that a step's fixed cost hides behind its copy, little enough
 # that the first copy, which nothing hides, is a small part of all.
@@ -75,8 +76,8 @@ def _block(case: QuantizedCase) -> int:
 
 def choose_tiles(case: QuantizedCase) -> Tiles:
     """Static in the shapes, so that equal calls add in equal order. ValueError where none fits."""
-    for limit in (1024, 768, 512, 384, 256, 128):
-        rows, columns = _length(case.num_rows, limit), _length(case.out_dim, limit)
+    for limit in (1024, 768, 512, 256, 128):
+        rows, columns = _length(case.num_rows, limit), _length(case.out_dim, limit, STRIP)
         for depth in _depths(case, rows, columns):
             tiles = Tiles(rows, columns, depth)
             if needed_bytes(case, tiles) <= VMEM_BYTES:
@@ -87,11 +88,12 @@ def choose_tiles(case: QuantizedCase) -> Tiles:
     )
 
 
-def _length(number: int, largest: int) -> int:
-    """A length of tiles that covers `number` with little beyond. What is shorter than a register is taken whole."""
-    if number <= LANES:
-        return number
-    return min(range(LANES, largest + 1, LANES), key=lambda n: (-(-number // n) * n * (1 + LANES / n), -n))
+def _length(number: int, largest: int, unit: int = LANES) -> int:
+    """A multiple of `unit` that covers `number` with little beyond. What is shorter is taken whole, or in registers."""
+    if number <= unit:
+        return number if number <= LANES else unit
+    lengths = range(unit, max(unit, largest) + 1, unit)
+    return min(lengths, key=lambda n: (-(-number // n) * n * (1 + LANES / n), -n))
 
 
 def _depths(case: QuantizedCase, rows: int, columns: int) -> list[int]:

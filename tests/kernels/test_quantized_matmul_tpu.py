@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from benchmarks.matmul_tpu import estimates
 from kernels.quantized_matmul import QuantizedCase, case_of, choose, quantized_matmul, supports, tpu
 from kernels.quantized_matmul.tpu_tiles import (
     VMEM_BYTES,
@@ -280,3 +281,13 @@ def test_vector_memory_is_not_underestimated(monkeypatch, name):
     monkeypatch.setattr(tpu, "VMEM_BYTES", needed_bytes(case_of(x, w, None, jnp.bfloat16), tile))
     product = functools.partial(tpu.quantized_matmul, bias=None, out_dtype=jnp.bfloat16, tiles=tile)
     compiled("v5e", product, (x, w))
+
+
+@needs_libtpu
+def test_static_estimate_of_int8(capsys):
+    """The compiler's own count of cycles, which knows nothing of waiting for memory: an estimate, and the same for the
+    same compiler."""
+    shares = {row["chip"]: row["share_of_peak"] for row in estimates(["v5e", "v6e"], ["8 bits, 4096³"])}
+    with capsys.disabled():
+        print(f" [estimated share of peak in int8: {shares}] ", end="")
+    assert shares["v5e"] >= 0.90 and shares["v6e"] >= 0.75
