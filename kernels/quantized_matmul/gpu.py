@@ -88,13 +88,15 @@ class _Inputs(NamedTuple):
 
 class _Shared(NamedTuple):
     """Shared memory of a block of threads: the ring of buffers, each warpgroup's pieces of results, and the barriers.
-    `arrived`: the copies are there. `free`: all warpgroups, of the whole cluster, are done with a buffer."""
+    `arrived`: the copies are there. `free`: all warpgroups, of the whole cluster, are done with a buffer. `led`: the
+    first warpgroup is ahead as far as it shall be; None where none is."""
 
     x: Any
     w: Any
     out: Any
     arrived: Any
     free: Any
+    led: Any
 
 
 class _Tile(NamedTuple):
@@ -192,6 +194,7 @@ def _scratch(statics: _Statics, inputs: _Inputs, out_dtype) -> _Shared:
         out=tiled(tiles.num_warpgroups, NUM_OUTS, WARPGROUP_ROWS, piece_columns(out_dtype), dtype=out_dtype),
         arrived=plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
         free=plgpu.ClusterBarrier(collective_axes=("tile",), **free) if together else plgpu.Barrier(**free),
+        led=plgpu.Barrier(num_arrivals=1, num_barriers=1) if tiles.lead else None,
     )
 
 
@@ -210,6 +213,8 @@ def _body(statics: _Statics, inputs: _Inputs, out_ref, shared: _Shared) -> None:
     def _():
         plgpu.set_max_registers(for_products, action="increase")
         multiply = _multiply if statics.outside else _multiply_scaled
+        if tiles.lead:
+            pl.when(warpgroup > 0)(lambda: plgpu.barrier_wait(shared.led.at[0]))
 
         def compute(number, _):
             tile = _tile(statics, number)
@@ -261,6 +266,14 @@ def _operands(tile: _Tile, step, warpgroup, shared: _Shared):
     return buffer, shared.x.at[buffer, rows], shared.w.at[buffer].T
 
 
+def _lead(statics: _Statics, count, warpgroup, shared: _Shared) -> None:
+    """Lets the other warpgroups begin after the first one's first blocks. They stay that far apart, so that one
+    multiplies while another stores its results."""
+    if statics.tiles.lead:
+        last = min(statics.tiles.lead, statics.tiles.num_buffers, statics.steps) - 1
+        pl.when((warpgroup == 0) & (count == last))(lambda: plgpu.barrier_arrive(shared.led.at[0]))
+
+
 def _multiply(statics: _Statics, tile: _Tile, warpgroup, inputs: _Inputs, out_ref, shared: _Shared) -> None:
     """One warpgroup's rows of a tile whose scales multiply the finished sums."""
     exact = jnp.int32 if inputs.x.dtype == jnp.int8 else jnp.float32
@@ -269,6 +282,7 @@ def _multiply(statics: _Statics, tile: _Tile, warpgroup, inputs: _Inputs, out_re
         def step(k, before):
             buffer, x_smem, w_smem = _operands(tile, k, warpgroup, shared)
             plgpu.wgmma(acc, x_smem, w_smem)
+            _lead(statics, tile.start + k, warpgroup, shared)
             # All but the product just begun are done.
             plgpu.wgmma_wait(1)
             pl.when(k > 0)(lambda: plgpu.barrier_arrive(shared.free.at[before]))
@@ -317,6 +331,7 @@ def _multiply_scaled(statics: _Statics, tile: _Tile, warpgroup, inputs: _Inputs,
 
         def multiply(acc):
             plgpu.wgmma(acc, x_smem, w_smem)
+            _lead(statics, tile.start + k, warpgroup, shared)
             # Added while the product runs.
             added = add(totals, *before) if before else totals
             return acc[...], added

@@ -37,7 +37,7 @@ class Tiles:
     computed with the same columns before the next ones. chain: where scales change along K, products of that many
     blocks follow each other, the sums of one added to the total while the next one runs; the last one's wait for it.
     (Chained without end, ptxas would wait for every second product: it doesn't see across a loop's end that sums are
-    there.)"""
+    there.) lead: blocks along K that the first warpgroup is ahead of the others."""
 
     num_warpgroups: int
     columns: int
@@ -45,6 +45,7 @@ class Tiles:
     cluster: int
     group: int
     chain: int = 1
+    lead: int = 0
 
     @property
     def rows(self) -> int:

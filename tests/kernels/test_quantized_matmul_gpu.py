@@ -43,10 +43,10 @@ CASES = {
         shape=(300, 200, 200), dtype="int8", blocks=ROW, tiles=Tiles(2, 128, 2, 2, 2), out="float32", bias=True, some=4
     ),
     "fp8, odd widths, one tile, fewer steps than buffers": dict(
-        shape=(37, 100, 77), dtype=F8, blocks=TENSOR, tiles=Tiles(2, 128, 3, 1, 8), out="bfloat16"
+        shape=(37, 100, 77), dtype=F8, blocks=TENSOR, tiles=Tiles(2, 128, 3, 1, 8, 1, 2), out="bfloat16"
     ),
     "both fp8 types, scales of blocks": dict(
-        shape=(136, 384, 256), dtype=F5, w_dtype=F8, blocks=BLOCK, tiles=Tiles(2, 128, 2, 1, 8, 2), out="float32"
+        shape=(136, 384, 256), dtype=F5, w_dtype=F8, blocks=BLOCK, tiles=Tiles(2, 128, 2, 1, 8, 2, 1), out="float32"
     ),
     "three warpgroups, tiles across blocks of columns, clusters": dict(
         shape=(200, 256, 384), dtype=F8, blocks=BLOCK, tiles=Tiles(3, 192, 3, 2, 8), out="float16", bias=True, some=2

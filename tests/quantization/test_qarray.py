@@ -104,6 +104,7 @@ def test_what_is_not_finite_makes_nan_of_its_block_only(dtype, bad):
     expected = np.zeros((4, 6), bool)
     expected[:2, 3:] = True
     np.testing.assert_array_equal(np.isnan(q.dequantize()), expected)
+    np.testing.assert_array_equal(np.isnan(q.scales), [[False, True], [False, False]])
 
 
 @pytest.mark.parametrize("dtype", LARGEST)
