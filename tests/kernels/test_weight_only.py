@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.quantized_matmul import QuantizedCase, choose, reference, supports, weight_only_tiles
+from kernels.quantized_matmul import QuantizedCase, choose, quantized_matmul, reference, supports, weight_only_tiles
 from kernels.quantized_matmul.weight_only_tiles import Tiles, choose_tiles
 from kernels.target import Target
 from quantization.qarray import QArray, quantize, to_fragments
@@ -168,6 +168,14 @@ def test_only_what_meets_a_nan_becomes_one(weight_only):
     columns = np.isin(np.arange(64), (3, 40))
     assert np.isnan(y[2]).all() and (np.isnan(y[:2]) == columns).all()
     assert (y[0, ~columns] == 0).all() and np.isfinite(y[1, ~columns]).all() and abs(y[1, 41]) > 1e28
+
+
+@pytest.mark.parametrize("impl", ["reference", "xla"])
+@pytest.mark.parametrize("w_dtype, group", [("int4", 32), ("int8", None)])
+def test_other_implementations_take_fragments(impl, w_dtype, group):
+    w, x = weight(128, 64, w_dtype, group), jax.random.normal(jax.random.key(0), (2, 3, 128), jnp.float32)
+    actual, expected = (quantized_matmul(x, one, impl=impl) for one in (to_fragments(w), w))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_supported():
