@@ -129,10 +129,11 @@ def test_kernel_equals_explicit_queries(decode, name):
 
 
 WRITE_CASES = {
-    # The last token of a page, the first, one past the table (in its last block too), and two rows that take no part.
-    "ragged": dict(lengths=[64, 65, 129, 70, 0], counts=[1, 1, 1, 0, 0], M=2, N=6, K=2, H=64),
+    # The last token of a page, the first, which sees itself alone, one past the table (in its last block too), and two
+    # rows that take no part.
+    "ragged": dict(lengths=[64, 1, 129, 70, 0], counts=[1, 1, 1, 0, 0], M=2, N=6, K=2, H=64),
     "parts, small pages, window": dict(
-        lengths=[150, 17, 166], counts=[1, 1, 1], M=5, S=32, window=100, tiles=Tiles(2, 3, 2), dtype="float8_e4m3fn"
+        lengths=[150, 2, 166], counts=[1, 1, 1], M=5, S=32, window=100, tiles=Tiles(2, 3, 2), dtype="float8_e4m3fn"
     ),
 }
 

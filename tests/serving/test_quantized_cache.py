@@ -10,7 +10,10 @@ import pytest
 from kernels.paged_attention.quantize import dequantize, quantize_heads
 from model.attention import Attention
 from model.cache import token_bytes
+from serving.config import ServeRun, SpeculationConfig
+from serving.metrics import Metrics
 from serving.request import SamplingParams
+from serving.resolve import resolve
 from serving.startup import make_runner
 from serving.utilization import UtilizationMeter
 from tests.serving.engines import MODEL, SHAPES, NaiveDecoder, start_tiny, submit
@@ -28,9 +31,10 @@ def small(kv_dtype: str):
     return dataclasses.replace(SHAPES, kv_dtype=kv_dtype, batch_sizes=(4,), tile_counts=(4,), widths=(64,))
 
 
-@pytest.mark.parametrize(("kv_dtype", "devices"), [("int8", 1), ("float8_e4m3fn", 2)])
-def test_text_is_that_of_rounded_keys_and_values(monkeypatch, kv_dtype, devices):
-    server = start_tiny(shapes=small(kv_dtype), devices=devices)
+@pytest.mark.parametrize(("kv_dtype", "devices", "speculation"), [("int8", 1, "layers"), ("float8_e4m3fn", 2, "none")])
+def test_text_is_that_of_rounded_keys_and_values(monkeypatch, kv_dtype, devices, speculation):
+    drafts = SpeculationConfig(kind=speculation, max_draft=2, max_batch=4, num_layers=1)
+    server = start_tiny(shapes=small(kv_dtype), devices=devices, speculation=drafts)
     try:
         listeners = [submit(server.engine, str(i), prompt, GREEDY) for i, prompt in enumerate(PROMPTS)]
         texts = [listener.wait().tokens for listener in listeners]
@@ -52,10 +56,6 @@ def test_text_is_that_of_rounded_keys_and_values(monkeypatch, kv_dtype, devices)
 
 @pytest.mark.parametrize(("kv_dtype", "head"), [("auto", 4 * 4), ("int8", 4 + 4)])
 def test_bytes_of_the_cache_are_those_counted(kv_dtype, head):
-    from serving.config import ServeRun
-    from serving.metrics import Metrics
-    from serving.resolve import resolve
-
     resolved = resolve(ServeRun(name="tiny", model=MODEL, dtype="float32", engine=small(kv_dtype)), jax.devices()[:1])
     caches = jax.tree.leaves(make_runner(resolved, SHAPES.num_pages)._caches)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in caches)
