@@ -2,8 +2,9 @@
 
 Ours (Pallas), `jax.lax.ragged_dot`, the batched product, JAX's Mosaic GPU example and torch's `_grouped_mm` where they
 are installed, and one dense product of the same FLOPs, which no grouped one can beat. The product, its gradient of the
-rows (dx) and its gradient of the weights (dw), each alone. Errors are relative, in norms, to float32 of the same
-inputs, over the first, the largest and the last group that is not empty. The last line of stdout is one JSON object.
+rows (dx) and its gradient of the weights (dw), each alone; and, of ours, the experts' feed-forward (three products with
+SwiGLU between), without and with its gradients. Errors are relative, in norms, to float32 of the same inputs, over the
+first, the largest and the last group that is not empty. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import datetime
 import functools
 import importlib
 import importlib.util
+import itertools
 import json
 import statistics
 import time
@@ -27,11 +29,13 @@ import numpy as np
 
 from benchmarks.ceilings import matmul_flops_per_second
 from kernels.grouped_matmul import GroupedCase, grouped_matmul, supports
+from kernels.grouped_matmul.swiglu import grouped_swiglu
 from kernels.target import Target, default_target
 
 PASSES = ("forward", "dx", "dw")
 OURS = ("pallas", "batched", "ragged_dot")
 IMPLS = ("dense", *OURS, "jax_mosaic", "torch")
+FEED_FORWARD_WORKS = ("moe-1b up, even", "moe-1b up, uneven")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +202,40 @@ def measure(impl: str, work: Work, which: str, given, repeats: int) -> dict[str,
     return {"tflops": work.flops() / seconds / 1e12, "milliseconds": 1e3 * seconds, "relative_error": error}
 
 
+def measure_feed_forward(impl: str, work: Work, backward: bool, repeats: int) -> dict[str, Any]:
+    """Of `work.in_dim`, and `work.out_dim` inside; with gradients, nine products."""
+    x, up, _, sizes = operands(work)
+    gate, down = (jax.random.normal(jax.random.key(i), up.shape, up.dtype) for i in (3, 4))
+    gate, up, down = (array * work.in_dim**-0.5 for array in (gate, up, down.swapaxes(1, 2)))
+
+    def forward(x, gate, up, down):
+        return grouped_swiglu(x, gate, up, down, sizes, impl=impl)
+
+    def both(x, gate, up, down):
+        y, pullback = jax.vjp(forward, x, gate, up, down)
+        return y, pullback(x)
+
+    run = jax.jit(both if backward else forward).lower(x, gate, up, down).compile()
+    flops = (9 if backward else 3) * work.flops()
+    inner = max(2, min(20, int(4e13 / flops)))
+    call = functools.partial(run, x, gate, up, down)
+    seconds = median_seconds(call, jax.block_until_ready, repeats=repeats, inner=inner)
+    return {"tflops": flops / seconds / 1e12, "milliseconds": 1e3 * seconds, "relative_error": None}
+
+
+def measure_feed_forwards(works: list[Work], impls: list[str], repeats: int) -> Iterator[dict[str, Any]]:
+    target = default_target()
+    for work in works:
+        for impl in impls:
+            for backward in (False, True):
+                name = "feed-forward and gradients" if backward else "feed-forward"
+                row: dict[str, Any] = {"work": work.name, "impl": impl, "pass": name}
+                reason = supports(impl, work.case(), target)
+                row |= {"lacking": reason} if reason else measure_feed_forward(impl, work, backward, repeats)
+                print(_line(row), flush=True)
+                yield row
+
+
 def measure_all(works: list[Work], impls: list[str], repeats: int) -> Iterator[dict[str, Any]]:
     target = default_target()
     for work in works:
@@ -227,7 +265,7 @@ def measure_all(works: list[Work], impls: list[str], repeats: int) -> Iterator[d
 
 
 def _line(row: dict[str, Any]) -> str:
-    head = f"{row['work']:<44}{row['impl']:<12}{row['pass']:<9}"
+    head = f"{row['work']:<44}{row['impl']:<14}{row['pass']:<28}"
     if "lacking" in row:
         return f"{head}{row['lacking']}"
     error = "" if row["relative_error"] is None else f"   error {row['relative_error']:.1e}"
@@ -254,7 +292,13 @@ def main(arguments: list[str] | None = None) -> None:
         "matmul_tflops": matmul_flops_per_second() / 1e12,
         "rows": [],
     }
-    for row in measure_all([work for work in WORKS if work.name in options.works], options.impls, options.repeats):
+    works = [work for work in WORKS if work.name in options.works]
+    feed_forwards = [work for work in works if work.name in FEED_FORWARD_WORKS]
+    rows = itertools.chain(
+        measure_all(works, options.impls, options.repeats),
+        measure_feed_forwards(feed_forwards, ["batched", "pallas", "pallas_fused"], options.repeats),
+    )
+    for row in rows:
         record["rows"].append(row)
         # What is measured is kept, also of a run that is cut off.
         if options.out is not None:
