@@ -16,9 +16,12 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
-from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm
+
+# LLVM's dialect, for inline code, has no public name.
+from jax._src.lib.mlir.dialects import llvm
 from jax.experimental.mosaic.gpu import fragmented_array, utils
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith
 
 # Each makes two bfloat16 of the even (odd) bytes of a word.
 # An int8 less its sign bit is the mantissa of 128 + x; the sign bit alone makes 128 or 256 of the same exponent.

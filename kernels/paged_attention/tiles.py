@@ -53,7 +53,7 @@ class PrefillTiles:
 def choose_tiles(case: PagedAttentionCase) -> Tiles:
     """Static in the shapes, so that equal calls add in equal order."""
     # Half of a processor's shared memory: two blocks of threads on each, so that one computes while the other waits. Of
-    # quantised pages a third: half as many bytes come in the time that a block of threads takes for its steps.
+    # quantised pages a third (not measured): half as many bytes come in the time that the steps of a block take.
     share = SHARED_BYTES // (2 if case.kv_dtype is None else 3) - 1024
     num_buffers = max(n for n in (2, 3, 4) if n == 2 or shared_bytes(case, n) <= share)
     num_parts = _num_parts(case.batch * case.num_kv_heads, case.width)
