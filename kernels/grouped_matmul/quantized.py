@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from kernels.grouped_matmul import grouped_matmul, reference, scaled_tiles
+from kernels.grouped_matmul import grouped_matmul, reference, scaled_tiles, tpu_scaled_tiles
 from kernels.quantized_matmul import Activation
 from kernels.target import Target, default_target
 from quantization.qarray import QArray, quantize
@@ -56,7 +56,7 @@ def supports(impl: Impl, case: QuantizedGroupedCase, target: Target) -> str | No
         case "reference" | "widened":
             return None
         case "pallas":
-            return scaled_tiles.unsupported(case, target)
+            return (tpu_scaled_tiles if target.platform == "tpu" else scaled_tiles).unsupported(case, target)
         case _:
             raise ValueError(
                 f"quantized_grouped_matmul impl={impl!r} is unknown; choose one of {', '.join(get_args(Impl))}"
@@ -126,10 +126,12 @@ def quantized_grouped_matmul(
                 narrow = jnp.promote_types(out_dtype, jnp.bfloat16) if isinstance(x, QArray) else x.dtype
                 wide = (a.dequantize(narrow) if isinstance(a, QArray) else a for a in (x, w))
                 return grouped_matmul(*wide, group_sizes, target=target).astype(out_dtype)
-        # Not at import: Pallas's modules take half a second, and only Hopper needs its own.
-        from kernels.grouped_matmul import gpu_scaled
-
-        return gpu_scaled.product(x, w, group_sizes, out_dtype)
+        # Not at import: Pallas's modules take half a second.
+        if target.platform == "tpu":
+            from kernels.grouped_matmul import tpu_scaled as kernel
+        else:
+            from kernels.grouped_matmul import gpu_scaled as kernel
+        return kernel.product(x, w, group_sizes, out_dtype)
 
 
 def _check(x, w, group_sizes, activation) -> None:

@@ -123,7 +123,7 @@ def product_body(statics: Statics, group, tile, start, stop, *blocks):
 
     @pl.when(low < high)
     def _():
-        own = _rows_between(low, high, statics.tiles.rows)
+        own = rows_between(low, high, statics.tiles.rows)
         for strip in statics.strips:
             if statics.which == "transposed":
                 total = _dot(refs.x[...], refs.w[strip, :], (1, 1))
@@ -137,7 +137,7 @@ def product_body(statics: Statics, group, tile, start, stop, *blocks):
             refs.out[:, strip] = jnp.where(own, total.astype(refs.out.dtype), refs.out[:, strip])
 
 
-def _rows_between(low, high, rows: int):
+def rows_between(low, high, rows: int):
     """bool [rows, 1]."""
     row = lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
     return (row >= low) & (row < high)
@@ -176,7 +176,7 @@ def weight_gradient_body(statics: Statics, group, tile, start, stop, x, dy, out,
 
     @pl.when(low < high)
     def _():
-        own = _rows_between(low, high, statics.tiles.rows)
+        own = rows_between(low, high, statics.tiles.rows)
         # Both sides: a row of another group, or of none, may hold anything, and 0 · NaN is NaN.
         mine = jnp.where(own, x[...], 0)
         for strip in statics.strips:

@@ -57,11 +57,10 @@ def shape_of(case: GroupedCase, which: Pass) -> Shape:
 
 def choose_tiles(shape: Shape, which: Pass) -> Tiles:
     """Static in the shapes, so that equal calls add in equal order. ValueError where none fits."""
-    average = shape.rows // shape.groups
-    rows = length(shape.rows, min(_MOST_ROWS, max(LANES, -(-average // LANES) * LANES)))
+    rows = rows_of(shape.rows, shape.groups)
     for limit in (1024, 768, 512, 256, 128):
         columns = length(shape.columns, limit, STRIP)
-        for depth in [length(shape.depth, 1024)] if which == "weight_gradient" else _depths(shape.depth):
+        for depth in [length(shape.depth, 1024)] if which == "weight_gradient" else depths(shape.depth):
             tiles = Tiles(rows, depth, columns)
             if needed_bytes(shape, tiles, which) <= VMEM_BYTES:
                 return tiles
@@ -69,6 +68,11 @@ def choose_tiles(shape: Shape, which: Pass) -> Tiles:
         f"no tile of the grouped product that sums over {shape.depth} fits into {VMEM_BYTES / _MIB:.0f} MiB of vector "
         f"memory: it has no small divisor that is a multiple of {LANES}; pad it to a multiple of 1024"
     )
+
+
+def rows_of(rows: int, groups: int) -> int:
+    """Of a tile: at most about as many as a group has on average."""
+    return length(rows, min(_MOST_ROWS, max(LANES, -(-(rows // groups) // LANES) * LANES)))
 
 
 def length(number: int, largest: int, unit: int = LANES) -> int:
@@ -79,7 +83,7 @@ def length(number: int, largest: int, unit: int = LANES) -> int:
     return min(lengths, key=lambda n: (-(-number // n) * n * (1 + LANES / n), -n))
 
 
-def _depths(depth: int) -> list[int]:
+def depths(depth: int) -> list[int]:
     """Divisors, the longest first: a step that ends in an addition to earlier sums is slower."""
     return [depth, *(n for n in range(depth // LANES * LANES, 0, -LANES) if depth % n == 0 and n < depth)]
 
@@ -97,6 +101,11 @@ def check(shape: Shape, tiles: Tiles, which: Pass) -> None:
             f"grouped_matmul {tiles} needs {needed / _MIB:.1f} MiB of vector memory in the {which.replace('_', ' ')}, "
             f"and may take {VMEM_BYTES / _MIB:.0f} MiB; give it fewer rows, columns or depth"
         )
+    check_table(shape, tiles)
+
+
+def check_table(shape: Shape, tiles: Tiles) -> None:
+    """ValueError where the table of visits outgrows scalar memory."""
     if (needed := table_bytes(shape, tiles)) > SMEM_BYTES:
         raise ValueError(
             f"grouped_matmul {tiles} over {shape.rows} rows and {shape.groups} groups needs a table of "

@@ -185,13 +185,13 @@ def _product(statics: _Statics, refs: _Refs, strip) -> jax.Array:
     """[rows, strip] of a step, in the dtype that sums have."""
     case, block = statics.case, statics.block
     if statics.scaling == "outside":
-        return _dot(refs.x[...], _narrow(_strip(case, refs, strip), case.x_dtype), case.w_layout)
+        return dot(refs.x[...], narrow(_strip(case, refs, strip), case.x_dtype), case.w_layout)
     if statics.scaling == "operands":
-        return _dot(refs.x[...], _scaled_columns(statics, refs, strip), "rows")
+        return dot(refs.x[...], _scaled_columns(statics, refs, strip), "rows")
     total = None
     for index in range(statics.tiles.depth // block):
         inside, own = pl.ds(index * block, block), pl.ds(index, 1)
-        part = _dot(refs.x[:, inside], _narrow(_strip(case, refs, strip, inside), case.x_dtype), case.w_layout)
+        part = dot(refs.x[:, inside], narrow(_strip(case, refs, strip, inside), case.x_dtype), case.w_layout)
         part = part.astype(jnp.float32) * refs.w_scales[own, strip]
         if refs.x_scales is not None:
             part = part * refs.x_scales[:, own]
@@ -203,7 +203,7 @@ def _strip(case: QuantizedCase, refs: _Refs, strip, inside=slice(None)):
     return refs.w[inside, strip] if case.w_layout == "rows" else refs.w[strip, inside]
 
 
-def _narrow(values, x_dtype: str):
+def narrow(values, x_dtype: str):
     """Values of w in the dtype that x has, which holds all of them. FP8 kinds stay: they can be multiplied together."""
     both_fp8 = x_dtype.startswith("float8") and values.dtype != jnp.int8
     return values if values.dtype == x_dtype or both_fp8 else _convert(values, x_dtype)
@@ -226,7 +226,7 @@ def _scaled_columns(statics: _Statics, refs: _Refs, strip):
     return wide.reshape(-1, wide.shape[2]).astype(refs.x.dtype)
 
 
-def _dot(x, w, layout: str) -> jax.Array:
+def dot(x, w, layout: str) -> jax.Array:
     """int32 sums of integers, float32 sums of others; float32 operands are not rounded to bfloat16."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     sums = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32

@@ -1,6 +1,7 @@
 """The grouped product on TPU: in Pallas's interpreter, the table of visits, tiles, and TPU's own compiler."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import math
@@ -14,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kernels.grouped_matmul import GroupedCase, choose, grouped_matmul, ragged_dot, supports, tpu
+from kernels.grouped_matmul import GroupedCase, choose, grouped_matmul, quantized, ragged_dot, supports, tpu, tpu_scaled
 from kernels.grouped_matmul.tpu_tiles import (
     SMEM_BYTES,
     VMEM_BYTES,
@@ -30,6 +31,7 @@ from kernels.grouped_matmul.tpu_tiles import (
 from kernels.grouped_matmul.tpu_visits import visits_of
 from kernels.target import Target
 from parallel.topology import tpu_devices
+from quantization.qarray import QArray, quantize
 
 TPU = Target("tpu")
 PASSES = ("product", "transposed", "weight_gradient")
@@ -136,6 +138,45 @@ def test_error_in_bfloat16_is_at_most_half_above_that_of_xla():
 
 
 _visits = jax.jit(visits_of, static_argnums=(1, 2, 3), static_argnames="every")
+FEW_BITS = {
+    "int8": ("int8", "int8", "rows"),
+    "int8 by int4": ("int8", "int4", "rows"),
+    "fp8 in columns": ("float8_e4m3fn", "float8_e5m2", "columns"),
+    "w8": ("bfloat16", "int8", "columns"),
+    "w4": ("bfloat16", "int4", "rows"),
+}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def few_bits(name, x, w):
+    x_dtype, w_dtype, layout = FEW_BITS[name]
+    x = x.astype(x_dtype) if x_dtype == "bfloat16" else quantize(x, x_dtype, (1, None))
+    return x, quantize(w, w_dtype, (1, None, 1), layout=layout)
+
+
+@pytest.mark.parametrize("name", FEW_BITS)
+def test_few_bits(name):
+    """Two steps over depth, three groups and rows of none; scales differ between experts."""
+    x, w, sizes, dy = operands((130, 0, 10, 200), 384, 256, 200)
+    x, w = few_bits(name, x, w * jnp.asarray([1e-3, 1, 10, 100])[:, None, None])
+    tiles = Tiles(128, 128, 128)
+    y = tpu_scaled.product(x, w, sizes, jnp.float32, tiles=tiles, interpret=True)
+    wide = [a.dequantize() if isinstance(a, QArray) else a for a in (x, w)]
+    exact, size = explicit(*wide, sizes, dy)[0], explicit(*map(jnp.abs, wide), sizes, dy)[0]
+    assert (np.abs(np.asarray(y, np.float64) - exact) <= 2.0**-18 * size).all()
+
+
+def test_few_bits_on_tpu():
+    case = quantized.QuantizedGroupedCase("int8", "int8", 4096, 8, 4096, 14336, (1, 4096), (4096, 1))
+    assert quantized.choose("pallas", case, TPU)[0] == "pallas" and quantized.choose("auto", case, TPU)[0] == "widened"
+    for changes, words in [
+        ({"x_block": (1, 128)}, "blocks along K"),
+        ({"zero_points": True}, "zero points"),
+        ({"x_dtype": "int4"}, "not int4"),
+        ({"w_dtype": "float8_e4m3fn"}, "can't be multiplied together"),
+        ({"in_dim": 2**18, "x_block": (1, 2**18), "w_block": (2**18, 1)}, "int32"),
+    ]:
+        assert words in quantized.supports("pallas", dataclasses.replace(case, **changes), TPU)
 
 
 @settings(max_examples=60, deadline=None)
@@ -256,7 +297,13 @@ def test_compiles_for_tpu(chip):
 
         return jax.grad(loss, argnums=(0, 1))(x, w)
 
+    def scaled(x, w, sizes):
+        w = QArray(w, jnp.ones((3, 1, 200)))
+        x = QArray(x, jnp.ones((300, 1)))
+        return quantized.quantized_grouped_matmul(x, w, sizes, impl="pallas", target=TPU)
+
     sizes = ((3,), jnp.int32)
+    compiled(chip, scaled, ((300, 72), jnp.int8), ((3, 72, 200), jnp.int8), sizes)
     program = compiled(chip, both, ((300, 72), jnp.bfloat16), ((3, 72, 200), jnp.bfloat16), sizes)
     assert program.as_text().count("tpu_custom_call") >= 3
 
