@@ -329,18 +329,19 @@ def _store_whole(kernel: Kernel, out_ref, tile: Tile, row, column, places, block
 
 
 def _store_some(kernel: Kernel, out_ref, tile: Tile, row, column, places, block, turn: int, first, last) -> None:
-    """Rows [first, last) of fewer than 64: by copies of 32, 16, .. rows, whose number is fixed for each."""
+    """Rows [first, last) of 64, not all of them, by copies of 32, 16, .. rows, whose number is fixed for each."""
     for i in range(block.shape[1] // WIDTH):
         smem = places.at[(turn + i) % 2]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         smem[...] = block[:, i * WIDTH : (i + 1) * WIDTH]
         plgpu.commit_smem()
         _store_rows(kernel, out_ref, tile, row, pl.ds(column + i * WIDTH, WIDTH), smem, first, last - first)
-    # The count above of copies under way is of whole blocks' alone.
+    # `_store_whole` counts its own copies, one to a place, and here are several.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _store_rows(kernel: Kernel, out_ref, tile: Tile, row, columns, smem, offset, count) -> None:
+    """`count` rows, fewer than 64, from `offset` on."""
     for size in (32, 16, 8, 4, 2, 1):
 
         @pl.when((count & size) != 0)

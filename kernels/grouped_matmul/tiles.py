@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 JAX_VERSION = jax.__version_info__
 SHARED_BYTES = 227 * 1024
 NUM_PROCESSORS = 132
-# Of two bytes each, in a row of a tile in shared memory: the widest swizzle, of 128 bytes. Also the depth of a step.
+# Elements of two bytes in a row of a tile in shared memory: the widest swizzle, of 128 bytes. Also the depth of a step.
 WIDTH = 64
 # Copies address rows by eights: where a copy of several rows may begin.
 ROW_ALIGNMENT = 8
-# A box of a copy is at most that long, and the group sizes come in one.
+# A copy brings at most so many numbers along an axis, and the group sizes come in one.
 MAX_GROUPS = 256
 
 
@@ -30,7 +30,7 @@ class Tiles:
     at most 64 x 256 or 128 x 128 sums; num_buffers: steps of 64 in shared memory; panel: tiles of rows that are walked
     through side by side, over all columns, before the next ones (what is read again lies in the chip's cache); lead:
     steps (fewer than `num_buffers`) that the first warpgroup is ahead of the second, so that one multiplies while the
-    other rounds and writes its sums."""
+    other rounds and writes its sums (meant for short sums, as of K = 1024; not measured, so 0 below)."""
 
     rows: int
     columns: int
@@ -77,7 +77,7 @@ def choose_gated_tiles() -> Tiles:
 
 
 def _fit(tiles: Tiles, out_dim: int) -> Tiles:
-    """Narrower where half of the last columns or more would be idle in what is narrow itself. Not measured."""
+    """Half the columns, and more buffers for it, where a result has no more. Not measured."""
     return dataclasses.replace(tiles, columns=128, num_buffers=6) if out_dim <= 128 else tiles
 
 
