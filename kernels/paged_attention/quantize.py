@@ -27,12 +27,10 @@ def quantize_heads(x_BTKH: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
     What is not finite makes the scale NaN, and the codes 0: it shows in all that is computed from it, and codes are
     always finite.
     """
-    largest = LARGEST[jnp.dtype(dtype).name]
     x_BTKH = x_BTKH.astype(jnp.float32)
     scale_BTK = scale_of(jnp.max(jnp.abs(x_BTKH), axis=-1), dtype)
     codes = jnp.where(jnp.isfinite(scale_BTK)[..., None], x_BTKH / scale_BTK[..., None], 0)
-    # The quotient of the largest element may round to above the largest code.
-    codes = jnp.clip(codes, -largest, largest)
+    # The largest quotient may be a little above the largest code, which it then rounds to.
     if jnp.issubdtype(dtype, jnp.integer):
         codes = jnp.round(codes)
     return codes.astype(dtype), scale_BTK
