@@ -1,4 +1,4 @@
-"""Tests run on eight virtual CPU devices, with one compilation cache for all workers and runs."""
+"""Tests run on eight virtual CPU devices, with one compilation cache for all workers and runs; the longest first."""
 
 import os
 from pathlib import Path
@@ -17,3 +17,10 @@ _CACHE = Path(__file__).resolve().parents[1] / ".cache" / "xla-tests"
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# Whole runs, and a step for a TPU slice: a worker that begins one of them last leaves the other idle meanwhile.
+_FIRST = ("tests/training/test_run_", "tests/parity/test_tpu_compile.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.nodeid.startswith(_FIRST))

@@ -82,7 +82,7 @@ CASES = [
     ("sigmoid", "data 8", "adamw"),
     ("sigmoid", "slice 2 × tensor 2 × fsdp 2", "adamw"),
     ("sigmoid", "expert 8", "adamw"),
-    ("sigmoid", "expert 2 × tensor 2 × data 2", "muon"),
+    ("sigmoid", "expert 2 × tensor 2 × data 2", "adamw"),
     ("capacity", "expert 4 × fsdp 2", "adamw"),
     ("capacity", "expert 2 × tensor 2 × data 2", "adamw"),
     ("capacity", "slice 2 × tensor 2 × fsdp 2", "adamw"),
