@@ -122,12 +122,12 @@ FEATURES = {
 def test_error_is_at_most_half_above_that_of_xla(name, dtype, heads):
     arguments, shapes = FEATURES[name]
     given = arrays(**shapes, dtype=dtype)
-    # The order of a sum and where it rounds are the compiler's: code as a user has it, and not as the tests do.
-    optimized = functools.partial(passes, compiler_options=OPTIMIZED)
-    actual = optimized(kernels(heads=heads), *given, **arguments)
+    # Some roundings of float32 are what is compared, and the compiler decides where: it compiles as users have it.
+    compiled = functools.partial(passes, compiler_options=OPTIMIZED if dtype == jnp.float32 else None)
+    actual = compiled(kernels(heads=heads), *given, **arguments)
     assert actual[0].dtype == actual[2].dtype == actual[4].dtype == dtype and actual[1].dtype == jnp.float32
     exact = exactly(*given, **arguments)
-    allowed = errors(optimized(xla.attention, *given, **arguments), exact)
+    allowed = errors(compiled(xla.attention, *given, **arguments), exact)
     for name, ours, theirs in zip(
         ("out", "lse", "dq", "dk", "dv", "dsinks"), errors(actual, exact), allowed, strict=False
     ):
