@@ -90,12 +90,12 @@ def choose(impl: Impl, case: AttentionCase, target: Target) -> tuple[Impl, str]:
         if reason is not None:
             raise ValueError(f"attention impl={impl!r} can't run: {reason}; set the attention impl to 'auto' or 'xla'")
         return impl, "asked for by name"
-    if case.float8:
-        return "xla", "pallas with float8 operands has not been measured"
     if target.platform == "tpu":
         return "xla", "pallas has been compiled for TPU, and not measured there"
     if target.platform != "gpu":
         return "xla", f"the only fast implementation for {target.platform}"
+    if case.float8:
+        return "xla", "pallas with float8 operands has not been measured"
     reasons = []
     for preferred, measured in _PREFERRED if _pallas_is_fastest(case) else _PREFERRED[::-1]:
         reason = supports(preferred, case, target)

@@ -8,12 +8,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from quantization.qarray import QArray, quantize
+
 DTYPE = "float8_e4m3fn"
 """Four bits of exponent, three of mantissa: numbers to 448, an eighth apart."""
-LARGEST = 448.0
+NO_GRADIENT = f"attention of {DTYPE} has no gradient: train with bfloat16 or float16 operands"
 # Of an array that is copied into shared memory, a whole number of the rows that are swizzled there.
 _ROW = 128
-NO_GRADIENT = f"attention of {DTYPE} has no gradient: train with bfloat16 or float16 operands"
 
 
 def quantize_heads(x_BTNH: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -23,18 +24,13 @@ def quantize_heads(x_BTNH: jax.Array) -> tuple[jax.Array, jax.Array]:
     token: the keys' scale would then be one multiplication more for each score, and the values' would have to go into
     the weights before they are rounded.
     """
-    x = x_BTNH.astype(jnp.float32)
-    largest_BN = jnp.max(jnp.abs(x), axis=(1, 3))
-    # A head of zeros keeps zeros.
-    scale_BN = jnp.where(largest_BN == 0, 1.0, jnp.maximum(largest_BN / LARGEST, jnp.finfo(jnp.float32).tiny))
-    # A conversion to e4m3 makes NaN of what is too large, and the division may round up.
-    values = jnp.clip(x / scale_BN[:, None, :, None], -LARGEST, LARGEST)
-    return values.astype(DTYPE), scale_BN
+    array = quantize(x_BTNH, DTYPE, (1, None, 1, None))
+    return array.values, array.scales[:, 0, :, 0]
 
 
 def dequantize_heads(values_BTNH: jax.Array, scale_BN: jax.Array, dtype) -> jax.Array:
     """values · scale, computed in float32."""
-    return (values_BTNH.astype(jnp.float32) * scale_BN[:, None, :, None]).astype(dtype)
+    return QArray(values_BTNH, scale_BN[:, None, :, None]).dequantize(dtype)
 
 
 def dequantized(attend: Callable, dtype) -> Callable:
@@ -61,7 +57,8 @@ def _no_gradient(run, primals, tangents):
 
 
 def columns(v_BSKV: jax.Array) -> jax.Array:
-    """[B, K, V, S up to a multiple of 128]: values with their keys side by side, in the order of `KEYS` within sixteen.
+    """[B, K, V, S up to a multiple of 128]: values with their keys side by side, within sixteen in the order 0 1 8 9,
+    2 3 10 11, 4 5 12 13, 6 7 14 15.
 
     The matrix unit takes weights from registers with four neighbouring columns in a thread, and leaves scores with two
     of one eight columns and two of the next. A sum over keys does not mind their order, so the values take that of the
@@ -73,7 +70,3 @@ def columns(v_BSKV: jax.Array) -> jax.Array:
     # Of a key within sixteen: which eight, which of four threads, which of its two.
     parts = v_BSKV.reshape(B, -1, 2, 4, 2, K, V)
     return parts.transpose(0, 5, 6, 1, 3, 2, 4).reshape(B, K, V, -1)
-
-
-KEYS = tuple(8 * half + 2 * thread + one for thread in range(4) for half in range(2) for one in range(2))
-"""The key that stands in each place of sixteen."""
