@@ -55,6 +55,7 @@ class Bench:
             "devices": len(self._resolved.devices),
             "dtype": self._resolved.dtype,
             "kv_dtype": self._resolved.kv_dtype,
+            "precision": dataclasses.asdict(self._resolved.run.precision),
             "versions": {"python": platform.python_version(), "jax": jax.__version__},
             "speculation": self._resolved.run.speculation.kind,
             "drafts": None if (stats := self._started.engine.speculation) is None else dataclasses.asdict(stats),

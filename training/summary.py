@@ -23,6 +23,7 @@ def summarize(trainer: Trainer, *, stopped: str | None) -> dict[str, Any]:
         "num_devices": trainer.resolved.num_devices,
         "params": params.total,
         "active_params": params.active,
+        "products": config.precision.products,
         **meter,
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
