@@ -290,8 +290,8 @@ def _multiply(statics: _Statics, tile: _Tile, warpgroup, inputs: _Inputs, out_re
 
         last = lax.fori_loop(0, statics.steps, step, jnp.int32(0))
         # Loaded while the last product runs.
-        rows, columns = pl.ds(_own_row(tile, warpgroup), WARPGROUP_ROWS), pl.ds(tile.column, statics.tiles.columns)
-        x_scales = plgpu.load(inputs.x_scales.at[rows], layout=hopper.ROWS, optimized=False)
+        columns = pl.ds(tile.column, statics.tiles.columns)
+        x_scales = plgpu.load(inputs.x_scales.at[_rows(tile, warpgroup)], layout=hopper.ROWS, optimized=False)
         w_scales = plgpu.load(inputs.w_scales.at[columns], layout=hopper.COLUMNS, optimized=False)
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(shared.free.at[last])
@@ -303,25 +303,10 @@ def _multiply(statics: _Statics, tile: _Tile, warpgroup, inputs: _Inputs, out_re
 
 
 def _multiply_scaled(statics: _Statics, tile: _Tile, warpgroup, inputs: _Inputs, out_ref, shared: _Shared) -> None:
-    """One warpgroup's rows of a tile whose scales change along K."""
+    """One warpgroup's rows of a tile whose scales change along K. Totals, as scales of w, are of groups of columns."""
     tiles, width = statics.tiles, statics.scaled_columns
     exact = jnp.int32 if inputs.x.dtype == jnp.int8 else jnp.float32
-    groups, rows = range(0, tiles.columns, width), pl.ds(_own_row(tile, warpgroup), WARPGROUP_ROWS)
-
-    def scales_of(k) -> tuple[jax.Array, list[jax.Array]]:
-        """x's, and w's for each group of columns."""
-        last = inputs.w_scales.shape[0] - 1
-        blocks = [jnp.minimum(hopper.floor(tile.column + group, statics.w_columns), last) for group in groups]
-        x_scales = plgpu.load(inputs.x_scales.at[k, rows], layout=hopper.ROWS, optimized=False)
-        return x_scales, [inputs.w_scales[block, k] for block in blocks]
-
-    def add(totals, sums, scales) -> list[jax.Array]:
-        x_scales, w_scales = scales
-        parts = [sums[:, group : group + width] for group in groups] if len(groups) > 1 else [sums]
-        return [
-            total + part.astype(jnp.float32) * hopper.along(x_scales * w_scale, part.shape, 0)
-            for total, part, w_scale in zip(totals, parts, w_scales, strict=True)
-        ]
+    scales_of = functools.partial(_scales_of, statics, tile, warpgroup, inputs)
 
     def step(k, totals, scales, before):
         """(totals with the sums of the block `before`, the next block's scales, this one's sums and scales)."""
@@ -333,7 +318,7 @@ def _multiply_scaled(statics: _Statics, tile: _Tile, warpgroup, inputs: _Inputs,
             plgpu.wgmma(acc, x_smem, w_smem)
             _lead(statics, tile.start + k, warpgroup, shared)
             # Added while the product runs.
-            added = add(totals, *before) if before else totals
+            added = _add(totals, *before) if before else totals
             return acc[...], added
 
         sums, added = pl.run_scoped(multiply, plgpu.ACC((WARPGROUP_ROWS, tiles.columns), exact))
@@ -344,24 +329,45 @@ def _multiply_scaled(statics: _Statics, tile: _Tile, warpgroup, inputs: _Inputs,
         (totals, scales), before = carry, ()
         for i in range(length):
             totals, scales, before = step(first + i, totals, scales, before)
-        return add(totals, *before), scales
+        return _add(totals, *before), scales
 
     zeros = jnp.zeros((WARPGROUP_ROWS, width), jnp.float32)
-    carry = [plgpu.layout_cast(zeros, hopper.MATRIX) for _ in groups], scales_of(0)
+    carry = [plgpu.layout_cast(zeros, hopper.MATRIX) for _ in range(0, tiles.columns, width)], scales_of(0)
     whole, left = divmod(statics.steps, tiles.chain)
     carry = lax.fori_loop(0, whole, lambda k, carry: chain(k * tiles.chain, tiles.chain, carry), carry)
     totals, _ = chain(statics.steps - left, left, carry) if left else carry
     _store(statics, tile, warpgroup, totals, inputs, out_ref, shared)
 
 
-def _own_row(tile: _Tile, warpgroup):
-    return tile.row + warpgroup * WARPGROUP_ROWS
+def _scales_of(statics: _Statics, tile: _Tile, warpgroup, inputs: _Inputs, k) -> tuple[jax.Array, list[jax.Array]]:
+    """Of block k along K: x's, of the warpgroup's rows, and w's, of each group of columns."""
+    x_scales = plgpu.load(inputs.x_scales.at[k, _rows(tile, warpgroup)], layout=hopper.ROWS, optimized=False)
+    # Past the last column, any.
+    last = inputs.w_scales.shape[0] - 1
+    groups = range(0, statics.tiles.columns, statics.scaled_columns)
+    blocks = [jnp.minimum(hopper.floor(tile.column + group, statics.w_columns), last) for group in groups]
+    return x_scales, [inputs.w_scales[block, k] for block in blocks]
+
+
+def _add(totals: list[jax.Array], sums, scales: tuple[jax.Array, list[jax.Array]]) -> list[jax.Array]:
+    """The totals of groups of columns, with one block's sums times its scales."""
+    (x_scales, w_scales), width = scales, totals[0].shape[1]
+    parts = [sums[:, i * width : (i + 1) * width] for i in range(len(totals))] if len(totals) > 1 else [sums]
+    return [
+        total + part.astype(jnp.float32) * hopper.along(x_scales * w_scale, part.shape, 0)
+        for total, part, w_scale in zip(totals, parts, w_scales, strict=True)
+    ]
+
+
+def _rows(tile: _Tile, warpgroup):
+    """A warpgroup's rows of a tile."""
+    return pl.ds(tile.row + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
 
 def _store(statics: _Statics, tile: _Tile, warpgroup, parts, inputs: _Inputs, out_ref, shared: _Shared) -> None:
     """Starts the copies of the results, in `parts` side by side, piece after piece."""
     width, number = shared.out.shape[-1], 0
-    rows, column = pl.ds(_own_row(tile, warpgroup), WARPGROUP_ROWS), tile.column
+    rows, column = _rows(tile, warpgroup), tile.column
     for part in parts:
         for offset in range(0, part.shape[1], width):
             piece = part[:, offset : offset + width]
