@@ -86,7 +86,7 @@ def kernels(monkeypatch):
     ("sizes", "M", "D", "F", "dtype"),
     [
         ((37, 0, 95), 139, 64, 192, "bfloat16"),  # ragged, and an odd number of columns; M no multiple of eight
-        ((130,), 136, 64, 64, "float16"),
+        pytest.param((130,), 136, 64, 64, "float16", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # numpy's, in the interpreter
