@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import math
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import jax
@@ -256,7 +258,17 @@ def _scratch_bytes(resolved: Resolved) -> int:
     hidden = tiles * (2 * model.mlp_dim + 4 * model.embed_dim) * itemsize
     scored = max(cell.rows * cell.width for cell in prefills) if resolved.holds_scores else 0
     scores = scored * resolved.run.engine.tile_tokens * model.num_heads * 4 * 2 // tensor
-    return SCRATCH_COPIES * (context * itemsize // tensor + logits) + hidden + scores
+    widened = _widened_elements(resolved.programs.definition) * itemsize // tensor
+    return SCRATCH_COPIES * (context * itemsize // tensor + logits) + hidden + scores + widened
+
+
+def _widened_elements(definition: Definition) -> int:
+    """Of the matrices of a layer that a product may dequantise in memory: experts', and those with scales in groups."""
+    layers: Counter[str] = Counter()
+    for matrix in definition.matrices:
+        if matrix.is_of_experts or matrix.format.group is not None:
+            layers["/".join(matrix.name.split("/")[:2])] += math.prod(matrix.value.shape)
+    return max(layers.values(), default=0)
 
 
 def _controller(resolved: Resolved) -> DraftController | None:

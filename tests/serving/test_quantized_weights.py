@@ -13,7 +13,7 @@ from quantization.qarray import QArray
 from quantization.rules import ProductRules
 from serving.config import ServeRun, ServingKernels
 from serving.resolve import Resolved, resolve
-from serving.startup import _abstract, _bytes_per_device, _load
+from serving.startup import _abstract, _bytes_per_device, _load, _scratch_bytes
 from tests.model.tiny import dense, moe
 from tests.serving.engines import SHAPES, NaiveDecoder, generate, start_tiny
 from tests.serving.test_engine import REQUESTS
@@ -87,6 +87,16 @@ def test_the_log_says_what_is_quantised():
     assert "experts: dequantised from int8 at each call" in choices
     assert "rows in decode with int8: xla" in choices
     assert not [line for line in resolved(model=model).choices if "precision" in line or "quantised" in line]
+
+
+def test_memory_is_left_for_what_is_dequantised():
+    model = moe(embed_dim=64, mlp_dim=64, head_dim=8)
+    wide = resolved(model=model)
+    held = resolved(model=model, precision=ProductRules("w8"))
+    # Three matrices of each of 8 experts of a layer, in float32.
+    assert _scratch_bytes(held) - _scratch_bytes(wide) == 3 * 8 * 64 * 16 * 4
+    plain = dense(embed_dim=64, mlp_dim=128, head_dim=8)
+    assert _scratch_bytes(resolved(model=plain, precision=ProductRules("w8"))) == _scratch_bytes(resolved(model=plain))
 
 
 def test_a_kernel_that_cannot_run_is_refused():
