@@ -1,5 +1,7 @@
 """Products of few-bit numbers on Hopper: the kernel in Pallas's interpreter, and what it is chosen for."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from kernels.quantized_matmul import QuantizedCase, choose, supports, tiles
 from kernels.quantized_matmul.tiles import Tiles, choose_tiles, shared_bytes
+from kernels.quantized_matmul.training import fp8_matmul
 from kernels.target import Target
 from tests.kernels.test_quantized_matmul import assert_close, draw, quantize
 
@@ -72,6 +75,28 @@ def test_error_is_bounded(gpu, monkeypatch, name):
     y = interpreted(gpu, x, w, bias, given["out"], given["tiles"])
     assert y.dtype == given["out"]
     assert_close(y, x, w, bias)
+
+
+def test_training_takes_it_for_all_three_products(gpu, monkeypatch):
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    products, product = [], gpu.product
+
+    def interpreted_product(x, w, *arguments):
+        products.append((x.values.dtype, w.values.dtype, (*x.shape, w.shape[1])))
+        return product(x, w, *arguments, interpret=plgpu.InterpretGPUParams())
+
+    monkeypatch.setattr(gpu, "product", interpreted_product)
+    x, w, dy = draw((2, 4, 24), 0), draw((24, 16), 1), draw((2, 4, 16), 2)
+
+    def gradients(**options):
+        y, pull = jax.vjp(functools.partial(fp8_matmul, **options), x, w)
+        return y, *pull(dy)
+
+    expected = gradients(impl="xla")
+    for mine, theirs in zip(gradients(impl="pallas", target=H100), expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+    assert products == [(F8, F8, (8, 24, 16)), (F5, F8, (8, 16, 24)), (F8, F5, (24, 8, 16))]
 
 
 def test_no_rows(gpu):
