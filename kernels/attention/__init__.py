@@ -152,7 +152,8 @@ def attention(
       q_positions, kv_positions: int32 [B, T] and [B, S], for causal and window; left out, the index in the row.
         Packed documents need none: within a segment, index and position order tokens alike. Giving them costs the
         static knowledge of which keys lie in the future, so those are computed and masked.
-      soft_cap: scores become soft_cap · tanh(score / soft_cap), before masking.
+      soft_cap: positive; scores become soft_cap · tanh(score / soft_cap), before masking. On Hopper the tanh is one
+        instruction of the hardware, off by up to 2**-11 of itself.
       sinks: float32 [N], a logit per head that joins every softmax of the head and carries no value (gpt-oss).
       q_scale, k_scale, v_scale: of float8 operands, and of those alone: float32 [B, N], [B, K] and [B, K], as
         `float8.quantize_heads` gives with them. The result is bfloat16, and has no gradient.
@@ -171,6 +172,8 @@ def attention(
     scales = _scales(case, q_BTNH.shape[0], q_scale, k_scale, v_scale)
     q_segments, kv_segments = _pair("segments", q_segments, kv_segments, q_BTNH, k_BSKH)
     q_positions, kv_positions = _pair("positions", q_positions, kv_positions, q_BTNH, k_BSKH)
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"soft_cap={soft_cap} must be positive, or None for no cap")
     if sinks is not None and sinks.shape != (case.num_heads,):
         raise ValueError(f"sinks has shape {sinks.shape}; it needs one logit per query head, ({case.num_heads},)")
     if impl in ("auto", "cudnn", "pallas"):

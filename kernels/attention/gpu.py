@@ -186,8 +186,8 @@ def attention(
 ) -> tuple[jax.Array, jax.Array]:
     """(out_BTNH in q's dtype, lse_BTN in float32); arguments as in `kernels.attention.attention`, with its tiles.
 
-    Differentiable, by `gpu_backward`. A remat policy may save the named
-    values "attention_out" and "attention_lse" to skip the forward pass's repeat.
+    Differentiable, by `gpu_backward`. A remat policy may save the named values "attention_out" and "attention_lse" to
+    skip the forward pass's repeat.
     `interpret`: parameters of Pallas's interpreter, which tests give.
     """
     call = _Call(scale, causal, window, soft_cap, tiles, interpret)

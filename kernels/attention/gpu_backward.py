@@ -95,8 +95,8 @@ class _Statics:
 
     @property
     def dq_columns(self) -> int:
-        """Of what a warpgroup multiplies at a time of a step's dq, and of its place in shared memory: half of them, or
-        all 64. Wide, the warpgroup with dv does that twice."""
+        """Of one product of a warpgroup for a step's dq, and of its place in shared memory: half of all, or all 64 of
+        half of the queries. Wide, one warpgroup has both halves, one after the other."""
         return max(64, self.key_dim // 2)
 
     @property
@@ -115,10 +115,9 @@ class _Statics:
 
 
 class _Inputs(NamedTuple):
-    """Arrays in global memory: operands, what is added to scores (the log-sum-exp) and to their
-    gradients (minus delta) [B, N, T], and the walk
-    of each block of keys: which blocks of queries [B, J, I], the turn of each addition [B, J, I], and [B, J, 3] how
-    many there are, after from and until where no mask is needed."""
+    """Arrays in global memory: operands, what is added to scores (the log-sum-exp) and to their gradients (minus
+    delta) [B, N, T], and the walk of each block of keys: which blocks of queries [B, J, I], the turn of each addition
+    [B, J, I], and [B, J, 3] how many there are, after from and until where no mask is needed."""
 
     q: Any
     k: Any

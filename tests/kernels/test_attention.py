@@ -374,6 +374,7 @@ def test_default_target_is_this_machine():
         ({"q": np.zeros((2, 40, 32), np.float32)}, "four axes"),
         ({"q": np.zeros((2, 40, 4, 8), np.float16)}, "one dtype"),
         ({"window": 0}, "window=0"),
+        ({"soft_cap": -1.0}, "soft_cap=-1.0 must be positive"),
         ({"sinks": np.zeros(2)}, "one logit per query head"),
         ({"kv_segments": SEGMENTS}, "without q_segments"),
         ({"q_segments": SEGMENTS, "kv_segments": SEGMENTS[:, 1:]}, "they need"),
