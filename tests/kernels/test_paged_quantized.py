@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.paged_attention import write_pages
+from kernels.paged_attention import extend_pages, write_pages
 from kernels.paged_attention.quantize import quantize_heads
 from kernels.paged_attention.tiles import Tiles
+from kernels.target import Target
+from tests.kernels.interpreter import plain_products
 from tests.kernels.test_paged_attention import explicit
 
-CODES = ("int8", "float8_e4m3fn")
+H100 = Target("gpu", (9, 0))
 SCALE = 0.3
 SINKS = np.array([0.5, -1.0, 2.0, 0.0])
 
@@ -110,7 +112,12 @@ KERNEL_CASES = {
 }
 
 
-@pytest.mark.parametrize("name", KERNEL_CASES)
+SLOW = ("verification, window", "wide heads")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in KERNEL_CASES]
+)
 def test_kernel_equals_explicit_queries(decode, name):
     case = {"S": 64, "T": 1, "N": 3, "K": 1, "H": 128, "dtype": "int8", "tiles": Tiles(1, 2, 1), **KERNEL_CASES[name]}
     lengths, T, tiles = case.pop("lengths"), case["T"], case.pop("tiles")
@@ -131,7 +138,7 @@ def test_kernel_equals_explicit_queries(decode, name):
 WRITE_CASES = {
     # The last token of a page, the first, which sees itself alone, one past the table (in its last block too), and two
     # rows that take no part.
-    "ragged": dict(lengths=[64, 1, 129, 70, 0], counts=[1, 1, 1, 0, 0], M=2, N=6, K=2, H=64),
+    "ragged": dict(lengths=[64, 1, 129, 70, 0], counts=[1, 1, 1, 0, 0], M=2, H=64),
     "parts, small pages, window": dict(
         lengths=[150, 2, 166], counts=[1, 1, 1], M=5, S=32, window=100, tiles=Tiles(2, 3, 2), dtype="float8_e4m3fn"
     ),
@@ -192,3 +199,38 @@ def test_live_pages_are_widened_once(decode, name):
         for b, length in enumerate(lengths):
             flat = [x[b].reshape(M * S, 2, 128)[:length] for x in (got, want)]
             np.testing.assert_allclose(*flat, rtol=2**-8)
+
+
+@pytest.mark.parametrize("T", [1, 33])
+def test_the_op_takes_the_kernels_by_name(decode, monkeypatch, T):
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    from kernels.paged_attention import gpu_quantized, prefill, widen
+
+    plain_products(monkeypatch)
+    called = []
+
+    def interpreting(module, name):
+        run = getattr(module, name)
+
+        def call(*args, **kwargs):
+            called.append(name)
+            return run(*args, **kwargs, interpret=plgpu.InterpretGPUParams())
+
+        monkeypatch.setattr(module, name, call)
+
+    for module, name in ((gpu_quantized, "paged_attention"), (prefill, "paged_attention"), (widen, "widened_pages")):
+        interpreting(module, name)
+    starts, counts = np.array([70, 0]), np.array([T, 1])
+    q, keys, values, page_table = cache(starts, N=2, K=1, H=128, S=64, M=2, T=T, dtype="int8")
+    new = (jnp.asarray(x, jnp.bfloat16) for x in np.random.default_rng(1).normal(size=(2, 2, T, 1, 128)))
+    scales = {"k_scale": keys[1], "v_scale": values[1]}
+    out, *pages = extend_pages(
+        q, *new, keys[0], values[0], page_table, starts, counts, scale=SCALE, impl="pallas", target=H100, **scales
+    )
+    arrays = np.asarray(q, np.float64), wide(pages[0], pages[2]), wide(pages[1], pages[3])
+    expected = explicit(*arrays, page_table, starts + counts, starts, scale=SCALE)
+    assert called == (["paged_attention"] if T == 1 else ["widened_pages", "paged_attention"])
+    # Widened keys and values are rounded to bfloat16 once more.
+    tolerance = (3 if T == 1 else 8) * max(1.0, np.abs(expected).max()) * float(jnp.finfo("bfloat16").eps)
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=tolerance)

@@ -85,7 +85,7 @@ def wide(codes, scale):
 
 
 @pytest.mark.parametrize("impl", ["reference", "xla"])
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", ["decode", "block with padding"])
 @pytest.mark.parametrize(("name", "code"), [*zip(FEATURES, itertools.cycle(CODES), strict=False)])
 def test_equals_explicit_queries(impl, block, name, code):
     T, lengths, starts = BLOCKS[block]
