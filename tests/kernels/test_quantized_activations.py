@@ -79,6 +79,9 @@ def test_kernel(pallas, dtype, width):
     else:
         q = rms_norm_quantized(x, gain, epsilon=EPSILON, dtype=dtype, impl="pallas", target=pallas)
     assert_rounded(q.check(), exact_gate(x, x[::-1]) if gated else exact(x, gain), "bfloat16")
+    # The row's largest was rounded to bfloat16 before.
+    largest = np.asarray(q.scales) * np.float32(LARGEST[dtype])
+    np.testing.assert_allclose(largest, largest.astype(jnp.bfloat16).astype(np.float32), rtol=1e-6)
 
 
 def test_rows_of_zeros_and_of_what_is_not_finite(pallas):
