@@ -125,7 +125,7 @@ def test_kernels_compile_for_an_h100_without_spills():
     assert [report.name for report in reports] == list(aot.CASES)
     # The backward pass of the widest heads, and that with all masks, put a few words of addresses aside in each step.
     backward = {name for name, case in aot.CASES.items() if isinstance(case, aot.GradientsCase)}
-    assert not [report for report in reports if report.spilled_bytes > (32 if report.name in backward else 0)]
+    assert not [report for report in reports if report.spilled_bytes > (64 if report.name in backward else 0)]
     assert not [report for report in reports if report.registers > 255]
     # Two blocks of threads on a processor in decode, so that one computes while the other waits for its copies.
     assert 2 * reports[0].shared_bytes <= tiles.SHARED_BYTES and 2 * 128 * reports[0].registers <= 65536
