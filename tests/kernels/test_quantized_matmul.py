@@ -120,6 +120,19 @@ def test_both_fp8_types_together(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", FORMATS[1:])
+def test_every_fp8_number(impl, dtype):
+    """Subnormal and largest ones too, and NaN and infinities as themselves."""
+    numbers = jax.lax.bitcast_convert_type(jnp.arange(256, dtype=jnp.uint8), dtype)
+    finite = np.isfinite(np.asarray(numbers.astype(jnp.float32)))
+    x = QArray(numbers[:, None] * jnp.ones((1, 2), dtype), jnp.full((256, 1), 0.5))
+    w = QArray(jnp.ones((2, 3), dtype), jnp.full((1, 3), 2.0))
+    y = np.asarray(quantized_matmul(x, w, out_dtype="float32", impl=impl))
+    np.testing.assert_array_equal(y[:, 0], 2 * np.asarray(numbers.astype(jnp.float32)))
+    assert (np.isfinite(y).all(1) == finite).all() and finite.sum() in (254, 248)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_nan_stays_in_its_row_and_column(impl, dtype):
     x, w = np.array(draw((4, 16), 0)), np.array(draw((16, 8), 1))
