@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels.grouped_matmul import grouped_matmul
+from kernels.grouped_matmul.quantized import quantized_grouped_matmul
 from kernels.grouped_matmul.swiglu import grouped_swiglu
 from model.config import ModelConfig, MoEConfig
 from model.exchange import exchange_experts
@@ -22,8 +23,9 @@ from model.execution import Execution
 from model.layers import MLP, activate, residual_stddev
 from model.parameter import Creator, RouterBias, normal, zeros
 from model.permute import combine, expand, sort_by_expert
-from model.products import whole
+from model.products import grouped_operand, whole
 from parallel.sharding import Placement, constrain, map_shards
+from quantization.qarray import QArray
 
 
 class MoEMetrics(NamedTuple):
@@ -124,9 +126,14 @@ class Experts(nnx.Module):
         """Every assignment is computed, whatever the balance."""
         tokens = ("batch", None, None)
         wide, narrow = ("experts", "expert_embed", "expert_mlp"), ("experts", "expert_mlp", "expert_embed")
+        kernels, axes = [], []
+        for kernel, own in ((self.up, wide), (self.gate, wide), (self.down, narrow)):
+            held = None if kernel is None else grouped_operand(kernel, x_BTD.dtype)
+            kernels.append(held)
+            axes.append(kernel.get_metadata("logical") if isinstance(held, QArray) else own)
         local = functools.partial(self._dropless_on_device, execution)
-        run = map_shards(local, execution.placement, (tokens, tokens, tokens, wide, wide, narrow), tokens)
-        return run(x_BTD, routing.experts_BTA, routing.weights_BTA, *self.kernels(x_BTD.dtype))
+        run = map_shards(local, execution.placement, (tokens, tokens, tokens, *axes), tokens)
+        return run(x_BTD, routing.experts_BTA, routing.weights_BTA, *kernels)
 
     def _dropless_on_device(self, execution: Execution, x_BTD, experts_BTA, weights_BTA, up, gate, down) -> jax.Array:
         num_experts, placement = self.config.moe.num_experts, execution.placement
@@ -149,9 +156,16 @@ class Experts(nnx.Module):
     def _feed_forward(self, execution: Execution, rows_MD, group_sizes, up, gate, down) -> jax.Array:
         """Rows sorted by expert through their expert; partial over the shards of F."""
         how = {"impl": execution.grouped_matmul, "target": execution.target}
-        if gate is not None and self.config.activation == "silu":
+        quantized = any(isinstance(kernel, QArray) for kernel in (up, gate, down))
+        if gate is not None and self.config.activation == "silu" and not quantized:
             return grouped_swiglu(rows_MD, gate, up, down, group_sizes, **how)
-        product = functools.partial(grouped_matmul, group_sizes_E=group_sizes, **how)
+
+        def product(rows, kernel):
+            if isinstance(kernel, QArray):
+                rounded = {"activation": kernel.dtype.name, "impl": "pallas", "target": execution.target}
+                return quantized_grouped_matmul(rows, kernel, group_sizes, **rounded)
+            return grouped_matmul(rows, kernel, group_sizes, **how)
+
         hidden_MF = self._activate(product(rows_MD, up), None if gate is None else product(rows_MD, gate))
         return product(hidden_MF, down)
 

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Sharding
 
+from kernels.grouped_matmul.quantized import QuantizedGroupedCase
+from kernels.grouped_matmul.quantized import choose as choose_grouped
 from kernels.quantized_matmul import QuantizedCase, choose, quantized_matmul
 from kernels.quantized_matmul.training import fp8_matmul
 from kernels.target import Target
@@ -56,9 +58,29 @@ class Storage:
             return shape
         return tuple(size // self.placement.size(axis) for size, axis in zip(shape, _sides(logical), strict=True))
 
-    def layout(self, format: Format, part: Part | None, shape: tuple[int, ...]) -> Layout:
-        """Of a matrix [K, N], as its products in decode read it fastest."""
-        if self.target.platform != "gpu" or part == "experts":
+    def settle(self, format: Format, part: Part, shape: tuple[int, ...]) -> tuple[Format, Layout]:
+        """The format that a device multiplies a matrix [K, N] in, and the layout that decode reads fastest."""
+        if part != "experts":
+            return format, self._layout(format, shape)
+        if format.activation is not None and self.impl in ("auto", "pallas"):
+            case = QuantizedGroupedCase(
+                x_dtype=format.activation,
+                w_dtype=format.values,
+                num_rows=1,
+                num_groups=1,
+                in_dim=shape[0],
+                out_dim=shape[1],
+                x_block=(1, shape[0]),
+                w_block=(shape[0], 1),
+                w_layout="columns",
+            )
+            if choose_grouped(self.impl, case, self.target)[0] == "pallas":
+                return format, "columns"
+        # Dequantised before a product of rows as they are.
+        return dataclasses.replace(format, activation=None), "rows"
+
+    def _layout(self, format: Format, shape: tuple[int, ...]) -> Layout:
+        if self.target.platform != "gpu":
             return "rows"
         if format.activation is not None:
             # Hopper's FP8 tensor cores read the second operand by columns. XLA transposes one in rows at each call: a
@@ -217,6 +239,12 @@ def whole(kernel: nnx.Param, dtype) -> jax.Array:
     """A kernel's values in `dtype`, dequantised where it is held quantised: for products that take no other."""
     value = kernel.get_value()
     return value.dequantize(dtype) if isinstance(value, QArray) else kernel[...].astype(dtype)
+
+
+def grouped_operand(kernel: nnx.Param, dtype) -> jax.Array | QArray:
+    """Experts' kernels as their grouped product takes them: quantised where it rounds its rows too, else whole."""
+    format = kernel.get_metadata("format")
+    return whole(kernel, dtype) if format is None or format.activation is None else kernel.get_value()
 
 
 def multiply_rounded(x: jax.Array, weight: jax.Array, inputs: int, execution: Execution) -> jax.Array:

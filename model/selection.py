@@ -190,7 +190,8 @@ def _select_quantized(
         kinds = ", ".join(dict.fromkeys(matrix.name.rsplit("/", 1)[-1] for matrix in matrices))
         reasons.append(f"precision {format.name}: {len(matrices)} matrices ({kinds}) are {format}")
         if any(matrix.is_of_experts for matrix in matrices):
-            reasons.append(f"experts: dequantised from {format.name} at each call: that saves memory, and no time")
+            taken = f"dequantised from {format.name} at each call: that saves memory, and no time"
+            reasons.append(f"experts: {taken if format.activation is None else f'pallas, in {format.name}'}")
         dense = [matrix for matrix in matrices if not matrix.is_of_experts]
         for phase, num_rows in zip(("decode", "prefill"), sizes if dense else (), strict=False):
             found: dict[str, str] = {}

@@ -317,11 +317,11 @@ class Definition:
         whole = matrix_shape(variable.shape, logical)[-2:]
         shape = whole if stored is None else stored.local(whole, logical)
         format = self.rules.format_of(name, part, shape[0])
-        variable.set_metadata(format=format)
         if format is not None and stored is not None:
-            layout = stored.layout(format, part, shape)
+            format, layout = stored.settle(format, part, shape)
             variable.set_value(_describe(variable.get_value(), logical, format, layout))
             variable.set_metadata(logical=quantized_logical(logical, format, layout))
+        variable.set_metadata(format=format)
 
     def _create(self, key: jax.Array, place: Place | None = None) -> Transformer:
         return Transformer(self.config, Creator(key, self.param_dtype, self.joined, place), scan=self.scan)

@@ -146,13 +146,12 @@ def constrain(x: jax.Array, placement: Placement | None, *logical: str | None) -
     return jax.lax.with_sharding_constraint(x, placement.sharding(*logical))
 
 
-def map_shards(
-    fn: Callable, placement: Placement | None, inputs: tuple[tuple[str | None, ...], ...], outputs: object
-) -> Callable:
+def map_shards(fn: Callable, placement: Placement | None, inputs: tuple[object, ...], outputs: object) -> Callable:
     """`fn` run once per device on its shards, every mesh axis manual; `fn` itself without a placement.
 
-    `inputs` has the logical axes of each positional argument (an argument may be None), `outputs` those of the result,
-    or a tuple of such for several results. A logical axis that maps to no mesh axis arrives whole.
+    `inputs` has the logical axes of each positional argument (an argument may be None; one that is a tree has a tree of
+    them), `outputs` those of the result, or a tuple of such for several results. A logical axis that maps to no mesh
+    axis arrives whole.
     """
     if placement is None:
         return fn
@@ -166,7 +165,7 @@ def map_shards(
                 whole[i] = shard
             return fn(*whole)
 
-        specs = tuple(placement.rules.spec(*inputs[i]) for i in present)
+        specs = tuple(_specs(placement, inputs[i]) for i in present)
         several = isinstance(outputs, tuple) and outputs and isinstance(outputs[0], tuple)
         out = tuple(placement.rules.spec(*o) for o in outputs) if several else placement.rules.spec(*outputs)
         # check_vma=False: the bodies hold custom gradients and loops, whose replication JAX can't infer.
@@ -174,6 +173,11 @@ def map_shards(
         return sharded(*(args[i] for i in present))
 
     return mapped
+
+
+def _specs(placement: Placement, logical: object) -> object:
+    """PartitionSpecs of a tree of logical axes, each a tuple."""
+    return jax.tree.map(lambda names: placement.rules.spec(*names), logical, is_leaf=lambda n: isinstance(n, tuple))
 
 
 def from_host_rows(rows: np.ndarray, placement: Placement, *logical: str | None) -> jax.Array:

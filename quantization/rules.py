@@ -75,9 +75,6 @@ class ProductRules:
         if not self.covers(part) or any(fnmatch.fnmatchcase(name, pattern) for pattern in self.keep):
             return None
         found = _FORMATS[self._chosen(part)]
-        if part == "experts":
-            # Their weights are dequantised before the grouped products, which take the rows as they are.
-            found = dataclasses.replace(found, activation=None)
         if found.group is None:
             return found
         lengths = [length for length in GROUPS if length <= self.group]

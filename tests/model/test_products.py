@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from checkpoint import CheckpointConfig, CheckpointStore
+from kernels.grouped_matmul.quantized import quantized_grouped_matmul
 from kernels.target import Target
 from model import layers, transformer
+from model import moe as moe_module
+from model import products as products_module
 from model.assembly import assemble, converter
 from model.products import Storage, element_bits, stored_bytes
 from model.transformer import Definition
@@ -167,6 +170,31 @@ def test_what_is_described_is_what_is_made(products, target, layout):
 
 def is_quantized(node) -> bool:
     return isinstance(node, QArray)
+
+
+def test_experts_may_be_multiplied_in_few_bits(monkeypatch):
+    """By a kernel that is Hopper's alone: the specification stands for it."""
+    placement, calls = Placement(make_mesh(MeshConfig(fsdp=1, tensor=2), jax.devices()[:2])), []
+
+    def product(rows, kernel, group_sizes, *, activation, impl, target):
+        calls.append((kernel.layout, activation, impl))
+        return quantized_grouped_matmul(rows, kernel, group_sizes, activation=activation, impl="reference")
+
+    monkeypatch.setattr(products_module, "choose_grouped", lambda impl, case, target: ("pallas", "a test"))
+    monkeypatch.setattr(moe_module, "quantized_grouped_matmul", product)
+    definition = Definition(MODELS["experts"], False, "float32", False, RULES["int8"])
+    definition = definition.stored_on(jax.devices()[0], placement=placement)
+    params, biases = random_params(definition.plain)
+    run = dataclasses.replace(execution(MODELS["experts"]), placement=placement)
+    held = converted(definition, params, lambda names: placement.sharding(*names))
+    got = logits(definition, held, jax.device_put(biases, placement.sharding()), run)
+    assert calls == [("columns", "int8", "pallas")] * 3
+    one = converted(definition, params)
+    exact = logits(
+        definition.plain, dequantized(one, definition.plain.abstract[0]), biases, execution(MODELS["experts"])
+    )
+    assert_close(got, exact, 0.1)
+    assert not np.allclose(got, exact, atol=1e-4), "rows were not rounded"
 
 
 def test_joined_matrices_lie_side_by_side():

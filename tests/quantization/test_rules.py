@@ -10,8 +10,7 @@ def test_each_part_has_its_format():
     found = {part: rules.format_of("m", part, 96) for part in ("projection", "experts", "head", None)}
     assert found[None] is None
     assert (found["projection"].values, found["projection"].activation) == ("int8", "int8")
-    # Experts' weights are dequantised, and their rows stay as they are.
-    assert (found["experts"].values, found["experts"].activation) == ("int8", None)
+    assert found["experts"] == found["projection"]
     assert (found["head"].name, found["head"].activation) == ("w8", None)
 
 
