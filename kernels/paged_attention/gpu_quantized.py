@@ -242,14 +242,7 @@ def _body(statics: Statics, in_parts: bool, memory: _Memory, refs: _Refs, outs):
         # Every copy of this page has arrived in this block of threads, and no other reads this head of it.
         @pl.when((new >= 0) & (first <= block) & (block < end))
         def _():
-            codes = memory.new[pl.ds(2, 2)].astype(jnp.float32)
-            whole = pl.ds(0, statics.head_dim)
-            memory.codes[:, whole] = codes.astype(memory.codes.dtype)
-            plgpu.commit_smem()
-            offset = lax.rem(new, jnp.int32(statics.page_size))
-            for i, (pages, scales) in enumerate(((refs.k, refs.k_scale), (refs.v, refs.v_scale))):
-                plgpu.copy_smem_to_gmem(memory.codes.at[i, whole], pages.at[new_page, offset, head])
-                scales[new_page, head, offset] = new_scales[i]
+            _write_new(memory, refs, (new_page, lax.rem(new, jnp.int32(statics.page_size)), head), new_scales)
 
     plgpu.wait_smem_to_gmem(0)
 
@@ -263,6 +256,17 @@ def _fetch_heads(statics: Statics, memory: _Memory, refs: _Refs, row, head) -> N
         for i in range(4):
             own = num_kv_heads * (statics.rows + i) + head
             plgpu.copy_gmem_to_smem(refs.heads.at[row, own], memory.new.at[i], memory.early)
+
+
+def _write_new(memory: _Memory, refs: _Refs, place, new_scales) -> None:
+    """Starts the copies of a row's own key and value to (page, offset, head), and writes their scales."""
+    page, offset, head = place
+    whole = pl.ds(0, memory.new.shape[1])
+    memory.codes[:, whole] = memory.new[pl.ds(2, 2)].astype(jnp.float32).astype(memory.codes.dtype)
+    plgpu.commit_smem()
+    for i, (pages, scales) in enumerate(((refs.k, refs.k_scale), (refs.v, refs.v_scale))):
+        plgpu.copy_smem_to_gmem(memory.codes.at[i, whole], pages.at[place])
+        scales[page, head, offset] = new_scales[i]
 
 
 def _nothing(statics: Statics) -> tuple[jax.Array, ...]:

@@ -81,8 +81,10 @@ def shared_bytes(case: PagedAttentionCase, num_buffers: int) -> int:
 
 
 def _quantized_shared_bytes(case: PagedAttentionCase, num_buffers: int) -> int:
-    """The same where keys and values have a byte for each element, and each position a float32 scale of both."""
-    head = _columns(case) * (2 * 2 * case.head_dim + 2 * _block(case) + 4 * case.head_dim) + 2 * 3 * case.head_dim
+    """The same where keys and values have a byte for each element, and each position a float32 scale of both; a new key
+    and value are there in three forms."""
+    head = _columns(case) * (2 * 2 * case.head_dim + 2 * _block(case) + 4 * case.head_dim)
+    head += 2 * (2 * 2 * case.head_dim + max(case.head_dim, 128))
     return head + 2048 + 64 + num_buffers * 2 * _block(case) * (case.head_dim + 4)
 
 
