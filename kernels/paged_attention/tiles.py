@@ -20,7 +20,7 @@ KEY_ROWS = 64
 # (`python -m kernels.aot`) shows some of them spilled to memory, at them none.
 MAX_QUERIES, MAX_QUERIES_OF_LARGE = 64, 32
 # Codes on their way through registers take the place of more queries.
-MAX_QUERIES_QUANTIZED, MAX_QUERIES_QUANTIZED_OF_LARGE = 32, 8
+MAX_QUERIES_QUANTIZED, MAX_QUERIES_QUANTIZED_OF_LARGE, MAX_CODES = 32, 8, 128 * 128
 SHARED_BYTES = 227 * 1024
 NUM_PROCESSORS = 132
 MAX_PARTS = 16
@@ -108,6 +108,8 @@ def few_queries(case: PagedAttentionCase) -> bool:
     most = MAX_QUERIES_OF_LARGE if large else MAX_QUERIES
     if case.kv_dtype is not None:
         most = MAX_QUERIES_QUANTIZED_OF_LARGE if large else MAX_QUERIES_QUANTIZED
+        # A block's codes are in registers, all of them at once.
+        most = most if _block(case) * case.head_dim <= MAX_CODES else 0
     return _columns(case) <= most and shared_bytes(case, 2) <= SHARED_BYTES
 
 

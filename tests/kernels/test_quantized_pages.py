@@ -231,6 +231,22 @@ def test_what_the_kernel_cannot_do_is_said(newer_jax, change, reason):
         choose("pallas", H100, dataclasses.replace(DECODE, **change))
 
 
+@pytest.mark.parametrize(
+    ("change", "few"),
+    [
+        ({}, True),
+        ({"num_tokens": 8}, True),
+        ({"num_tokens": 9}, False),
+        ({"num_tokens": 2, "page_size": 128}, True),
+        ({"num_tokens": 3, "page_size": 128}, False),
+        ({"head_dim": 256}, True),
+        ({"head_dim": 256, "page_size": 128}, False),
+    ],
+)
+def test_how_many_queries_the_registers_hold_beside_codes(change, few):
+    assert tiles.few_queries(dataclasses.replace(DECODE, **change)) == few
+
+
 @pytest.mark.parametrize("page_size", [32, 64, 128])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_tiles_fit_the_chip(newer_jax, head_dim, page_size):
