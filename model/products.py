@@ -267,16 +267,16 @@ def multiply(
     Sharded, each device multiplies its part of the matrix. Where K is split it quantises its part of x with scales of
     its own, and the parts are summed in float32.
     """
-    w, format = kernel.get_value(), kernel.get_metadata("format")
-    logical, placement = kernel.get_metadata("logical"), execution.placement
+    format, logical = kernel.get_metadata("format"), kernel.get_metadata("logical")
+    placement = execution.placement
     out_dtype = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
     inputs, outputs = (_ACTIVATIONS[axis] for axis in _matrix_logical(logical))
     split = () if placement is None else placement.axes(inputs)
 
-    def local(x, values, scales, bias):
+    def local(x, w, bias):
         y = quantized_matmul(
             x,
-            dataclasses.replace(w, values=values, scales=scales),
+            w,
             activation=format.activation,
             bias=None if split else bias,
             out_dtype=jnp.float32 if split else out_dtype,
@@ -289,9 +289,8 @@ def multiply(
         return (y if bias is None else y + bias.astype(jnp.float32)).astype(out_dtype)
 
     rows = ("batch", "sequence")
-    needs = ((*rows, inputs), logical.values, logical.scales, (outputs,))
-    run = map_shards(local, placement, needs, (*rows, outputs))
-    return run(x, w.values, w.scales, None if bias is None else bias.reshape(-1))
+    run = map_shards(local, placement, ((*rows, inputs), logical, (outputs,)), (*rows, outputs))
+    return run(x, kernel.get_value(), None if bias is None else bias.reshape(-1))
 
 
 def _matrix_logical(logical: QArray) -> Logical:
