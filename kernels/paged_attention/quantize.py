@@ -12,8 +12,8 @@ import jax.numpy as jnp
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 """Largest code of each dtype of quantised pages."""
 
-# Twice the smallest normal float32: what a processor that has no smaller ones makes zero is half a step.
-_LEAST_SCALE = 2 * float(jnp.finfo(jnp.float32).tiny)
+# What is below the smallest normal float32 may be taken for zero: that is half a step of e4m3, and less of int8.
+_LEAST_SCALE = 2**10 * float(jnp.finfo(jnp.float32).tiny)
 
 
 def scale_bytes(dtype: str) -> int:
