@@ -1,9 +1,9 @@
 """Products of few-bit numbers on TPU.
 
-A step multiplies a tile of x with a tile of w, strip by strip of w's columns, so that the vector units scale one strip
-while the matrix units have the next. A tile that holds all of K needs no sums beside it: by the compiler's own schedule
-for 4096³ in int8 (an estimate; JAX 0.11.2) steps of 1024 × 1024 take 89% of v6e's peak with all of K in a step, 85% in
-two, and 70% in two where a product is added up after it is complete.
+A step multiplies a tile of x with a tile of w. Where w becomes x's dtype first, that goes strip by strip of columns, so
+that the vector units prepare one strip while the matrix units have another. By the compiler's count for 4096³ in int8
+(an estimate; JAX 0.11.2, libtpu 0.0.48.1) steps of 1024 × 1024 with all of K take 89% of v6e's peak, and 70% with half
+of K where a product is added up after it is complete, as a statement of its own.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def _by_column(statics: _Statics, w: QArray, per_block: jax.Array) -> jax.Array:
 def _body(statics: _Statics, refs: _Refs):
     """What lies outside of x or w, in tiles that reach over their edges, is multiplied into rows and columns that are
     never stored."""
-    width, steps, step = strip_of(statics.tiles), statics.steps, pl.program_id(2)
+    width, steps, step = strip_of(statics.case, statics.tiles), statics.steps, pl.program_id(2)
     strips = [pl.ds(first, width) for first in range(0, statics.tiles.columns, width)]
     if steps == 1:
         for strip in strips:

@@ -17,8 +17,8 @@ _MIB = 2**20
 # tpu7x has. Untold, the compiler stops at 16 MiB on v5e.
 VMEM_BYTES = 32 * _MIB
 LANES = 128
-# Columns that are multiplied at a time, the width of the matrix units of v6e and tpu7x: while they have one strip, the
-# vector units finish another.
+# Columns of w that become x's dtype at a time: while the matrix units have one strip, the vector units prepare another.
+# The width of the matrix units of v6e and tpu7x.
 STRIP = 256
 # A step of decode copies about this much of w: enough that a step's fixed cost hides behind its copy, little enough
 # that the first copy, which nothing hides, is a small part of all.
@@ -129,7 +129,10 @@ def check(case: QuantizedCase, tiles: Tiles) -> None:
         )
 
 
-def strip_of(tiles: Tiles) -> int:
+def strip_of(case: QuantizedCase, tiles: Tiles) -> int:
+    """Columns that are multiplied at a time: all, where nothing is to be done to w first."""
+    if case.x_block is not None and _BITS[case.x_dtype] == _BITS[case.w_dtype] and scaling(case, tiles) == "outside":
+        return tiles.columns
     return next((n for n in (STRIP, LANES) if tiles.columns % n == 0), tiles.columns)
 
 
@@ -142,7 +145,7 @@ def needed_bytes(case: QuantizedCase, tiles: Tiles) -> int:
     copied = _matrix(rows, depth, x_bits) + _matrix(*w_shape, w_bits) + _matrix(rows, columns, _BITS[case.out_dtype])
     copied += (1 + case.zero_points) * _matrix(blocks, columns, 32) + case.bias * _matrix(1, columns, 32)
     copied += _matrix(rows, blocks, 32) if case.x_block is not None else 0
-    strip, steps = strip_of(tiles), case.in_dim // depth
+    strip, steps = strip_of(case, tiles), case.in_dim // depth
     live = 2 * _matrix(rows, strip, 32)
     if case.weight_only:
         # Values on their way to x's dtype.
