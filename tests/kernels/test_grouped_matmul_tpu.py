@@ -15,7 +15,17 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kernels.grouped_matmul import GroupedCase, choose, grouped_matmul, quantized, ragged_dot, supports, tpu, tpu_scaled
+from kernels.grouped_matmul import (
+    GroupedCase,
+    choose,
+    grouped_matmul,
+    quantized,
+    ragged_dot,
+    supports,
+    tpu,
+    tpu_scaled,
+    tpu_scaled_tiles,
+)
 from kernels.grouped_matmul.tpu_tiles import (
     SMEM_BYTES,
     VMEM_BYTES,
@@ -319,6 +329,20 @@ def test_vector_memory_is_not_underestimated(monkeypatch, which):
         compiled("v5e", functools.partial(tpu.weight_gradient, tiles=tile), x, x, sizes)
     else:
         compiled("v5e", functools.partial(tpu.product, transpose=which == "transposed", tiles=tile), x, w, sizes)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("x_dtype", ["bfloat16", "int8"])
+def test_vector_memory_of_few_bits_is_not_underestimated(monkeypatch, x_dtype):
+    M, K, N, tile = 1024, 1024, 1024, Tiles(256, 512, 512)
+    case = quantized.QuantizedGroupedCase(x_dtype, "int8", M, 2, K, N, (1, K) if x_dtype == "int8" else None, (K, 1))
+    monkeypatch.setattr(tpu_scaled, "VMEM_BYTES", tpu_scaled_tiles.needed_bytes(case, tile))
+
+    def scaled(x, w, sizes):
+        x = QArray(x, jnp.ones((M, 1))) if x_dtype == "int8" else x
+        return tpu_scaled.product(x, QArray(w, jnp.ones((2, 1, N))), sizes, jnp.bfloat16, tiles=tile)
+
+    compiled("v5e", scaled, ((M, K), jnp.dtype(x_dtype)), ((2, K, N), jnp.int8), ((2,), jnp.int32))
 
 
 @needs_libtpu
