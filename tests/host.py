@@ -3,8 +3,8 @@
 from importlib.metadata import version
 
 # LLVM spends most of a compilation on code for arrays of a few elements. A train step of these sizes compiles in 50% of
-# the time (JAX 0.10.2 and 0.11.2), and in 25% with the older generator of kernels too, which only 0.10 still has. The
-# HLO passes, that decide what is computed and how it is partitioned, stay as they are.
+# the time (JAX 0.10.2 and 0.11.2), and in 25% with the older generator of kernels too, which only 0.10 still has. How a
+# program is partitioned, and what the devices tell each other, is decided before.
 _COMPILE_FAST = {"xla_backend_optimization_level": 0}
 
 # For `jax.jit(compiler_options=...)` of a program that runs for long, or whose last bits matter: as users have it.
