@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels import hopper_chip
 from kernels.attention import AttentionCase
 from kernels.attention import tiles as attention_tiles
 from kernels.grouped_matmul import GroupedCase
@@ -170,7 +171,7 @@ class Report:
 
 def missing() -> str | None:
     """What this machine lacks for it; None where nothing does."""
-    if tiles.JAX_VERSION < (0, 11):
+    if hopper_chip.JAX_VERSION < (0, 11):
         return f"needs JAX 0.11, and this is JAX {jax.__version__}"
     for module, package in (("jax_cuda13_plugin", "jax-cuda13-plugin"), ("jax_plugins", "jax-cuda13-pjrt")):
         if importlib.util.find_spec(module) is None:

@@ -30,7 +30,8 @@ from kernels import hopper
 from kernels.attention import float8, gpu_backward
 from kernels.attention.blocks import Extent, extent_by_index, extents_by_data
 from kernels.attention.masks import Marks, Masks
-from kernels.attention.tiles import NUM_PROCESSORS, WARPGROUP_ROWS, Tiles, swizzle
+from kernels.attention.tiles import WARPGROUP_ROWS, Tiles, swizzle
+from kernels.hopper_chip import NUM_PROCESSORS
 
 # Segment 0 sees nothing, itself neither: among the queries it becomes a number that no segment of keys has.
 _NO_SEGMENT = -(2**31)

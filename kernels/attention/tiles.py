@@ -6,19 +6,15 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-import jax
-
+from kernels import hopper_chip
+from kernels.hopper_chip import SHARED_BYTES
 from kernels.target import Target
 
 if TYPE_CHECKING:
     from kernels.attention import AttentionCase
 
-# Mosaic GPU's interface changes with JAX's minor version; the kernel is compiled with 0.11.2.
-JAX_VERSION = jax.__version_info__
 # Rows of one matrix product of a warpgroup.
 WARPGROUP_ROWS = 64
-SHARED_BYTES = 227 * 1024
-NUM_PROCESSORS = 132
 # (key width, value width) that compile without spills, as `python -m kernels.aot` reports. Narrower tiles of shared
 # memory hold 80 and 96 columns without padding.
 WIDTHS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
@@ -97,10 +93,8 @@ def swizzle(width: int) -> int:
 
 def unsupported(case: AttentionCase, target: Target) -> str | None:
     """Why the kernel can't compute this; None where it can."""
-    if target.platform != "gpu" or target.compute_capability != (9, 0):
-        return f"the kernel is written for NVIDIA GPUs of compute capability 9.0, and the target is {target}"
-    if JAX_VERSION < (0, 11):
-        return f"the kernel needs JAX 0.11 (Python 3.12), and this is JAX {'.'.join(map(str, JAX_VERSION))}"
+    if (reason := hopper_chip.unsupported(target)) is not None:
+        return reason
     if case.dtype not in ("bfloat16", "float16", "float8_e4m3fn"):
         return f"the kernel takes bfloat16, float16 and float8_e4m3fn, not {case.dtype}"
     allowed = FLOAT8_WIDTHS if case.float8 else WIDTHS

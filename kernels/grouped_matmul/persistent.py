@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels import hopper
-from kernels.grouped_matmul.tiles import NUM_PROCESSORS, ROW_ALIGNMENT, WIDTH, Tiles
+from kernels.grouped_matmul.tiles import ROW_ALIGNMENT, WIDTH, Tiles
+from kernels.hopper_chip import NUM_PROCESSORS
 
 _COPIER = 2
 # Registers of a thread: three warpgroups start with 168 each, and share them out anew.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from kernels.grouped_matmul.tiles import JAX_VERSION, MAX_GROUPS, WIDTH
+from kernels import hopper_chip
+from kernels.grouped_matmul.tiles import MAX_GROUPS, WIDTH
 from kernels.target import Target
 
 if TYPE_CHECKING:
@@ -44,10 +45,8 @@ def shared_bytes(tiles: ScaledTiles) -> int:
 
 def unsupported(case: QuantizedGroupedCase, target: Target) -> str | None:
     """Why the kernel can't compute this; None where it can."""
-    if target.platform != "gpu" or target.compute_capability != (9, 0):
-        return f"the kernel is written for NVIDIA GPUs of compute capability 9.0, and the target is {target}"
-    if JAX_VERSION < (0, 11):
-        return f"the kernel needs JAX 0.11 (Python 3.12), and this is JAX {'.'.join(map(str, JAX_VERSION))}"
+    if (reason := hopper_chip.unsupported(target)) is not None:
+        return reason
     if case.x_dtype not in DTYPES or case.w_dtype not in DTYPES:
         return f"the kernel takes {', '.join(DTYPES)}, not {case.x_dtype} and {case.w_dtype}"
     if case.x_dtype.startswith("float8") != case.w_dtype.startswith("float8"):

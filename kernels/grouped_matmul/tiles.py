@@ -5,17 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Literal
 
-import jax
-
+from kernels import hopper_chip
 from kernels.target import Target
 
 if TYPE_CHECKING:
     from kernels.grouped_matmul import GroupedCase
 
-# Mosaic GPU's interface changes with JAX's minor version; the kernels are compiled with 0.11.2.
-JAX_VERSION = jax.__version_info__
-SHARED_BYTES = 227 * 1024
-NUM_PROCESSORS = 132
 # Elements of two bytes in a row of a tile in shared memory: the widest swizzle, of 128 bytes. Also the depth of a step.
 WIDTH = 64
 # Copies address rows by eights: where a copy of several rows may begin.
@@ -90,10 +85,8 @@ def shared_bytes(tiles: Tiles, num_matrices: int = 1) -> int:
 
 def unsupported(case: GroupedCase, target: Target) -> str | None:
     """Why the kernels can't compute this; None where they can."""
-    if target.platform != "gpu" or target.compute_capability != (9, 0):
-        return f"the kernel is written for NVIDIA GPUs of compute capability 9.0, and the target is {target}"
-    if JAX_VERSION < (0, 11):
-        return f"the kernel needs JAX 0.11 (Python 3.12), and this is JAX {'.'.join(map(str, JAX_VERSION))}"
+    if (reason := hopper_chip.unsupported(target)) is not None:
+        return reason
     if case.dtype not in ("bfloat16", "float16"):
         return f"the kernel takes bfloat16 and float16, not {case.dtype}"
     if case.in_dim % WIDTH or case.out_dim % WIDTH or 0 in (case.in_dim, case.out_dim):

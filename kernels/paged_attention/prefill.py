@@ -22,8 +22,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels import hopper
+from kernels.hopper_chip import NUM_PROCESSORS
 from kernels.paged_attention.combine import combine_parts
-from kernels.paged_attention.tiles import NUM_PROCESSORS, QUERY_ROWS, PrefillTiles
+from kernels.paged_attention.tiles import QUERY_ROWS, PrefillTiles
 
 # Rows of one matrix product of a warpgroup.
 _WARPGROUP_ROWS = QUERY_ROWS // 2

@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-import jax
-
+from kernels import hopper_chip
+from kernels.hopper_chip import NUM_PROCESSORS, SHARED_BYTES
 from kernels.target import Target
 
 if TYPE_CHECKING:
     from kernels.paged_attention import PagedAttentionCase
 
-# Mosaic GPU's interface changes with JAX's minor version; the kernel was measured with 0.11.2.
-JAX_VERSION = jax.__version_info__
 # Keys are the rows of a warpgroup's matrix product (wgmma), which come in 64s.
 KEY_ROWS = 64
 # Scores and outputs lie in registers with a column for each query. Above these the compiler's report
@@ -21,8 +19,6 @@ KEY_ROWS = 64
 MAX_QUERIES, MAX_QUERIES_OF_LARGE = 64, 32
 # Codes on their way through registers take the place of more queries.
 MAX_QUERIES_QUANTIZED, MAX_QUERIES_QUANTIZED_OF_LARGE, MAX_CODES = 32, 8, 128 * 128
-SHARED_BYTES = 227 * 1024
-NUM_PROCESSORS = 132
 MAX_PARTS = 16
 
 
@@ -150,10 +146,8 @@ def _num_prefill_parts(programs: int, width: int) -> int:
 
 def unsupported(case: PagedAttentionCase, target: Target) -> str | None:
     """Why the kernel can't compute this; None where it can."""
-    if target.platform != "gpu" or target.compute_capability != (9, 0):
-        return f"the kernel is written for NVIDIA GPUs of compute capability 9.0, and the target is {target}"
-    if JAX_VERSION < (0, 11):
-        return f"the kernel needs JAX 0.11 (Python 3.12), and this is JAX {'.'.join(map(str, JAX_VERSION))}"
+    if (reason := hopper_chip.unsupported(target)) is not None:
+        return reason
     if case.dtype not in ("bfloat16", "float16"):
         return f"the kernel takes bfloat16 and float16, not {case.dtype}"
     if case.head_dim not in (64, 128, 256):

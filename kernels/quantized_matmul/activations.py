@@ -8,8 +8,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from kernels import hopper_chip
 from kernels.quantized_matmul import Activation, Impl
-from kernels.quantized_matmul.tiles import JAX_VERSION
 from kernels.target import Target, default_target
 from quantization.qarray import QArray, quantize
 
@@ -40,10 +40,8 @@ def supports(impl: Impl, case: ActivationCase, target: Target) -> str | None:
 
 
 def _unsupported(case: ActivationCase, target: Target) -> str | None:
-    if target.platform != "gpu" or target.compute_capability != (9, 0):
-        return f"the kernel is written for NVIDIA GPUs of compute capability 9.0, and the target is {target}"
-    if JAX_VERSION < (0, 11):
-        return f"the kernel needs JAX 0.11 (Python 3.12), and this is JAX {'.'.join(map(str, JAX_VERSION))}"
+    if (reason := hopper_chip.unsupported(target)) is not None:
+        return reason
     if case.x_dtype not in ("bfloat16", "float16"):
         return f"the kernel takes bfloat16 and float16, not {case.x_dtype}"
     if case.width % 512 or not 0 < case.width <= MAX_WIDTH:

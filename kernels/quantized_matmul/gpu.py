@@ -23,11 +23,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels import hopper
+from kernels.hopper_chip import NUM_PROCESSORS
 from kernels.quantized_matmul import case_of
 from kernels.quantized_matmul.tiles import (
     BLOCK,
     NUM_OUTS,
-    NUM_PROCESSORS,
     OUT_BYTES,
     OUT_COLUMNS,
     SCALED_COLUMNS,

@@ -5,24 +5,21 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
 
+from kernels import hopper_chip
+from kernels.hopper_chip import NUM_PROCESSORS, SHARED_BYTES
 from kernels.target import Target
 
 if TYPE_CHECKING:
     from kernels.quantized_matmul import QuantizedCase
 
-# Mosaic GPU's interface changes with JAX's minor version; the kernel is compiled with 0.11.2.
-JAX_VERSION = jax.__version_info__
 # Rows of one matrix product of a warpgroup.
 WARPGROUP_ROWS = 64
 # Elements along K of one buffer: a row of them, 128 bytes, is what shared memory swizzles; and between scales.
 BLOCK = 128
 # Columns that have one scale in a block-scaled tile.
 SCALED_COLUMNS = 64
-SHARED_BYTES = 227 * 1024
-NUM_PROCESSORS = 132
 # Bytes of a row of the pieces in which results go out through shared memory, and how many pieces are under way.
 OUT_BYTES, NUM_OUTS = 128, 2
 # Columns of a piece of 16-bit results; of 32-bit results there are two pieces in it.
@@ -86,10 +83,8 @@ def shared_bytes(tiles: Tiles) -> int:
 
 def unsupported(case: QuantizedCase, target: Target) -> str | None:
     """Why the kernel can't compute this; None where it can."""
-    if target.platform != "gpu" or target.compute_capability != (9, 0):
-        return f"the kernel is written for NVIDIA GPUs of compute capability 9.0, and the target is {target}"
-    if JAX_VERSION < (0, 11):
-        return f"the kernel needs JAX 0.11 (Python 3.12), and this is JAX {'.'.join(map(str, JAX_VERSION))}"
+    if (reason := hopper_chip.unsupported(target)) is not None:
+        return reason
     if case.x_dtype not in PAIRS or case.w_dtype not in PAIRS:
         return f"the kernel takes {', '.join(PAIRS)}, not {case.x_dtype} and {case.w_dtype}"
     if case.zero_points:

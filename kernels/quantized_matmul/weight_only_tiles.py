@@ -5,19 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-import jax
-
+from kernels import hopper_chip
+from kernels.hopper_chip import NUM_PROCESSORS, SHARED_BYTES
 from kernels.target import Target
 
 if TYPE_CHECKING:
     from kernels.quantized_matmul import QuantizedCase
 
-# Mosaic GPU's interface changes with JAX's minor version; the kernel was compiled, and interpreted, with 0.11.2.
-JAX_VERSION = jax.__version_info__
 # Columns of the weight in one matrix product of a warpgroup, and rows and columns of a tile of packed weights.
 TILE = 64
-SHARED_BYTES = 227 * 1024
-NUM_PROCESSORS = 132
 GROUPS = (32, 64, 128)
 """Rows of the weight that may share a scale, if not all of them do."""
 MAX_ROWS = 64
@@ -86,10 +82,8 @@ def shared_bytes(case: QuantizedCase, tiles: Tiles) -> int:
 
 def unsupported(case: QuantizedCase, target: Target) -> str | None:
     """Why the kernel can't compute this; None where it can."""
-    if target.platform != "gpu" or target.compute_capability != (9, 0):
-        return f"the kernel is written for NVIDIA GPUs of compute capability 9.0, and the target is {target}"
-    if JAX_VERSION < (0, 11):
-        return f"the kernel needs JAX 0.11 (Python 3.12), and this is JAX {'.'.join(map(str, JAX_VERSION))}"
+    if (reason := hopper_chip.unsupported(target)) is not None:
+        return reason
     if case.x_dtype not in ("bfloat16", "float16"):
         return f"the kernel takes x of bfloat16 or float16, not {case.x_dtype}"
     if case.w_layout != "fragments":

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
-from kernels.attention import AttentionCase, attention, choose, cudnn, supports, tiles, xla
+from kernels.attention import AttentionCase, attention, choose, cudnn, supports, xla
 from kernels.target import Target, default_target
 
 CPU = Target("cpu")
@@ -312,7 +312,7 @@ WIDE = {"key_dim": 256, "value_dim": 256}
 )
 def test_auto_takes_the_fastest_measured_on_hopper(monkeypatch, changes, newer, older):
     for version, impl in (((0, 11, 2), newer), ((0, 10, 2), older)):
-        monkeypatch.setattr(tiles, "JAX_VERSION", version)
+        monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", version)
         assert choose("auto", case(**changes), H100)[0] == impl
 
 
@@ -336,7 +336,7 @@ def test_auto_takes_the_fastest_measured_on_hopper(monkeypatch, changes, newer, 
     ],
 )
 def test_cudnn_refuses_what_it_cannot_do(monkeypatch, changes, target, words):
-    monkeypatch.setattr(tiles, "JAX_VERSION", (0, 10, 2))
+    monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", (0, 10, 2))
     assert words in supports("cudnn", case(**changes), target)
     with pytest.raises(ValueError, match="'cudnn' can't run"):
         choose("cudnn", case(**changes), target)

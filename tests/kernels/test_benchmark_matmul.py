@@ -4,15 +4,13 @@ import pytest
 
 from benchmarks import matmul
 from benchmarks.matmul import FORMATS, IMPLS, WORKS, Work, lacking, measure
-from kernels.quantized_matmul import tiles, weight_only_tiles
 from kernels.target import Target
 
 H100 = Target("gpu", (9, 0))
 
 
 def test_what_is_measured_on_an_h100(monkeypatch):
-    for module in (tiles, weight_only_tiles):
-        monkeypatch.setattr(module, "JAX_VERSION", (0, 11, 2))
+    monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", (0, 11, 2))
     assert len({work.name for work in WORKS}) == len(WORKS) and {work.format for work in WORKS} == set(FORMATS)
     kernels = {work.format for work in WORKS if lacking("pallas", work, H100) is None}
     assert kernels == set(FORMATS) - {"bf16", "training in bf16"}

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from kernels.grouped_matmul import GroupedCase, choose, grouped_matmul, supports, tiles
+from kernels.grouped_matmul import GroupedCase, choose, grouped_matmul, supports
 from kernels.grouped_matmul.tiles import Tiles, choose_gated_tiles, choose_gradient_tiles, choose_tiles, shared_bytes
+from kernels.hopper_chip import SHARED_BYTES
 from kernels.target import Target
 
 H100 = Target("gpu", (9, 0))
@@ -153,7 +154,7 @@ def test_rows_of_other_groups_may_hold_anything(gpu):
 def test_chosen_tiles_fit(out_dim):
     products = [choose_tiles(out_dim, False), choose_tiles(out_dim, True), choose_gradient_tiles(out_dim)]
     for chosen, matrices in [*((product, 1) for product in products), (choose_gated_tiles(), 2)]:
-        assert shared_bytes(chosen, matrices) <= tiles.SHARED_BYTES
+        assert shared_bytes(chosen, matrices) <= SHARED_BYTES
         rows, columns = chosen.piece
         # 128 registers of sums to a thread, and whole copies of 64 columns, an even number of them.
         assert rows % 64 == 0 and columns % 64 == 0 and rows * columns * matrices <= 64 * 256
@@ -172,7 +173,7 @@ def test_chosen_tiles_fit(out_dim):
     ],
 )
 def test_what_the_kernel_refuses(monkeypatch, changes, target, words):
-    monkeypatch.setattr(tiles, "JAX_VERSION", (0, 11, 2))
+    monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", (0, 11, 2))
     case = dataclasses.replace(CASE, **changes)
     assert words in supports("pallas", case, target)
     with pytest.raises(ValueError, match="impl='pallas' can't run"):
@@ -180,26 +181,26 @@ def test_what_the_kernel_refuses(monkeypatch, changes, target, words):
 
 
 def test_older_jax_is_named(monkeypatch):
-    monkeypatch.setattr(tiles, "JAX_VERSION", (0, 10, 2))
+    monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", (0, 10, 2))
     assert "needs JAX 0.11" in supports("pallas", CASE, H100)
 
 
 @pytest.mark.parametrize("impl", ["pallas", "pallas_fused"])
 def test_what_the_kernel_takes(monkeypatch, impl):
-    monkeypatch.setattr(tiles, "JAX_VERSION", (0, 11, 2))
+    monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", (0, 11, 2))
     assert supports(impl, CASE, H100) is None
     assert choose(impl, CASE, H100) == (impl, "asked for by name")
 
 
 def test_auto_takes_the_kernel_where_it_can_run(monkeypatch):
-    monkeypatch.setattr(tiles, "JAX_VERSION", (0, 11, 2))
+    monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", (0, 11, 2))
     assert choose("auto", CASE, H100)[0] == "pallas"
     impl, reason = choose("auto", dataclasses.replace(CASE, dtype="float32"), H100)
     assert impl == "batched" and "not float32" in reason
 
 
 def test_a_call_is_judged_by_its_own_shapes(monkeypatch):
-    monkeypatch.setattr(tiles, "JAX_VERSION", (0, 11, 2))
+    monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", (0, 11, 2))
     for E, K, N, words in ((3, 100, 64, "not K 100 and N 64"), (257, 64, 128, "1 to 256 groups, not 257")):
         x, w, sizes = np.zeros((8, K), np.float16), np.zeros((E, K, N), np.float16), np.zeros(E, np.int32)
         with pytest.raises(ValueError, match=words):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.grouped_matmul import loop, tiles
+from kernels.grouped_matmul import loop
 from kernels.grouped_matmul.swiglu import grouped_swiglu
 from kernels.grouped_matmul.tiles import Tiles
 from kernels.target import Target
@@ -71,7 +71,7 @@ def kernels(monkeypatch):
 
     from kernels.grouped_matmul import gpu, gpu_gated, persistent
 
-    monkeypatch.setattr(tiles, "JAX_VERSION", (0, 11, 2))
+    monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", (0, 11, 2))
     monkeypatch.setattr(persistent, "NUM_PROCESSORS", 2)
     monkeypatch.setattr(persistent, "_in_one_place", lambda *arrays: arrays)
     settings = {"tiles": SMALL, "interpret": plgpu.InterpretGPUParams(detect_races=True)}

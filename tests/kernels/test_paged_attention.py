@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import kernels.paged_attention
 from kernels import aot
+from kernels.hopper_chip import SHARED_BYTES
 from kernels.paged_attention import (
     PagedAttentionCase,
     choose,
@@ -128,7 +129,7 @@ def test_kernels_compile_for_an_h100_without_spills():
     assert not [report for report in reports if report.spilled_bytes > (64 if report.name in backward else 0)]
     assert not [report for report in reports if report.registers > 255]
     # Two blocks of threads on a processor in decode, so that one computes while the other waits for its copies.
-    assert 2 * reports[0].shared_bytes <= tiles.SHARED_BYTES and 2 * 128 * reports[0].registers <= 65536
+    assert 2 * reports[0].shared_bytes <= SHARED_BYTES and 2 * 128 * reports[0].registers <= 65536
 
 
 def interpreted(q, k_pages, v_pages, page_table, lengths, starts, dtype, tiles=None, new=None, **features):
@@ -275,7 +276,7 @@ def test_parts_add_up_to_the_whole(monkeypatch, most_terms):
 @pytest.fixture
 def newer_jax(monkeypatch):
     """What is chosen does not depend on the JAX that the tests run with."""
-    monkeypatch.setattr(tiles, "JAX_VERSION", (0, 11, 2))
+    monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", (0, 11, 2))
 
 
 @pytest.mark.parametrize("page_size", [16, 32, 64, 128])
@@ -329,7 +330,7 @@ def test_what_the_kernel_cannot_do_is_said(newer_jax, change, target, reason):
 
 
 def test_older_jax_has_no_kernel(monkeypatch):
-    monkeypatch.setattr(tiles, "JAX_VERSION", (0, 10, 2))
+    monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", (0, 10, 2))
     assert choose("auto", H100, DECODE) == (
         "xla",
         "pallas can't: the kernel needs JAX 0.11 (Python 3.12), and this is JAX 0.10.2",

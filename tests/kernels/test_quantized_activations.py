@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.quantized_matmul import activations
 from kernels.quantized_matmul.activations import ActivationCase, choose, rms_norm_quantized, supports, swiglu_quantized
 from kernels.target import Target
 from quantization.qarray import LARGEST
@@ -100,12 +99,12 @@ CASE = ActivationCase("bfloat16", "int8", 4096, 4096, False)
 
 
 def test_what_is_chosen(monkeypatch):
-    monkeypatch.setattr(activations, "JAX_VERSION", (0, 11, 2))
+    monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", (0, 11, 2))
     assert choose("auto", CASE, H100)[0] == "xla" and supports("pallas", CASE, H100) is None
     for changes, words in (({"width": 4097}, "multiple of 512"), ({"x_dtype": "float32"}, "not float32")):
         assert words in supports("pallas", ActivationCase(**{**vars(CASE), **changes}), H100)
     assert "compute capability" in supports("pallas", CASE, Target("cpu"))
-    monkeypatch.setattr(activations, "JAX_VERSION", (0, 10, 2))
+    monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", (0, 10, 2))
     assert "needs JAX 0.11" in supports("pallas", CASE, H100)
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.quantized_matmul import QuantizedCase, choose, supports, tiles
+from kernels.hopper_chip import SHARED_BYTES
+from kernels.quantized_matmul import QuantizedCase, choose, supports
 from kernels.quantized_matmul.tiles import Tiles, choose_tiles, shared_bytes
 from kernels.quantized_matmul.training import fp8_matmul
 from kernels.target import Target
@@ -134,22 +135,22 @@ def case(**changes) -> QuantizedCase:
     ],
 )
 def test_what_it_does_not_take(monkeypatch, changes, words):
-    monkeypatch.setattr(tiles, "JAX_VERSION", (0, 11, 2))
+    monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", (0, 11, 2))
     assert words in supports("pallas", case(**changes), H100)
     with pytest.raises(ValueError, match="set the quantized_matmul impl"):
         choose("pallas", case(**changes), H100)
 
 
 def test_what_it_takes(monkeypatch):
-    monkeypatch.setattr(tiles, "JAX_VERSION", (0, 11, 2))
+    monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", (0, 11, 2))
     for changes in ({}, {"x_block": (1, 128), "w_block": (128, 128)}, {"x_dtype": F5}, WHOLE):
         assert supports("pallas", case(**changes), H100) is None
     assert "compute capability" in supports("pallas", case(), Target("gpu", (8, 0)))
-    monkeypatch.setattr(tiles, "JAX_VERSION", (0, 10, 2))
+    monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", (0, 10, 2))
     assert "needs JAX 0.11" in supports("pallas", case(), H100)
 
 
 @pytest.mark.parametrize("block", [(1, 4096), (1, 128)])
 @pytest.mark.parametrize("num_rows", [1, 128, 512, 8192])
 def test_tiles_fit(num_rows, block):
-    assert shared_bytes(choose_tiles(case(num_rows=num_rows, x_block=block))) <= tiles.SHARED_BYTES
+    assert shared_bytes(choose_tiles(case(num_rows=num_rows, x_block=block))) <= SHARED_BYTES

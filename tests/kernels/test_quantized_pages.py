@@ -12,6 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from kernels.hopper_chip import SHARED_BYTES
 from kernels.paged_attention import (
     PagedAttentionCase,
     choose,
@@ -211,7 +212,7 @@ def test_scales_that_do_not_fit_are_refused(change, message):
 @pytest.fixture
 def newer_jax(monkeypatch):
     """What is chosen does not depend on the JAX that the tests run with."""
-    monkeypatch.setattr(tiles, "JAX_VERSION", (0, 11, 2))
+    monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", (0, 11, 2))
 
 
 def test_the_kernel_is_taken_by_name(newer_jax):
@@ -261,7 +262,7 @@ def test_tiles_fit_the_chip(newer_jax, head_dim, page_size):
             continue
         chosen = tiles.choose_tiles(case)
         assert chosen.pages_per_block * page_size % 64 == 0 and chosen.num_buffers >= 2
-        assert tiles.shared_bytes(case, chosen.num_buffers) <= tiles.SHARED_BYTES
+        assert tiles.shared_bytes(case, chosen.num_buffers) <= SHARED_BYTES
 
 
 def unpacked(text: str, selection: int, word: int) -> list[float]:

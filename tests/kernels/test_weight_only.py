@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels.hopper_chip import SHARED_BYTES
 from kernels.quantized_matmul import QuantizedCase, choose, quantized_matmul, reference, supports, weight_only_tiles
 from kernels.quantized_matmul.weight_only_tiles import Tiles, choose_tiles
 from kernels.target import Target
@@ -207,7 +208,7 @@ def test_chosen_tiles_fit(w_dtype, num_rows, shape):
             CASE, w_dtype=w_dtype, num_rows=num_rows, in_dim=shape[0], out_dim=shape[1], w_block=(group, 1)
         )
         tiles = choose_tiles(case)
-        assert weight_only_tiles.shared_bytes(case, tiles) <= weight_only_tiles.SHARED_BYTES
+        assert weight_only_tiles.shared_bytes(case, tiles) <= SHARED_BYTES
         assert case.out_dim % tiles.columns == 0 and tiles.rows % 8 == 0
         assert group == case.in_dim or tiles.depth % group == 0
         steps = -(-case.in_dim // tiles.depth)
