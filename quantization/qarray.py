@@ -134,11 +134,12 @@ def quantize(
     inside = tuple(range(1, wide.ndim, 2))
     if asymmetric:
         # With zero inside, a zero point is one of the values: it could be any size for a block far from zero.
-        low, high = wide.min(inside, keepdims=True, initial=0), wide.max(inside, keepdims=True, initial=0)
+        low = wide.min(inside, keepdims=True, initial=0)
+        high = _or_nan(wide.max(inside, keepdims=True, initial=0), wide, inside)
         scale = _positive(high / (2 * LARGEST[dtype]) - low / (2 * LARGEST[dtype]), (low == 0) & (high == 0))
         zero = jnp.round(-LARGEST[dtype] - low / scale)
     else:
-        largest = jnp.abs(wide).max(inside, keepdims=True)
+        largest = largest_magnitude(wide, inside)
         scale = _positive(largest / LARGEST[dtype], largest == 0)
         zero = None
     scaled = (wide / scale if zero is None else wide / scale + zero).reshape(x.shape)
@@ -146,6 +147,17 @@ def quantize(
     values = values if layout == "rows" else jnp.swapaxes(values, -1, -2)
     zero_points = None if zero is None else zero.reshape(counts)
     return QArray(values, scale.reshape(counts), zero_points, layout).check()
+
+
+def largest_magnitude(x: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:
+    """Of the elements along `axes`, which stay with a length of 1; NaN where one of them is."""
+    return _or_nan(jnp.abs(x).max(axes, keepdims=True), x, axes)
+
+
+def _or_nan(extreme: jax.Array, x: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:
+    """`extreme` of x along `axes`, NaN where there is one. XLA's CPU library leaves NaNs out of a maximum of some
+    thousand elements (JAX 0.10.2 and 0.11.2), and an int8 cannot say it."""
+    return jnp.where(jnp.isnan(x).any(axes, keepdims=True), jnp.nan, extreme)
 
 
 def to_fragments(w: QArray) -> QArray:

@@ -114,8 +114,9 @@ def verify_greedy(logits_BTV: jax.Array, drafts_BK: jax.Array, num_drafts_B: jax
     once."""
     scores_BTV = logits_BTV.astype(jnp.float32)
     tokens_BT = jnp.argmax(scores_BTV, axis=-1).astype(jnp.int32)
-    # The largest logit is NaN where any is; a row of -inf alone has no token.
-    sound_BT = jnp.isfinite(jnp.max(scores_BTV, axis=-1))
+    # argmax takes a NaN where there is one, which XLA's maximum on a CPU leaves out of long rows; a row of -inf alone
+    # has no token.
+    sound_BT = jnp.isfinite(jnp.take_along_axis(scores_BTV, tokens_BT[..., None], axis=-1)[..., 0])
     index_K = jnp.arange(drafts_BK.shape[1])
     kept_BK = (drafts_BK == tokens_BT[:, :-1]) & (index_K < num_drafts_B[:, None])
     accepted_B = jnp.sum(jnp.cumprod(kept_BK.astype(jnp.int32), axis=1), axis=1)

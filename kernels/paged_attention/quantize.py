@@ -9,6 +9,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from quantization.qarray import largest_magnitude
+
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 """Largest code of each dtype of quantised pages."""
 
@@ -28,7 +30,7 @@ def quantize_heads(x_BTKH: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
     always finite.
     """
     x_BTKH = x_BTKH.astype(jnp.float32)
-    scale_BTK = scale_of(jnp.max(jnp.abs(x_BTKH), axis=-1), dtype)
+    scale_BTK = scale_of(largest_magnitude(x_BTKH, -1)[..., 0], dtype)
     codes = jnp.where(jnp.isfinite(scale_BTK)[..., None], x_BTKH / scale_BTK[..., None], 0)
     # The largest quotient may be a little above the largest code, which it then rounds to.
     if jnp.issubdtype(dtype, jnp.integer):

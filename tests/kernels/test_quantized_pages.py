@@ -56,6 +56,15 @@ def test_a_head_comes_back_to_half_a_step(x, code):
 
 
 @pytest.mark.parametrize("code", CODES)
+def test_a_nan_shows_among_many_too(code):
+    """Beyond some thousand elements XLA's maximum on a CPU leaves NaNs out."""
+    x = np.ones((4, 16, 1, 64), np.float32)
+    x[2, 3, 0, 17] = np.nan
+    _, scale = jax.jit(quantize_heads, static_argnums=1)(jnp.asarray(x), jnp.dtype(code))
+    assert np.isnan(scale[2, 3, 0]) and np.isnan(scale).sum() == 1
+
+
+@pytest.mark.parametrize("code", CODES)
 def test_zeros_and_what_is_not_finite(code):
     x = np.ones((4, 8), np.float32)
     x[0], x[1, 3], x[2, 5], x[3, 2] = 0, np.nan, -np.inf, 3e38

@@ -107,6 +107,16 @@ def test_what_is_not_finite_makes_nan_of_its_block_only(dtype, bad):
     np.testing.assert_array_equal(np.isnan(q.scales), [[False, True], [False, False]])
 
 
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("place", [0, 31, 63])
+def test_a_nan_shows_in_a_large_array_too(place, asymmetric):
+    """Beyond some thousand elements XLA's maximum on a CPU leaves NaNs out."""
+    x = draw((64, 64)).astype(np.float32)
+    x[5, place] = np.nan
+    q = jax.jit(lambda x: quantize(x, "int8", (1, None), asymmetric=asymmetric))(x)
+    assert np.isnan(q.scales[5, 0]) and np.isfinite(np.delete(q.scales, 5)).all()
+
+
 @pytest.mark.parametrize("dtype", LARGEST)
 def test_the_least_normal_numbers(dtype):
     """Their scale would be subnormal, and those are zeros to many a device: it is the least normal one."""

@@ -400,6 +400,14 @@ def test_only_positions_that_are_reached_make_a_row_invalid():
     assert np.asarray(verified.valid_B).tolist() == [False, False, False, True, True, True]
 
 
+def test_a_nan_among_many_logits_is_found_by_the_greedy_verifier():
+    """XLA's maximum on a CPU leaves it out of rows so long."""
+    logits = np.random.default_rng(0).normal(size=(2, 3, 4096)).astype(np.float32)
+    logits[1, 0, 1000] = np.nan
+    result = jax.jit(verification.verify_greedy)(logits, np.zeros((2, 2), np.int32), np.zeros(2, np.int32))
+    np.testing.assert_array_equal(result.valid_B, [True, False])
+
+
 def test_a_draft_model_that_fails_costs_its_drafts_and_nothing_else():
     params = Params(temperature=0.9)
     rows, past = repeated_rows(params, DRAWS), start(DRAWS)
