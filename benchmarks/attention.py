@@ -8,21 +8,18 @@ is what the compiler takes beside arguments and results. The last line of stdout
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import datetime
 import importlib
 import importlib.util
-import json
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.ceilings import matmul_flops_per_second, median_seconds
+from benchmarks import side_by_side
+from benchmarks.ceilings import median_seconds
 from kernels.attention import AttentionCase, attention, float8, reference, supports
 from kernels.target import Target, default_target
 
@@ -247,32 +244,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__.splitlines()[0])
-    names = [work.name for work in WORKS]
-    parser.add_argument("--works", nargs="+", choices=names, default=names, metavar="WORK", help=f"of {names}")
-    parser.add_argument("--impls", nargs="+", choices=IMPLS, default=list(IMPLS))
-    parser.add_argument("--repeats", type=int, default=5, help="rows of calls, of which the median counts")
-    parser.add_argument("--out", type=Path, help="write the JSON here too")
-    options = parser.parse_args(arguments)
-    target = default_target()
-    if target.platform != "gpu":
-        parser.exit(2, f"python -m benchmarks.attention measures NVIDIA GPUs, and the default device is a {target}\n")
-    # First, so that the chip's clocks have risen before anything short is timed.
-    ceiling = matmul_flops_per_second() / 1e12
-    record: dict[str, Any] = {
-        "benchmark": "attention",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "matmul_tflops": ceiling,
-        "rows": [],
-    }
-    for row in measure_all([work for work in WORKS if work.name in options.works], options.impls, options.repeats):
-        record["rows"].append(row)
-        # What is measured is kept, also of a run that is cut off.
-        if options.out is not None:
-            options.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    side_by_side.run("attention", __doc__.splitlines()[0], WORKS, IMPLS, measure_all, {}, arguments)
 
 
 if __name__ == "__main__":

@@ -9,25 +9,20 @@ first, the largest and the last group that is not empty. The last line of stdout
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import datetime
 import functools
 import importlib
 import importlib.util
-import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.ceilings import matmul_flops_per_second
+from benchmarks import side_by_side
 from kernels.grouped_matmul import GroupedCase, grouped_matmul, supports
 from kernels.grouped_matmul.swiglu import grouped_swiglu
 from kernels.target import Target, default_target
@@ -272,38 +267,15 @@ def _line(row: dict[str, Any]) -> str:
     return f"{head}{row['tflops']:7.0f} TFLOP/s{row['milliseconds']:9.3f} ms{error}"
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.grouped_matmul", description=__doc__.splitlines()[0])
-    names = [work.name for work in WORKS]
-    parser.add_argument("--works", nargs="+", choices=names, default=names, metavar="WORK", help=f"of {names}")
-    parser.add_argument("--impls", nargs="+", choices=IMPLS, default=list(IMPLS))
-    parser.add_argument("--repeats", type=int, default=5, help="rows of calls, of which the median counts")
-    parser.add_argument("--out", type=Path, help="write the JSON here too")
-    options = parser.parse_args(arguments)
-    target = default_target()
-    if target.platform != "gpu":
-        parser.exit(2, f"python -m benchmarks.grouped_matmul measures NVIDIA GPUs; the default device is a {target}\n")
-    record: dict[str, Any] = {
-        "benchmark": "grouped_matmul",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        # First, so that the chip's clocks have risen before anything short is timed.
-        "matmul_tflops": matmul_flops_per_second() / 1e12,
-        "rows": [],
-    }
-    works = [work for work in WORKS if work.name in options.works]
+def measure_both(works: list[Work], impls: list[str], repeats: int) -> Iterator[dict[str, Any]]:
+    """The products, then the feed-forwards that some of their shapes belong to."""
+    yield from measure_all(works, impls, repeats)
     feed_forwards = [work for work in works if work.name in FEED_FORWARD_WORKS]
-    rows = itertools.chain(
-        measure_all(works, options.impls, options.repeats),
-        measure_feed_forwards(feed_forwards, ["batched", "pallas", "pallas_fused"], options.repeats),
-    )
-    for row in rows:
-        record["rows"].append(row)
-        # What is measured is kept, also of a run that is cut off.
-        if options.out is not None:
-            options.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    yield from measure_feed_forwards(feed_forwards, ["batched", "pallas", "pallas_fused"], repeats)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    side_by_side.run("grouped_matmul", __doc__.splitlines()[0], WORKS, IMPLS, measure_both, {}, arguments)
 
 
 if __name__ == "__main__":

@@ -8,21 +8,18 @@ the first rows; what rounding to few bits itself costs is not in them. The last 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import datetime
 import functools
 import importlib
 import importlib.util
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.ceilings import copy_bytes_per_second, matmul_flops_per_second, median_seconds
+from benchmarks import side_by_side
+from benchmarks.ceilings import copy_bytes_per_second, median_seconds
 from kernels.quantized_matmul import case_of, quantized_matmul, reference, supports
 from kernels.quantized_matmul.training import fp8_matmul
 from kernels.target import Target, default_target
@@ -222,31 +219,8 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.matmul", description=__doc__.splitlines()[0])
-    names = [work.name for work in WORKS]
-    parser.add_argument("--works", nargs="+", choices=names, default=names, metavar="WORK", help=f"of {names}")
-    parser.add_argument("--impls", nargs="+", choices=IMPLS, default=list(IMPLS))
-    parser.add_argument("--repeats", type=int, default=5, help="rows of calls, of which the median counts")
-    parser.add_argument("--out", type=Path, help="write the JSON here too")
-    options = parser.parse_args(arguments)
-    target = default_target()
-    if target.platform != "gpu":
-        parser.exit(2, f"python -m benchmarks.matmul measures NVIDIA GPUs, and the default device is a {target}\n")
-    record: dict[str, Any] = {
-        "benchmark": "matmul",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "matmul_tflops": matmul_flops_per_second() / 1e12,
-        "copy_tb_per_second": copy_bytes_per_second() / 1e12,
-        "rows": [],
-    }
-    for row in measure_all([work for work in WORKS if work.name in options.works], options.impls, options.repeats):
-        record["rows"].append(row)
-        # What is measured is kept, also of a run that is cut off.
-        if options.out is not None:
-            options.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    ceilings = {"copy_tb_per_second": lambda: copy_bytes_per_second() / 1e12}
+    side_by_side.run("matmul", __doc__.splitlines()[0], WORKS, IMPLS, measure_all, ceilings, arguments)
 
 
 if __name__ == "__main__":

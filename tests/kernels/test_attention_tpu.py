@@ -1,10 +1,6 @@
 """Attention on TPU: both passes in Pallas's interpreter, the table of steps, tiles, and TPU's own compiler."""
 
-import contextlib
 import functools
-import importlib.util
-import math
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels.attention import AttentionCase, attention, choose, reference, supports, tpu, tpu_backward, tpu_steps, xla
 from kernels.attention.masks import Marks, Masks
@@ -31,14 +26,13 @@ from kernels.attention.tpu_tiles import (
     table_bytes,
 )
 from kernels.target import Target
-from parallel.topology import tpu_devices
 from tests.host import OPTIMIZED
+from tests.kernels.absent_tpu import SLICES, compiled_for, needs_libtpu
 
 TPU = Target("tpu")
 NEEDS = (forward_bytes, d_queries_bytes, d_keys_bytes)
 MARKS = ("q_segments", "kv_segments", "q_positions", "kv_positions")
 DEFAULTS = {"causal": True, "window": None, "soft_cap": None, **dict.fromkeys(MARKS)}
-SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 
 def arrays(T=200, S=None, N=2, K=1, H=16, V=None, B=1, dtype=jnp.float32, sinks=False, seed=0):
@@ -295,28 +289,9 @@ def test_chosen_tiles_fit(dtype, widths, share):
             assert -length % tile.queries <= max(127, length / 4)
 
 
-def needs_libtpu(test):
-    absent = importlib.util.find_spec("libtpu") is None
-    return pytest.mark.skipif(absent, reason="libtpu, TPU's compiler, is not installed")(test)
-
-
-@contextlib.contextmanager
-def nothing_cached() -> Iterator[None]:
-    """JAX stores a program for a chip that is not there, and fails where it reads one back."""
-    name = "jax_persistent_cache_min_compile_time_secs"
-    before = getattr(jax.config, name)
-    jax.config.update(name, math.inf)
-    try:
-        yield
-    finally:
-        jax.config.update(name, before)
-
-
 def compiled(chip, *, T, H, dtype=jnp.bfloat16, V=None, N=2, marks=(), sinks=False, attend=None, **arguments):
-    """Both passes, compiled for one chip of a slice that is not there."""
-    mesh = Mesh(tpu_devices(SLICES[chip])[:1], ("x",))
-    whole = NamedSharding(mesh, PartitionSpec())
-    struct = functools.partial(jax.ShapeDtypeStruct, sharding=whole)
+    """Both passes."""
+    struct = jax.ShapeDtypeStruct
     shapes = [struct((1, T, N, H), dtype), struct((1, T, 1, H), dtype), struct((1, T, 1, V or H), dtype)]
     data = {name: struct((1, T), jnp.int32) for name in marks}
     attend = attend or functools.partial(attention, impl="pallas", target=TPU, return_lse=True)
@@ -328,9 +303,7 @@ def compiled(chip, *, T, H, dtype=jnp.bfloat16, V=None, N=2, marks=(), sinks=Fal
 
         return jax.grad(loss, argnums=(0, 1, 2, 3) if sinks is not None else (0, 1, 2), has_aux=True)(q, k, v, sinks)
 
-    # Mosaic asks the mesh which chip it is for.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nothing_cached():
-        return jax.jit(both).lower(*shapes, struct((N,), jnp.float32) if sinks else None, data).compile()
+    return compiled_for(chip, both, *shapes, struct((N,), jnp.float32) if sinks else None, data)
 
 
 @needs_libtpu

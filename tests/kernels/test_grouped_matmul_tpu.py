@@ -1,11 +1,7 @@
 """The grouped product on TPU: in Pallas's interpreter, the table of visits, tiles, and TPU's own compiler."""
 
-import contextlib
 import dataclasses
 import functools
-import importlib.util
-import math
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels.grouped_matmul import (
     GroupedCase,
@@ -40,12 +35,11 @@ from kernels.grouped_matmul.tpu_tiles import (
 )
 from kernels.grouped_matmul.tpu_visits import visits_of
 from kernels.target import Target
-from parallel.topology import tpu_devices
 from quantization.qarray import QArray, quantize
+from tests.kernels.absent_tpu import SLICES, compiled_for, needs_libtpu
 
 TPU = Target("tpu")
 PASSES = ("product", "transposed", "weight_gradient")
-SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 
 def draw(shape, seed, dtype=jnp.float32):
@@ -270,30 +264,9 @@ def test_chosen_tiles_fit(which, dtype):
         assert needed_bytes(shape, tiles, which) <= VMEM_BYTES and table_bytes(shape, tiles) <= SMEM_BYTES
 
 
-def needs_libtpu(test):
-    absent = importlib.util.find_spec("libtpu") is None
-    return pytest.mark.skipif(absent, reason="libtpu, TPU's compiler, is not installed")(test)
-
-
-@contextlib.contextmanager
-def nothing_cached() -> Iterator[None]:
-    """JAX stores a program for a chip that is not there, and fails where it reads one back."""
-    name = "jax_persistent_cache_min_compile_time_secs"
-    before = getattr(jax.config, name)
-    jax.config.update(name, math.inf)
-    try:
-        yield
-    finally:
-        jax.config.update(name, before)
-
-
 def compiled(chip, function, *shapes):
-    """A function of arrays, given as (shape, dtype), compiled for one chip of a slice that is not there."""
-    mesh = Mesh(tpu_devices(SLICES[chip])[:1], ("x",))
-    struct = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
-    # Mosaic asks the mesh which chip it is for.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nothing_cached():
-        return jax.jit(function).lower(*(struct(*shape) for shape in shapes)).compile()
+    """A function of arrays, given as (shape, dtype)."""
+    return compiled_for(chip, function, *(jax.ShapeDtypeStruct(*shape) for shape in shapes))
 
 
 @needs_libtpu

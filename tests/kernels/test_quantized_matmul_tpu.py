@@ -1,11 +1,7 @@
 """Products of few-bit numbers on TPU: in Pallas's interpreter, tiles, TPU's own compiler, and its static estimate."""
 
-import contextlib
 import dataclasses
 import functools
-import importlib.util
-import math
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.matmul_tpu import estimates
 from kernels.quantized_matmul import QuantizedCase, case_of, choose, quantized_matmul, supports, tpu
@@ -28,11 +23,10 @@ from kernels.quantized_matmul.tpu_tiles import (
     widened,
 )
 from kernels.target import Target
-from parallel.topology import tpu_devices
 from quantization.qarray import QArray, quantize
+from tests.kernels.absent_tpu import SLICES, compiled_for, needs_libtpu
 
 TPU = Target("tpu")
-SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"
 
 
@@ -230,33 +224,6 @@ def test_few_rows_scale_sums_and_many_scale_weights():
     assert scaling(DENSE, choose_tiles(DENSE)) == "outside"
 
 
-def needs_libtpu(test):
-    absent = importlib.util.find_spec("libtpu") is None
-    return pytest.mark.skipif(absent, reason="libtpu, TPU's compiler, is not installed")(test)
-
-
-@contextlib.contextmanager
-def nothing_cached() -> Iterator[None]:
-    """JAX stores a program for a chip that is not there, and fails where it reads one back."""
-    name = "jax_persistent_cache_min_compile_time_secs"
-    before = getattr(jax.config, name)
-    jax.config.update(name, math.inf)
-    try:
-        yield
-    finally:
-        jax.config.update(name, before)
-
-
-def compiled(chip, function, arguments):
-    """A function of arrays, which give the shapes, compiled for one chip of a slice that is not there."""
-    mesh = Mesh(tpu_devices(SLICES[chip])[:1], ("x",))
-    sharding = NamedSharding(mesh, PartitionSpec())
-    structs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
-    # Mosaic asks the mesh which chip it is for.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nothing_cached():
-        return jax.jit(function).lower(*structs).compile()
-
-
 @needs_libtpu
 @pytest.mark.parametrize("chip", SLICES)
 def test_compiles_for_tpu(chip):
@@ -267,7 +234,7 @@ def test_compiles_for_tpu(chip):
     def all_of_them(pairs):
         return [quantized_matmul(x, w, impl="pallas", target=TPU) for x, w in pairs]
 
-    assert compiled(chip, all_of_them, (pairs,)).as_text().count("tpu_custom_call") >= len(names)
+    assert compiled_for(chip, all_of_them, pairs).as_text().count("tpu_custom_call") >= len(names)
 
 
 @needs_libtpu
@@ -279,7 +246,7 @@ def test_vector_memory_is_not_underestimated(monkeypatch, name):
     tile = Tiles(rows, 512, 512)
     monkeypatch.setattr(tpu, "VMEM_BYTES", needed_bytes(case_of(x, w, None, jnp.bfloat16), tile))
     product = functools.partial(tpu.quantized_matmul, bias=None, out_dtype=jnp.bfloat16, tiles=tile)
-    compiled("v5e", product, (x, w))
+    compiled_for("v5e", product, x, w)
 
 
 @needs_libtpu
