@@ -58,11 +58,12 @@ class Storage:
             return shape
         return tuple(size // self.placement.size(axis) for size, axis in zip(shape, _sides(logical), strict=True))
 
-    def settle(self, format: Format, part: Part, shape: tuple[int, ...]) -> tuple[Format, Layout]:
-        """The format that a device multiplies a matrix [K, N] in, and the layout that decode reads fastest."""
+    def settle(self, format: Format, part: Part, shape: tuple[int, ...], grouped: bool) -> tuple[Format, Layout]:
+        """The format that a device multiplies a matrix [K, N] in, and the layout that decode reads fastest. `grouped`:
+        experts are multiplied by grouped products, not by slots of a capacity."""
         if part != "experts":
             return format, self._layout(format, shape)
-        if format.activation is not None and self.impl in ("auto", "pallas"):
+        if grouped and format.activation is not None and self.impl in ("auto", "pallas"):
             case = QuantizedGroupedCase(
                 x_dtype=format.activation,
                 w_dtype=format.values,

@@ -318,7 +318,8 @@ class Definition:
         shape = whole if stored is None else stored.local(whole, logical)
         format = self.rules.format_of(name, part, shape[0])
         if format is not None and stored is not None:
-            format, layout = stored.settle(format, part, shape)
+            moe = self.config.moe
+            format, layout = stored.settle(format, part, shape, moe is not None and moe.dispatch == "dropless")
             variable.set_value(_describe(variable.get_value(), logical, format, layout))
             variable.set_metadata(logical=quantized_logical(logical, format, layout))
         variable.set_metadata(format=format)

@@ -195,6 +195,12 @@ def test_experts_may_be_multiplied_in_few_bits(monkeypatch):
     )
     assert_close(got, exact, 0.1)
     assert not np.allclose(got, exact, atol=1e-4), "rows were not rounded"
+    capacity = dataclasses.replace(
+        MODELS["experts"], moe=dataclasses.replace(MODELS["experts"].moe, dispatch="capacity")
+    )
+    slots = dataclasses.replace(definition, config=capacity)
+    experts = [matrix.format for matrix in slots.matrices if matrix.is_of_experts]
+    assert experts and all(format.activation is None for format in experts)
 
 
 def test_joined_matrices_lie_side_by_side():
