@@ -44,7 +44,7 @@ class _Hidden(Product):
             hidden = (wide * _sigmoid(wide) * up.astype(jnp.float32)).astype(outs[0].dtype)
             for j, (ref, values) in enumerate(zip(outs, (hidden, gate, up), strict=False)):
                 turn = i * len(outs) + j
-                persistent._store(self, warpgroup, ref, shared, tile, values, offset=i * WIDTH, turn=turn)
+                persistent.store(self, warpgroup, ref, shared, tile, values, offset=i * WIDTH, turn=turn)
 
 
 class _HiddenGradient(TransposedProduct):
@@ -92,7 +92,7 @@ class _HiddenGradient(TransposedProduct):
             slope = sigmoid + silu * (1 - sigmoid)
             for turn, values in enumerate((d_hidden * up * slope, d_hidden * silu)):
                 values = values.astype(outs[turn].dtype)
-                persistent._store(self, warpgroup, outs[turn], shared, tile, values, offset=i * WIDTH, turn=turn)
+                persistent.store(self, warpgroup, outs[turn], shared, tile, values, offset=i * WIDTH, turn=turn)
 
 
 class _Sum(TransposedProduct):

@@ -84,7 +84,7 @@ def product(x: QArray, w: QArray, group_sizes, out_dtype=jnp.bfloat16, *, tiles=
     """
     (M, K), (E, _, N) = x.shape, w.shape
     outside = x.scales.shape[1] == 1 and w.scales.shape[1] == 1
-    tiles = choose_scaled_tiles(M, E, K, N, outside) if tiles is None else tiles
+    tiles = choose_scaled_tiles(outside) if tiles is None else tiles
     # Copies fill shared memory by eight rows.
     rows = -(-M // ROW_ALIGNMENT) * ROW_ALIGNMENT
     x_scales = jnp.repeat(x.scales, x.block[0], axis=0)
@@ -133,7 +133,7 @@ def _scratch(kernel: _Product, dtype, out_dtype, sizes_shape) -> _Shared:
     return _Shared(
         sizes=plgpu.SMEM(sizes_shape, jnp.int32),
         ring=tuple(tiled((buffers, *shape), dtype, DEPTH) for shape in kernel.shapes),
-        out=persistent._in_one_place(tiled(outputs, out_dtype, WIDTH), plgpu.SMEM(outputs, out_dtype)),
+        out=persistent.in_one_place(tiled(outputs, out_dtype, WIDTH), plgpu.SMEM(outputs, out_dtype)),
         sizes_arrived=plgpu.Barrier(num_barriers=1),
         arrived=plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
         free=plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
@@ -148,7 +148,7 @@ def _body(kernel: _Product, inputs: _Inputs, out_ref, shared: _Shared) -> None:
         plgpu.set_max_registers(24, action="decrease")
         plgpu.copy_gmem_to_smem(inputs.sizes, shared.sizes, shared.sizes_arrived.at[0])
         plgpu.barrier_wait(shared.sizes_arrived.at[0])
-        copy = functools.partial(persistent._copy, kernel, (inputs.x, inputs.w), shared)
+        copy = functools.partial(persistent.copy_steps, kernel, (inputs.x, inputs.w), shared)
         total = persistent.walk(kernel, shared.sizes, copy)
         for buffer in range(kernel.tiles.num_buffers):
             pl.when(buffer < total)(functools.partial(plgpu.barrier_wait, shared.free.at[buffer]))
@@ -169,7 +169,7 @@ def _compute(kernel: _Product, warpgroup, inputs: _Inputs, out_ref, shared: _Sha
         lambda: multiply(kernel, warpgroup, inputs, shared, tile, start),
         lambda: zeros,
     )
-    persistent._store(kernel, warpgroup, out_ref, shared, tile, y.astype(out_ref.dtype))
+    persistent.store(kernel, warpgroup, out_ref, shared, tile, y.astype(out_ref.dtype))
 
 
 def _operands(warpgroup, shared: _Shared, count):

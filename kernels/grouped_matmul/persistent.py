@@ -131,7 +131,7 @@ class Kernel:
 
     def emit(self, tile: Tile, start, warpgroup, sums, outs, shared: Shared) -> None:
         """A warpgroup's part of a tile on its way out."""
-        _store(self, warpgroup, outs[0], shared, tile, sums[0].astype(outs[0].dtype))
+        store(self, warpgroup, outs[0], shared, tile, sums[0].astype(outs[0].dtype))
 
     def place(self, out_ref, tile: Tile, rows, columns):
         """Where rows and columns (of the output, of the tile's group) lie."""
@@ -167,7 +167,7 @@ def _scratch(kernel: Kernel, dtype, sizes_shape) -> Shared:
     return Shared(
         sizes=plgpu.SMEM(sizes_shape, jnp.int32),
         ring=tuple(plgpu.SMEM((buffers, *shape), dtype, transforms=tiled) for shape in kernel.shapes),
-        out=_in_one_place(plgpu.SMEM(outputs, dtype, transforms=tiled), plgpu.SMEM(outputs, dtype)),
+        out=in_one_place(plgpu.SMEM(outputs, dtype, transforms=tiled), plgpu.SMEM(outputs, dtype)),
         sizes_arrived=plgpu.Barrier(num_barriers=1),
         arrived=plgpu.Barrier(num_arrivals=len(kernel.shapes), num_barriers=buffers),
         free=plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
@@ -176,7 +176,7 @@ def _scratch(kernel: Kernel, dtype, sizes_shape) -> Shared:
     )
 
 
-def _in_one_place(*arrays):
+def in_one_place(*arrays):
     """The interpreter takes two warpgroups' parts of what shares memory for one; tests put them side by side."""
     return plgpu.RefUnion(*arrays)
 
@@ -191,7 +191,7 @@ def _body(kernel: Kernel, num_inputs: int, num_outs: int, *refs):
         plgpu.set_max_registers(_FEW_REGISTERS, action="decrease")
         plgpu.copy_gmem_to_smem(sizes_ref, shared.sizes, shared.sizes_arrived.at[0])
         plgpu.barrier_wait(shared.sizes_arrived.at[0])
-        total = walk(kernel, shared.sizes, functools.partial(_copy, kernel, inputs, shared))
+        total = walk(kernel, shared.sizes, functools.partial(copy_steps, kernel, inputs, shared))
         # Every completion of a barrier is waited for, so that all is free at the end (the interpreter asks it).
         for buffer in range(kernel.tiles.num_buffers):
             pl.when(buffer < total)(functools.partial(plgpu.barrier_wait, shared.free.at[buffer]))
@@ -243,7 +243,7 @@ def _position(kernel: Kernel, index, num_rows):
     return number * panel + (rest - column * height), column
 
 
-def _copy(kernel: Kernel, inputs, shared: Shared, tile: Tile, start) -> None:
+def copy_steps(kernel: Kernel, inputs, shared: Shared, tile: Tile, start) -> None:
     """The operands of every step of a tile to their buffers, as soon as those are free."""
     buffers = kernel.tiles.num_buffers
 
@@ -295,7 +295,7 @@ def _multiply(kernel: Kernel, warpgroup, shared: Shared, tile: Tile, start, *sum
     return tuple(sum_of[...] for sum_of in sums)
 
 
-def _store(kernel: Kernel, warpgroup, out_ref, shared: Shared, tile: Tile, values, *, offset: int = 0, turn: int = 0):
+def store(kernel: Kernel, warpgroup, out_ref, shared: Shared, tile: Tile, values, *, offset: int = 0, turn: int = 0):
     """Starts the copies of a warpgroup's outputs, 64 rows at a time; or of some of them, from column `offset` on, when
     so many copies of 64 columns have started before (mod 2): their places are used in turn, in all a tile's copies."""
     by_rows = kernel.tiles.split == "rows"

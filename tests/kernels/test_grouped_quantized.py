@@ -89,7 +89,7 @@ def test_the_hopper_kernel_by_interpreter(dtype, x_block, w_block, sizes, monkey
 
     monkeypatch.setattr(persistent, "NUM_PROCESSORS", 2)
     # The interpreter takes two warpgroups' parts of what shares memory for one.
-    monkeypatch.setattr(persistent, "_in_one_place", lambda *arrays: arrays)
+    monkeypatch.setattr(persistent, "in_one_place", lambda *arrays: arrays)
     x, w = arrays(139, 384, 192, 3)
     # Rows of no group may hold anything.
     x = x.at[sum(sizes) :].set(jnp.nan)
@@ -104,7 +104,7 @@ def test_the_hopper_kernel_by_interpreter(dtype, x_block, w_block, sizes, monkey
 
 def test_tiles_fit_shared_memory():
     for outside in (True, False):
-        assert scaled_tiles.shared_bytes(choose_scaled_tiles(16384, 8, 4096, 14336, outside)) <= 227 * 1024
+        assert scaled_tiles.shared_bytes(choose_scaled_tiles(outside)) <= 227 * 1024
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def kernels(monkeypatch):
 
     monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", (0, 11, 2))
     monkeypatch.setattr(persistent, "NUM_PROCESSORS", 2)
-    monkeypatch.setattr(persistent, "_in_one_place", lambda *arrays: arrays)
+    monkeypatch.setattr(persistent, "in_one_place", lambda *arrays: arrays)
     settings = {"tiles": SMALL, "interpret": plgpu.InterpretGPUParams(detect_races=True)}
     for module, name in ((gpu_gated, "hidden"), (gpu_gated, "hidden_gradient"), (gpu_gated, "summed_product")):
         monkeypatch.setattr(module, name, functools.partial(getattr(module, name), **settings))
