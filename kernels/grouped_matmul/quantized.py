@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.grouped_matmul import grouped_matmul, reference, scaled_tiles, tpu_scaled_tiles
-from kernels.quantized_matmul import Activation
+from kernels.quantized_matmul import Activation, QuantizedCase
 from kernels.target import Target, default_target
 from quantization.qarray import QArray, quantize
 
@@ -19,35 +19,10 @@ _FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizedGroupedCase:
-    """The static facts of one call: shapes (of one shard, where sharded), dtypes, and which elements share a scale.
+class QuantizedGroupedCase(QuantizedCase):
+    """As of one product, of all groups' rows; blocks of w are of one group's matrix."""
 
-    Attributes:
-      x_dtype, w_dtype: of the values that are multiplied; a float x is one that stays as it is (weight-only).
-      num_rows, num_groups, in_dim, out_dim: M, E, K, N.
-      x_block: elements of x along M and K that share a scale; None for a float x.
-      w_block: the same of w, along K and N.
-      w_layout: `QArray.layout` of w. x is always in rows.
-      zero_points: whether x or w has them.
-    """
-
-    x_dtype: str
-    w_dtype: str
-    num_rows: int
-    num_groups: int
-    in_dim: int
-    out_dim: int
-    x_block: tuple[int, int] | None
-    w_block: tuple[int, int]
-    w_layout: str = "rows"
-    zero_points: bool = False
-    out_dtype: str = "bfloat16"
-
-    @property
-    def scales_outside(self) -> bool:
-        """Whether no scale changes along K, so that all are factors of the finished sums."""
-        x_outside = self.x_block is None or self.x_block[1] == self.in_dim
-        return x_outside and self.w_block[0] == self.in_dim
+    num_groups: int = dataclasses.field(kw_only=True)
 
 
 def supports(impl: Impl, case: QuantizedGroupedCase, target: Target) -> str | None:

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 from kernels.grouped_matmul.tpu_tiles import LANES, VMEM_BYTES, Shape, Tiles, check_table, depths, rows_of, strip_of
 from kernels.grouped_matmul.tpu_tiles import length as length_of
+from kernels.quantized_matmul.tpu_tiles import BITS, matrix_bytes
 from kernels.target import Target
 
 if TYPE_CHECKING:
     from kernels.grouped_matmul.quantized import QuantizedGroupedCase
 
-_BITS = {"int4": 4, "int8": 8, "float8_e4m3fn": 8, "float8_e5m2": 8, "bfloat16": 16, "float32": 32}
 _X_DTYPES = ("bfloat16", "int8", "float8_e4m3fn", "float8_e5m2")
 # The longest sum of int8 products that stays inside int32: 127 · 127 · 2^17 < 2^31.
 _LONGEST_INTEGER_SUM = 2**17
@@ -44,30 +44,26 @@ def check(case: QuantizedGroupedCase, tiles: Tiles) -> None:
 
 def needed_bytes(case: QuantizedGroupedCase, tiles: Tiles) -> int:
     """Blocks are twice there, one in use and one being copied; of a strip, what is computed before it is stored."""
-    rows, depth, columns, x_bits = tiles.rows, tiles.depth, tiles.columns, _BITS[case.x_dtype]
+    rows, depth, columns, x_bits = tiles.rows, tiles.depth, tiles.columns, BITS[case.x_dtype]
     w_shape = (depth, columns) if case.w_layout == "rows" else (columns, depth)
-    copied = _matrix(rows, depth, x_bits) + _matrix(*w_shape, _BITS[case.w_dtype]) + _matrix(1, columns, 32)
-    copied += _matrix(rows, columns, _BITS[case.out_dtype])
-    copied += 0 if case.x_block is None else _matrix(rows, 1, 32)
+    copied = (
+        matrix_bytes(rows, depth, x_bits) + matrix_bytes(*w_shape, BITS[case.w_dtype]) + matrix_bytes(1, columns, 32)
+    )
+    copied += matrix_bytes(rows, columns, BITS[case.out_dtype])
+    copied += 0 if case.x_block is None else matrix_bytes(rows, 1, 32)
     strip = strip_of(columns)
-    live = 3 * _matrix(rows, strip, 32)
+    live = 3 * matrix_bytes(rows, strip, 32)
     if case.x_dtype != case.w_dtype:
         # Values on their way to x's dtype.
-        live += _matrix(depth, strip, 32) + _matrix(depth, strip, x_bits)
-    return 2 * copied + live + (_matrix(rows, columns, 32) if depth < case.in_dim else 0)
-
-
-def _matrix(rows: int, columns: int, bits: int) -> int:
-    """Bytes of a matrix in vector memory: padded to 128 columns, and to 8 rows of 4 bytes."""
-    sublanes = 8 * 32 // bits
-    return -(-rows // sublanes) * sublanes * -(-columns // LANES) * LANES * bits // 8
+        live += matrix_bytes(depth, strip, 32) + matrix_bytes(depth, strip, x_bits)
+    return 2 * copied + live + (matrix_bytes(rows, columns, 32) if depth < case.in_dim else 0)
 
 
 def unsupported(case: QuantizedGroupedCase, target: Target) -> str | None:
     """Why the kernel can't compute this; None where it can."""
     if target.platform != "tpu":
         return f"the kernel is written for TPU, and the target is {target}"
-    if case.x_dtype not in _X_DTYPES or case.w_dtype not in _BITS or case.out_dtype not in ("bfloat16", "float32"):
+    if case.x_dtype not in _X_DTYPES or case.w_dtype not in BITS or case.out_dtype not in ("bfloat16", "float32"):
         return (
             f"the TPU kernel takes x of {', '.join(_X_DTYPES)} and gives bfloat16 or float32, not {case.x_dtype} and "
             f"{case.out_dtype}"

@@ -25,7 +25,7 @@ STRIP = 256
 _DECODE_BYTES = 2 * _MIB
 # The longest sum of int8 products that stays inside int32: 127 · 127 · 2^17 < 2^31.
 _LONGEST_INTEGER_SUM = 2**17
-_BITS = {"int4": 4, "int8": 8, "float8_e4m3fn": 8, "float8_e5m2": 8, "bfloat16": 16, "float32": 32}
+BITS = {"int4": 4, "int8": 8, "float8_e4m3fn": 8, "float8_e5m2": 8, "bfloat16": 16, "float32": 32}
 _X_DTYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn", "float8_e5m2")
 
 Scaling = Literal["outside", "sums", "operands"]
@@ -100,7 +100,7 @@ def _depths(case: QuantizedCase, rows: int, columns: int) -> list[int]:
     """Divisors of K, the longest first: a step that ends in an addition to earlier sums is slower."""
     K, longest = case.in_dim, case.in_dim
     if rows <= LANES:
-        longest = max(LANES, _DECODE_BYTES * 8 // (_BITS[case.w_dtype] * columns))
+        longest = max(LANES, _DECODE_BYTES * 8 // (BITS[case.w_dtype] * columns))
     if scaling(case, Tiles(rows, columns, K)) == "sums":
         # Blocks of a step are multiplied one after another: more of them make a longer program and no faster one.
         longest = min(longest, 8 * _block(case))
@@ -131,7 +131,7 @@ def check(case: QuantizedCase, tiles: Tiles) -> None:
 
 def strip_of(case: QuantizedCase, tiles: Tiles) -> int:
     """Columns that are multiplied at a time: all, where nothing is to be done to w first."""
-    if case.x_block is not None and _BITS[case.x_dtype] == _BITS[case.w_dtype] and scaling(case, tiles) == "outside":
+    if case.x_block is not None and BITS[case.x_dtype] == BITS[case.w_dtype] and scaling(case, tiles) == "outside":
         return tiles.columns
     return next((n for n in (STRIP, LANES) if tiles.columns % n == 0), tiles.columns)
 
@@ -139,26 +139,30 @@ def strip_of(case: QuantizedCase, tiles: Tiles) -> int:
 def needed_bytes(case: QuantizedCase, tiles: Tiles) -> int:
     """Blocks are twice there, one in use and one being copied; of a strip, what is computed before it is stored."""
     rows, columns, depth = tiles.rows, tiles.columns, tiles.depth
-    how, x_bits, w_bits = scaling(case, tiles), _BITS[case.x_dtype], _BITS[case.w_dtype]
+    how, x_bits, w_bits = scaling(case, tiles), BITS[case.x_dtype], BITS[case.w_dtype]
     blocks = 1 if how == "outside" else depth // block_of(case, tiles)
     w_shape = (depth, columns) if case.w_layout == "rows" else (columns, depth)
-    copied = _matrix(rows, depth, x_bits) + _matrix(*w_shape, w_bits) + _matrix(rows, columns, _BITS[case.out_dtype])
-    copied += (1 + case.zero_points) * _matrix(blocks, columns, 32) + case.bias * _matrix(1, columns, 32)
-    copied += _matrix(rows, blocks, 32) if case.x_block is not None else 0
+    copied = (
+        matrix_bytes(rows, depth, x_bits)
+        + matrix_bytes(*w_shape, w_bits)
+        + matrix_bytes(rows, columns, BITS[case.out_dtype])
+    )
+    copied += (1 + case.zero_points) * matrix_bytes(blocks, columns, 32) + case.bias * matrix_bytes(1, columns, 32)
+    copied += matrix_bytes(rows, blocks, 32) if case.x_block is not None else 0
     strip, steps = strip_of(case, tiles), case.in_dim // depth
-    live = 2 * _matrix(rows, strip, 32)
+    live = 2 * matrix_bytes(rows, strip, 32)
     if case.weight_only:
         # Values on their way to x's dtype.
-        live += _matrix(depth, strip, 32) + _matrix(depth, strip, x_bits)
+        live += matrix_bytes(depth, strip, 32) + matrix_bytes(depth, strip, x_bits)
     elif x_bits != w_bits:
-        live += _matrix(depth, strip, 8)
+        live += matrix_bytes(depth, strip, 8)
     if case.x_dtype == "float32":
         # Multiplied as sums of parts in bfloat16.
-        live += 3 * (_matrix(depth, strip, 16) + _matrix(rows, depth, 16))
-    return 2 * copied + live + (_matrix(rows, columns, 32) if steps > 1 else 0)
+        live += 3 * (matrix_bytes(depth, strip, 16) + matrix_bytes(rows, depth, 16))
+    return 2 * copied + live + (matrix_bytes(rows, columns, 32) if steps > 1 else 0)
 
 
-def _matrix(rows: int, columns: int, bits: int) -> int:
+def matrix_bytes(rows: int, columns: int, bits: int) -> int:
     """Bytes of a matrix in vector memory: padded to 128 columns, and to 8 rows of 4 bytes."""
     sublanes = 8 * 32 // bits
     return -(-rows // sublanes) * sublanes * -(-columns // LANES) * LANES * bits // 8
@@ -168,7 +172,7 @@ def unsupported(case: QuantizedCase, target: Target) -> str | None:
     """Why the kernel can't compute this; None where it can."""
     if target.platform != "tpu":
         return f"the kernel is written for TPU, and the target is {target}"
-    if case.x_dtype not in _X_DTYPES or case.w_dtype not in _BITS or case.out_dtype not in ("bfloat16", "float32"):
+    if case.x_dtype not in _X_DTYPES or case.w_dtype not in BITS or case.out_dtype not in ("bfloat16", "float32"):
         return (
             f"the TPU kernel takes x of {', '.join(_X_DTYPES)} and gives bfloat16 or float32, not {case.x_dtype} and "
             f"{case.out_dtype}"

@@ -171,7 +171,7 @@ def test_few_bits(name):
 
 
 def test_few_bits_on_tpu():
-    case = quantized.QuantizedGroupedCase("int8", "int8", 4096, 8, 4096, 14336, (1, 4096), (4096, 1))
+    case = quantized.QuantizedGroupedCase("int8", "int8", 4096, 4096, 14336, (1, 4096), (4096, 1), num_groups=8)
     assert quantized.choose("pallas", case, TPU)[0] == "pallas" and quantized.choose("auto", case, TPU)[0] == "widened"
     for changes, words in [
         ({"x_block": (1, 128)}, "blocks along K"),
@@ -308,7 +308,9 @@ def test_vector_memory_is_not_underestimated(monkeypatch, which):
 @pytest.mark.parametrize("x_dtype", ["bfloat16", "int8"])
 def test_vector_memory_of_few_bits_is_not_underestimated(monkeypatch, x_dtype):
     M, K, N, tile = 1024, 1024, 1024, Tiles(256, 512, 512)
-    case = quantized.QuantizedGroupedCase(x_dtype, "int8", M, 2, K, N, (1, K) if x_dtype == "int8" else None, (K, 1))
+    case = quantized.QuantizedGroupedCase(
+        x_dtype, "int8", M, K, N, (1, K) if x_dtype == "int8" else None, (K, 1), num_groups=2
+    )
     monkeypatch.setattr(tpu_scaled, "VMEM_BYTES", tpu_scaled_tiles.needed_bytes(case, tile))
 
     def scaled(x, w, sizes):

@@ -17,7 +17,9 @@ from quantization.qarray import QArray, quantize
 
 HOPPER = Target("gpu", (9, 0))
 CPU = Target("cpu")
-CASE = QuantizedGroupedCase("float8_e4m3fn", "float8_e4m3fn", 64, 4, 256, 128, (1, 128), (128, 128), "columns")
+CASE = QuantizedGroupedCase(
+    "float8_e4m3fn", "float8_e4m3fn", 64, 256, 128, (1, 128), (128, 128), "columns", num_groups=4
+)
 BF16_STEP = 2.0**-8
 
 
