@@ -153,6 +153,7 @@ CASES = {
     "grouped product, 256 groups": GroupedProductCase("product", GroupedCase("bfloat16", 4096, 256, 7168, 2048)),
     "norm, quantised": ActivationCase("bfloat16", "float8_e4m3fn", 8192, 4096, gated=False),
     "gate, quantised, wide": ActivationCase("float16", "int8", 8192, 16384, gated=True),
+    "gate, quantised, joined": ActivationCase("bfloat16", "int8", 8192, 14336, gated=True, joined=True),
     "product, float8, few odd rows": QuantizedCase(
         "float8_e4m3fn", "float8_e4m3fn", 37, 1000, 777, (1, 1000), (1000, 1), "columns", out_dtype="float32"
     ),
@@ -406,11 +407,12 @@ def _compile_activation(case: ActivationCase, mesh: jax.sharding.Mesh) -> None:
     from kernels.quantized_matmul import activations_gpu
 
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    x = jax.ShapeDtypeStruct((case.num_rows, case.width), jnp.dtype(case.x_dtype), sharding=whole)
+    shape = (case.num_rows, case.width * (2 if case.joined else 1))
+    x = jax.ShapeDtypeStruct(shape, jnp.dtype(case.x_dtype), sharding=whole)
     gain = None if case.gated else jax.ShapeDtypeStruct((case.width,), jnp.float32, sharding=whole)
     run = jax.jit(activations_gpu.quantized_rows, static_argnames=("dtype", "epsilon"))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        traced = run.trace((x, x) if case.gated else (x,), gain, dtype=case.dtype, epsilon=1e-6)
+        traced = run.trace((x, x) if case.gated and not case.joined else (x,), gain, dtype=case.dtype, epsilon=1e-6)
         lowered = traced.lower(lowering_platforms=("cuda",))
     lowered.compile()
 

@@ -19,13 +19,15 @@ MAX_WIDTH = 16384
 
 @dataclasses.dataclass(frozen=True)
 class ActivationCase:
-    """The static facts of one call: dtypes before and after, the length of a row, and whether two arrays are read."""
+    """The static facts of one call: dtypes before and after, number and length of the rows that are made, whether by a
+    gate, and whether that reads one array with both operands side by side."""
 
     x_dtype: str
     dtype: str
     num_rows: int
     width: int
     gated: bool
+    joined: bool = False
 
 
 def supports(impl: Impl, case: ActivationCase, target: Target) -> str | None:
@@ -85,21 +87,36 @@ def rms_norm_quantized(
 
 
 def swiglu_quantized(
-    gate: jax.Array, up: jax.Array, *, dtype: Activation, impl: Impl = "auto", target: Target | None = None
+    gate: jax.Array,
+    up: jax.Array | None = None,
+    *,
+    dtype: Activation,
+    impl: Impl = "auto",
+    target: Target | None = None,
 ) -> QArray:
     """[M, F] with a scale for each row: silu(gate) · up of [..., F] in float32, rounded as they are, then quantised.
 
-    Arguments and errors as of `rms_norm_quantized`.
+    Without `up`, `gate` is both side by side, [..., 2F] and itself first, as a joined projection leaves them: cut in
+    two, they would be copied for a kernel. Other arguments and errors as of `rms_norm_quantized`.
     """
-    if gate.ndim < 1 or gate.shape != up.shape or gate.dtype != up.dtype:
+    if up is None:
+        if gate.ndim < 1 or gate.shape[-1] % 2:
+            raise ValueError(f"swiglu_quantized of {list(gate.shape)} alone: needs gate and up side by side, [..., 2F]")
+        arrays = (gate,)
+    elif gate.ndim < 1 or gate.shape != up.shape or gate.dtype != up.dtype:
         given = f"gate {gate.dtype}{list(gate.shape)} and up {up.dtype}{list(up.shape)}"
         raise ValueError(f"swiglu_quantized of {given}: they need one shape [..., F] and one dtype")
-    return _quantized((gate, up), None, {"dtype": dtype, "epsilon": None}, impl, target)
+    else:
+        arrays = (gate, up)
+    return _quantized(arrays, None, {"dtype": dtype, "epsilon": None}, impl, target)
 
 
 def _quantized(arrays, gain, statics, impl: Impl, target: Target | None) -> QArray:
     arrays = tuple(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) for x in arrays)
-    case = ActivationCase(arrays[0].dtype.name, statics["dtype"], *arrays[0].shape, len(arrays) == 2)
+    num_rows, width = arrays[0].shape
+    gated, joined = gain is None, gain is None and len(arrays) == 1
+    width = width // 2 if joined else width
+    case = ActivationCase(arrays[0].dtype.name, statics["dtype"], num_rows, width, gated, joined)
     impl, _ = choose(impl, case, default_target() if target is None else target)
     with jax.named_scope("quantize_activation"):
         if impl == "pallas" and case.num_rows:
@@ -107,6 +124,7 @@ def _quantized(arrays, gain, statics, impl: Impl, target: Target | None) -> QArr
             from kernels.quantized_matmul import activations_gpu
 
             return activations_gpu.quantized_rows(arrays, gain, **statics)
+        arrays = jnp.split(arrays[0], 2, axis=-1) if joined else arrays
         y = transformed([x.astype(jnp.float32) for x in arrays], gain, statics["epsilon"])
         return quantize(y.astype(case.x_dtype), case.dtype, (1, None))
 

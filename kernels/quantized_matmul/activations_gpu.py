@@ -12,6 +12,7 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from quantization.qarray import LARGEST, QArray
 
@@ -20,8 +21,11 @@ _THREADS = 128
 
 @functools.partial(jax.jit, static_argnames=("dtype", "epsilon", "interpret"))
 def quantized_rows(arrays, gain, *, dtype: str, epsilon: float | None, interpret: Any = None) -> QArray:
-    """Of one array [M, D] with its gain [D], the norm; of two, the gate. As `activations` describes them."""
+    """Of one array [M, D] with its gain [D], the norm; of two, or of one [M, 2D], the gate. As `activations` describes
+    them."""
     M, D = arrays[0].shape
+    joined = gain is None and len(arrays) == 1
+    D = D // 2 if joined else D
     # Up to 16 bytes to a thread at a time, side by side.
     layout = plgpu.Layout.WG_STRIDED((D,), vec_size=8 if D % (8 * _THREADS) == 0 else 4)
 
@@ -33,7 +37,8 @@ def quantized_rows(arrays, gain, *, dtype: str, epsilon: float | None, interpret
             return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
 
         if gain is None:
-            gate, up = (load(ref.at[row]) for ref in inputs)
+            refs = [inputs[0].at[row, pl.ds(half * D, D)] for half in (0, 1)] if joined else [x.at[row] for x in inputs]
+            gate, up = map(load, refs)
             y = gate / (1 + jnp.exp(-gate)) * up
         else:
             x, factors = load(inputs[0].at[row]), load(inputs[1])

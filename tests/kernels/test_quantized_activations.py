@@ -67,6 +67,8 @@ def test_xla(dtype, x_dtype):
     assert_rounded(q, exact(x, gain).reshape(6, 96), x_dtype)
     q = swiglu_quantized(x, x[::-1], dtype=dtype)
     assert_rounded(q, exact_gate(x, x[::-1]).reshape(6, 96), x_dtype)
+    side_by_side = jnp.concatenate([x, x[::-1]], axis=-1)
+    jax.tree.map(np.testing.assert_array_equal, swiglu_quantized(side_by_side, dtype=dtype), q)
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("int8", 1024), ("float8_e4m3fn", 512), ("float8_e5m2", 1536)])
@@ -81,6 +83,14 @@ def test_kernel(pallas, dtype, width):
     # The row's largest was rounded to bfloat16 before.
     largest = np.asarray(q.scales) * np.float32(LARGEST[dtype])
     np.testing.assert_allclose(largest, largest.astype(jnp.bfloat16).astype(np.float32), rtol=1e-6)
+
+
+def test_kernel_of_operands_side_by_side(pallas):
+    gate, up = draw((3, 512), 0, "bfloat16"), draw((3, 512), 1, "bfloat16")
+    calls = {"dtype": "int8", "impl": "pallas", "target": pallas}
+    joined = swiglu_quantized(jnp.concatenate([gate, up], axis=-1), **calls)
+    assert_rounded(joined.check(), exact_gate(gate, up), "bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, joined, swiglu_quantized(gate, up, **calls))
 
 
 def test_rows_of_zeros_and_of_what_is_not_finite(pallas):
@@ -113,6 +123,7 @@ def test_what_is_chosen(monkeypatch):
     [
         (lambda: rms_norm_quantized(jnp.ones((2, 8)), jnp.ones(7), epsilon=1.0, dtype="int8"), r"\[\.\.\., D\] and"),
         (lambda: swiglu_quantized(jnp.ones((2, 8)), jnp.ones((2, 7)), dtype="int8"), "one shape"),
+        (lambda: swiglu_quantized(jnp.ones((2, 7)), dtype="int8"), "side by side"),
         (lambda: swiglu_quantized(*[jnp.ones((2, 8))] * 2, dtype="int5"), "choose one of int4, int8"),
         (lambda: swiglu_quantized(*[jnp.ones((2, 8))] * 2, dtype="int8", impl="cuda"), "impl='cuda' is unknown"),
         (lambda: swiglu_quantized(*[jnp.ones((2, 8))] * 2, dtype="int8", impl="pallas"), "can't run: .*'auto' or"),
