@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +38,7 @@ _COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Statics:
+class Statics:
     """What is fixed when the kernel is traced; `group`: rows of the weight that share a scale, None for all."""
 
     shape: tuple[int, int, int]
@@ -72,7 +73,7 @@ class _Statics:
         return self.tiles.num_parts
 
 
-class _Inputs(NamedTuple):
+class Inputs(NamedTuple):
     """Arrays in device memory, or None: x [M, K], the weight [N/64, lines, 256], scales and zero points [K/group, N],
     bias [N]."""
 
@@ -83,7 +84,7 @@ class _Inputs(NamedTuple):
     bias: Any
 
 
-class _Shared(NamedTuple):
+class Shared(NamedTuple):
     """Shared memory of a block of threads: each warpgroup's buffers, and all but the first's sums in the end; and the
     barriers at which a buffer's copies, and those sums, arrive."""
 
@@ -115,9 +116,9 @@ def product(x, w: QArray, bias, *, out_dtype, tiles: Tiles, interpret=None) -> j
         # Copies divide the rows into eights; of fewer than eight they fill up the rest with zeros themselves.
         x = jnp.pad(x, ((0, -M % 8), (0, 0)))
     shape = (M if tiles.rows >= M else x.shape[0], N, K)
-    statics = _Statics(shape, x.dtype, w.dtype, out_dtype, group, w.zero_points is not None, bias is not None, tiles)
+    statics = Statics(shape, x.dtype, w.dtype, out_dtype, group, w.zero_points is not None, bias is not None, tiles)
     in_fragments = w.values.reshape(N // TILE, -1, 256)
-    y = _call(statics, _Inputs(x, in_fragments, w.scales, w.zero_points, bias), interpret)
+    y = _call(statics, Inputs(x, in_fragments, w.scales, w.zero_points, bias), interpret)
     if statics.num_parts > 1:
         y = functools.reduce(jnp.add, [y[part] for part in range(statics.num_parts)])
         y = y if group is not None else y * w.scales
@@ -125,38 +126,45 @@ def product(x, w: QArray, bias, *, out_dtype, tiles: Tiles, interpret=None) -> j
     return y[:M]
 
 
-def _call(statics: _Statics, inputs: _Inputs, interpret) -> jax.Array:
+def _call(statics: Statics, inputs: Inputs, interpret) -> jax.Array:
     """[M, N] in `out_dtype`; or in parts [parts, M, N] in float32, without what multiplies or is added in the end."""
     (M, N, _), tiles = statics.shape, statics.tiles
     out = jax.ShapeDtypeStruct((M, N), statics.out_dtype)
     if statics.num_parts > 1:
         out = jax.ShapeDtypeStruct((statics.num_parts, M, N), jnp.float32)
+    # The last axis runs fastest: a weight's columns are in L2 when the next rows of x want them.
+    grid = {"part": statics.num_parts, "column": N // tiles.columns, "row": -(-M // tiles.rows)}
+    body = functools.partial(_body, statics)
+    return call(body, statics, inputs, (), out, name="weight_only_matmul", grid=grid, interpret=interpret)
+
+
+def call(body, statics: Statics, inputs: Inputs, others: tuple, out, *, name: str, grid: dict[str, int], interpret):
+    """What `body(inputs, *others, out, shared)` writes to `out`, a program for each point of a grid."""
     given = [name for name, array in inputs._asdict().items() if array is not None]
     shared = {name: scratch for name, scratch in _scratch(statics, out.dtype)._asdict().items() if scratch is not None}
 
-    def body(*refs):
-        arrays, out_ref, memory = refs[: len(given)], refs[len(given)], refs[len(given) + 1 :]
-        arrays = dict.fromkeys(_Inputs._fields) | dict(zip(given, arrays, strict=True))
-        memory = dict.fromkeys(_Shared._fields) | dict(zip(shared, memory, strict=True))
-        _body(statics, _Inputs(**arrays), out_ref, _Shared(**memory))
+    def unpacked(*refs):
+        arrays, rest, memory = refs[: len(given)], refs[len(given) : -len(shared)], refs[-len(shared) :]
+        arrays = dict.fromkeys(Inputs._fields) | dict(zip(given, arrays, strict=True))
+        memory = dict.fromkeys(Shared._fields) | dict(zip(shared, memory, strict=True))
+        body(Inputs(**arrays), *rest, Shared(**memory))
 
     run = plgpu.kernel(
-        body,
+        unpacked,
         out_type=out,
-        kernel_name="weight_only_matmul",
+        kernel_name=name,
         scratch_types=list(shared.values()),
-        # The last axis runs fastest: a weight's columns are in L2 when the next rows of x want them.
-        grid=(statics.num_parts, N // tiles.columns, -(-M // tiles.rows)),
-        grid_names=("part", "column", "row"),
-        num_threads=tiles.num_warpgroups,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=statics.tiles.num_warpgroups,
         thread_name="warpgroup",
         compiler_params=_COMPILER,
         interpret=interpret,
     )
-    return run(*(array for array in inputs if array is not None))
+    return run(*(array for array in inputs if array is not None), *others)
 
 
-def _scratch(statics: _Statics, out_dtype) -> _Shared:
+def _scratch(statics: Statics, out_dtype) -> Shared:
     tiles, others = statics.tiles, statics.tiles.num_warpgroups - 1
     buffers = tiles.num_warpgroups * tiles.num_buffers
     # Matrix products take whole rows of a swizzle.
@@ -166,7 +174,7 @@ def _scratch(statics: _Statics, out_dtype) -> _Shared:
     if statics.group is not None:
         scales = plgpu.SMEM((buffers, tiles.depth // statics.group, tiles.columns), jnp.float32)
     container = jnp.uint32 if statics.w_dtype == jnp.int4 else statics.w_dtype
-    return _Shared(
+    return Shared(
         x=plgpu.SMEM((buffers, tiles.rows, tiles.depth), statics.dtype, transforms=tiled),
         w=plgpu.SMEM((buffers, statics.blocks, statics.lines, 256), container),
         scales=scales,
@@ -178,9 +186,19 @@ def _scratch(statics: _Statics, out_dtype) -> _Shared:
     )
 
 
-def _body(statics: _Statics, inputs: _Inputs, out_ref, shared: _Shared) -> None:
-    part, row, column, warpgroup = (lax.axis_index(name) for name in ("part", "row", "column", "warpgroup"))
-    tiles, ahead = statics.tiles, statics.tiles.num_buffers - 1
+def _body(statics: Statics, inputs: Inputs, out_ref, shared: Shared) -> None:
+    part, row, column = (lax.axis_index(name) for name in ("part", "row", "column"))
+    rows = pl.ds(row * statics.tiles.rows, statics.tiles.rows)
+    store = functools.partial(_store, statics, inputs, shared, part, row, column, out_ref)
+    reduce(statics, shared, multiply(statics, inputs, shared, rows, column, part), store)
+
+
+def multiply(statics: Statics, inputs: Inputs, shared: Shared, rows, column, part=0) -> tuple[jax.Array, ...]:
+    """A warpgroup's sums [64, rows] of each 64 columns of the weight, of its share of a part of the weight's rows.
+
+    `rows`: a slice of x's. `column`: of those that a block of threads has, which ones.
+    """
+    tiles, ahead, warpgroup = statics.tiles, statics.tiles.num_buffers - 1, lax.axis_index("warpgroup")
     share = -(-statics.num_steps // (tiles.num_parts * tiles.num_warpgroups))
     first = (part * tiles.num_warpgroups + warpgroup) * share
     end = jnp.minimum(first + share, statics.num_steps)
@@ -189,7 +207,7 @@ def _body(statics: _Statics, inputs: _Inputs, out_ref, shared: _Shared) -> None:
         return warpgroup * tiles.num_buffers + hopper.remainder(number - first, tiles.num_buffers)
 
     def fetch(number):
-        _fetch(statics, inputs, shared, row, column, number, buffer_of(number))
+        _fetch(statics, inputs, shared, rows, column, number, buffer_of(number))
 
     for i in range(ahead):
         pl.when(first + i < end)(functools.partial(fetch, first + i))
@@ -200,14 +218,18 @@ def _body(statics: _Statics, inputs: _Inputs, out_ref, shared: _Shared) -> None:
         # All four warps are done with the buffer before this one.
         plgpu.commit_smem()
         pl.when(number + ahead < end)(functools.partial(fetch, number + ahead))
-        return _multiply(statics, shared, buffer, totals)
+        return _add(statics, shared, buffer, totals)
 
     zero = jnp.zeros((TILE, tiles.rows), jnp.float32)
     zeros = tuple(plgpu.layout_cast(zero, hopper.MATRIX) for _ in range(statics.blocks))
-    totals = lax.fori_loop(first, end, step, zeros)
+    return lax.fori_loop(first, end, step, zeros)
 
-    if tiles.num_warpgroups == 1:
-        _store(statics, inputs, shared, totals, part, row, column, out_ref)
+
+def reduce(statics: Statics, shared: Shared, totals: tuple[jax.Array, ...], then: Callable[[Any], None]) -> None:
+    """Calls `then` with the sums of all warpgroups of a block of threads, in the first of them."""
+    warpgroup = lax.axis_index("warpgroup")
+    if statics.tiles.num_warpgroups == 1:
+        then(totals)
         return
 
     @pl.when(warpgroup > 0)
@@ -218,10 +240,10 @@ def _body(statics: _Statics, inputs: _Inputs, out_ref, shared: _Shared) -> None:
 
     @pl.when(warpgroup == 0)
     def _():
-        _store(statics, inputs, shared, _with_others(statics, shared, totals), part, row, column, out_ref)
+        then(_with_others(statics, shared, totals))
 
 
-def _with_others(statics: _Statics, shared: _Shared, totals):
+def _with_others(statics: Statics, shared: Shared, totals):
     """The first warpgroup's sums and those of the others, added in order."""
     plgpu.barrier_wait(shared.summed.at[0])
     for other in range(statics.tiles.num_warpgroups - 1):
@@ -231,14 +253,14 @@ def _with_others(statics: _Statics, shared: _Shared, totals):
     return totals
 
 
-def _fetch(statics: _Statics, inputs: _Inputs, shared: _Shared, row, column, number, buffer) -> None:
+def _fetch(statics: Statics, inputs: Inputs, shared: Shared, rows, column, number, buffer) -> None:
     """Starts the copies of one step into its buffer. What lies past the weight's last row becomes zeros."""
     tiles, arrived = statics.tiles, shared.arrived.at[buffer]
     lines = pl.ds(number * statics.lines, statics.lines)
     plgpu.copy_gmem_to_smem(
         inputs.w.at[pl.ds(column * statics.blocks, statics.blocks), lines], shared.w.at[buffer], arrived
     )
-    rows, depth = pl.ds(row * tiles.rows, tiles.rows), pl.ds(number * tiles.depth, tiles.depth)
+    depth = pl.ds(number * tiles.depth, tiles.depth)
     plgpu.copy_gmem_to_smem(inputs.x.at[rows, depth], shared.x.at[buffer], arrived)
     if statics.group is not None:
         count = tiles.depth // statics.group
@@ -248,7 +270,7 @@ def _fetch(statics: _Statics, inputs: _Inputs, shared: _Shared, row, column, num
             plgpu.copy_gmem_to_smem(inputs.zeros.at[place], shared.zeros.at[buffer], arrived)
 
 
-def _multiply(statics: _Statics, shared: _Shared, buffer, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+def _add(statics: Statics, shared: Shared, buffer, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """The sums [64, rows of x] of each 64 columns, with one buffer's products more."""
     x_smem, w_smem, span = shared.x.at[buffer], shared.w.at[buffer], statics.span
     totals = list(totals)
@@ -282,12 +304,12 @@ def _multiply(statics: _Statics, shared: _Shared, buffer, totals: tuple[jax.Arra
     return tuple(totals)
 
 
-def _ones(statics: _Statics) -> jax.Array:
+def _ones(statics: Statics) -> jax.Array:
     """Of a product that sums rows of x."""
     return plgpu.layout_cast(jnp.ones((TILE, statics.span), statics.dtype), hopper.MATRIX)
 
 
-def _scales(statics: _Statics, shared: _Shared, buffer, block: int, i: int) -> tuple[jax.Array, jax.Array | None]:
+def _scales(statics: Statics, shared: Shared, buffer, block: int, i: int) -> tuple[jax.Array, jax.Array | None]:
     """(scales, zero points or None) of 64 columns in the i-th group of a buffer."""
     place = (buffer, i, pl.ds(block * TILE, TILE))
     scale, zero = (
@@ -302,19 +324,31 @@ def products(sums, terms) -> tuple[jax.Array, ...]:
     memory), which run while the next operand is widened. The interpreter knows neither `run_state` nor a product of
     what is in registers."""
 
-    def multiply(refs):
+    def issue(refs):
         for acc, pairs in zip(refs, terms, strict=True):
             for operand, x_smem in pairs:
                 plgpu.wgmma(acc, operand(), x_smem.T)
 
-    return tuple(pl.run_state(multiply)(tuple(plgpu.ACC.init(total) for total in sums)))
+    return tuple(pl.run_state(issue)(tuple(plgpu.ACC.init(total) for total in sums)))
 
 
-def _store(statics: _Statics, inputs: _Inputs, shared: _Shared, totals, part, row, column, out_ref) -> None:
+def _store(statics: Statics, inputs: Inputs, shared: Shared, part, row, column, out_ref, totals) -> None:
     tiles, (M, _, _) = statics.tiles, statics.shape
+    stage(statics, inputs, shared, column, totals)
+    out_ref = out_ref.at[part] if statics.num_parts > 1 else out_ref
+    columns = pl.ds(column * tiles.columns, tiles.columns)
+    if tiles.rows > M:
+        plgpu.copy_smem_to_gmem(shared.out.at[pl.ds(0, M)], out_ref.at[:, columns])
+    else:
+        plgpu.copy_smem_to_gmem(shared.out, out_ref.at[pl.ds(row * tiles.rows, tiles.rows), columns])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def stage(statics: Statics, inputs: Inputs, shared: Shared, column, totals) -> None:
+    """A block's outputs to its shared memory, from where copies may take them."""
     for block, total in enumerate(totals):
         if statics.num_parts == 1:
-            columns = pl.ds(column * tiles.columns + block * TILE, TILE)
+            columns = pl.ds(column * statics.tiles.columns + block * TILE, TILE)
             if statics.group is None:
                 scale = plgpu.load(inputs.scales.at[0, columns], layout=hopper.ROWS, optimized=False)
                 total = total * hopper.along(scale, total.shape, 0)
@@ -324,10 +358,3 @@ def _store(statics: _Statics, inputs: _Inputs, shared: _Shared, totals, part, ro
         place = shared.out.at[:, pl.ds(block * TILE, TILE)]
         place.T[...] = plgpu.layout_cast(total.astype(shared.out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
     plgpu.commit_smem()
-    out_ref = out_ref.at[part] if statics.num_parts > 1 else out_ref
-    columns = pl.ds(column * tiles.columns, tiles.columns)
-    if tiles.rows > M:
-        plgpu.copy_smem_to_gmem(shared.out.at[pl.ds(0, M)], out_ref.at[:, columns])
-    else:
-        plgpu.copy_smem_to_gmem(shared.out, out_ref.at[pl.ds(row * tiles.rows, tiles.rows), columns])
-    plgpu.wait_smem_to_gmem(0)
