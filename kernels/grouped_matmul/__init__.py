@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from kernels.debug import check_group_sizes
 from kernels.grouped_matmul import batched, loop, ragged_dot, reference, tiles, tpu_tiles
 from kernels.target import Target, default_target
 
@@ -83,13 +84,14 @@ def grouped_matmul(
 
     Args:
       x_MK, w_EKN: one dtype: bfloat16, float16 or float32.
-      group_sizes_E: int32 [E], none negative, with a sum of at most M (not checked: the values are data).
+      group_sizes_E: int32 [E], none negative, with a sum of at most M (checked in debug mode: see `kernels.debug`).
       impl: "auto" chooses for `target`, as `choose` does; a named one that can't run raises.
       target: device kind; None for the default device. Read only where `impl` depends on it.
 
     Raises ValueError for shapes or dtypes that disagree and for an `impl` that is unknown or can't run.
     """
     case = _case(x_MK, w_EKN, group_sizes_E)
+    check_group_sizes("grouped_matmul", group_sizes_E, case.num_rows)
     if impl in ("auto", "pallas", "pallas_fused"):
         target = default_target() if target is None else target
     impl, _ = choose(impl, case, target)

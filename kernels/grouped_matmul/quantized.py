@@ -8,7 +8,8 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from kernels.grouped_matmul import grouped_matmul, reference, scaled_tiles, tpu_scaled_tiles
+from kernels.debug import check_group_sizes
+from kernels.grouped_matmul import grouped_matmul, reference, scaled_tiles, tpu_scaled_tiles, weight_only_tiles
 from kernels.quantized_matmul import Activation, QuantizedCase
 from kernels.target import Target, default_target
 from quantization.qarray import QArray, quantize
@@ -31,7 +32,9 @@ def supports(impl: Impl, case: QuantizedGroupedCase, target: Target) -> str | No
         case "reference" | "widened":
             return None
         case "pallas":
-            return (tpu_scaled_tiles if target.platform == "tpu" else scaled_tiles).unsupported(case, target)
+            if target.platform == "tpu":
+                return tpu_scaled_tiles.unsupported(case, target)
+            return (weight_only_tiles if case.weight_only else scaled_tiles).unsupported(case, target)
         case _:
             raise ValueError(
                 f"quantized_grouped_matmul impl={impl!r} is unknown; choose one of {', '.join(get_args(Impl))}"
@@ -72,8 +75,9 @@ def quantized_grouped_matmul(
 
     Args:
       x: [M, K] bfloat16, float16 or float32; or a QArray [M, K] in rows.
-      w: [E, K, N], scales of blocks of one expert each. In columns, blocks of (1, K, 1) or (1, 128, 128), for "pallas".
-      group_sizes: int32 [E], none negative, with a sum of at most M (not checked: the values are data).
+      w: [E, K, N], scales of blocks of one expert each. For "pallas" on Hopper in columns, blocks of (1, K, 1) or
+        (1, 128, 128), or weight-only in fragments, blocks of (1, K, 1) or (1, 32 or 64 or 128, 1).
+      group_sizes: int32 [E], none negative, with a sum of at most M (checked in debug mode: see `kernels.debug`).
       activation: what a float x is quantised to on the way; None multiplies it as it is (weight-only).
       activation_block: elements of x along M and K that share a scale, as in `quantize`.
       out_dtype: bfloat16, float16 or float32; x's where None, and bfloat16 for a QArray x.
@@ -83,6 +87,7 @@ def quantized_grouped_matmul(
     Raises ValueError for shapes or dtypes that disagree and for an `impl` that is unknown or can't run.
     """
     _check(x, w, group_sizes, activation)
+    check_group_sizes("quantized_grouped_matmul", group_sizes, x.shape[0])
     if activation is not None:
         with jax.named_scope("quantize_activation"):
             x = quantize(x, activation, activation_block)
@@ -104,6 +109,8 @@ def quantized_grouped_matmul(
         # Not at import: Pallas's modules take half a second.
         if target.platform == "tpu":
             from kernels.grouped_matmul import tpu_scaled as kernel
+        elif case.weight_only:
+            from kernels.grouped_matmul import gpu_weight_only as kernel
         else:
             from kernels.grouped_matmul import gpu_scaled as kernel
         return kernel.product(x, w, group_sizes, out_dtype)

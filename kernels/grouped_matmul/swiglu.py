@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from kernels.debug import check_group_sizes
 from kernels.grouped_matmul import GroupedCase, Impl, choose, grouped_matmul
 from kernels.grouped_matmul.tiles import ROW_ALIGNMENT
 from kernels.target import Target, default_target
@@ -34,6 +35,7 @@ def grouped_swiglu(
     Raises ValueError for shapes or dtypes that disagree and for an `impl` that is unknown or can't run.
     """
     case = _case(x_MD, gate_EDF, up_EDF, down_EFD, group_sizes_E)
+    check_group_sizes("grouped_swiglu", group_sizes_E, case.num_rows)
     target = default_target() if target is None else target
     impl, _ = choose(impl, case, target)
     if impl == "pallas_fused" and case.num_rows:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels.debug import check_pages, check_written_pages
 from kernels.paged_attention import reference, tiles, xla
 from kernels.paged_attention.quantize import LARGEST, quantize_heads
 from kernels.target import Target, default_target
@@ -114,17 +115,23 @@ def paged_attention(
       target: device kind; None for the default device. Read only where `impl` is "auto" or "pallas".
 
     Returns out_BTNH in q's dtype. Raises ValueError for shapes or dtypes that disagree, for an unknown `impl` and for
-    one that can't run.
+    one that can't run; in debug mode (`kernels.debug`) for lengths and pages that are not there.
     """
     _check(q_BTNH, k_pages_PSKH, v_pages_PSKH, page_table_BM, lengths_B, k_scale, v_scale)
-    case = case_of(q_BTNH, k_pages_PSKH, page_table_BM)
-    if impl not in ("reference", "xla"):
-        impl, _ = choose(impl, default_target() if target is None else target, case)
+    check_pages("paged_attention", page_table_BM, lengths_B, *k_pages_PSKH.shape[:2])
     if starts_B is None:
         starts_B = lengths_B - q_BTNH.shape[1]
     operands = (q_BTNH, k_pages_PSKH, v_pages_PSKH, page_table_BM, lengths_B, starts_B)
     statics = {"scale": scale, "window": window, "soft_cap": soft_cap, "sinks": sinks}
-    scales = {"k_scale": k_scale, "v_scale": v_scale}
+    return _attend(operands, statics, {"k_scale": k_scale, "v_scale": v_scale}, impl, target)
+
+
+def _attend(operands, statics, scales, impl: Impl, target: Target | None) -> jax.Array:
+    """`operands` are those of the implementations, from q to starts."""
+    q_BTNH, k_pages_PSKH, _, page_table_BM, *_ = operands
+    case = case_of(q_BTNH, k_pages_PSKH, page_table_BM)
+    if impl not in ("reference", "xla"):
+        impl, _ = choose(impl, default_target() if target is None else target, case)
     with jax.named_scope("paged_attention"):
         match impl:
             case "reference":
@@ -147,7 +154,7 @@ def paged_attention(
             case _:
                 from kernels.paged_attention import narrow, prefill, widen
 
-                wide = widen.widened_pages(*operands[:5], k_scale, v_scale)
+                wide = widen.widened_pages(*operands[:5], **scales)
                 chosen = tiles.choose_prefill_tiles(case)
                 return narrow.join(prefill.paged_attention(*wide, *operands[4:], **statics, tiles=chosen))
 
@@ -175,17 +182,20 @@ def extend_pages(
     v_scale where pages are quantised.
 
     One launch does both where a row has one token and the kernel for few queries runs: row b has starts[b] + counts[b]
-    keys then, with counts[b] 0 or 1. Arguments, the default of `impl` and errors are those of the two.
+    keys then, with counts[b] 0 or 1. Arguments, the default of `impl` and errors are those of the two; what debug mode
+    says of lengths and pages, it says of rows with a count above 0.
     """
+    lengths_B = starts_B + counts_B
+    _check(q_BTNH, k_pages_PSKH, v_pages_PSKH, page_table_BM, lengths_B, k_scale, v_scale)
+    sizes = (k_BTKH.shape[1], *k_pages_PSKH.shape[:2])
+    check_written_pages("extend_pages", page_table_BM, starts_B, counts_B, *sizes, read=True)
     case = case_of(q_BTNH, k_pages_PSKH, page_table_BM)
     if impl not in ("reference", "xla"):
         target = default_target() if target is None else target
         impl, _ = choose(impl, target, case)
     statics = {"scale": scale, "window": window, "soft_cap": soft_cap, "sinks": sinks}
-    lengths_B = starts_B + counts_B
     scales = {"k_scale": k_scale, "v_scale": v_scale}
     if impl == "pallas" and case.num_tokens == 1 and tiles.few_queries(case):
-        _check(q_BTNH, k_pages_PSKH, v_pages_PSKH, page_table_BM, lengths_B, k_scale, v_scale)
         operands = (q_BTNH, k_pages_PSKH, v_pages_PSKH, page_table_BM, lengths_B, starts_B)
         statics["tiles"] = tiles.choose_tiles(case)
         with jax.named_scope("paged_attention"):
@@ -197,10 +207,10 @@ def extend_pages(
 
             new = (k_BTKH.astype(k_pages_PSKH.dtype), v_BTKH.astype(v_pages_PSKH.dtype))
             return gpu.paged_attention(*operands, **statics, new=new)
-    pages = write_pages(k_pages_PSKH, v_pages_PSKH, k_BTKH, v_BTKH, page_table_BM, starts_B, counts_B, **scales)
-    statics |= {"starts_B": starts_B, "impl": impl, "target": target}
-    statics |= dict(zip(scales, pages[2:], strict=False))
-    return paged_attention(q_BTNH, *pages[:2], page_table_BM, lengths_B, **statics), *pages
+    pages = _write(k_pages_PSKH, v_pages_PSKH, k_BTKH, v_BTKH, page_table_BM, starts_B, counts_B, **scales)
+    scales |= dict(zip(scales, pages[2:], strict=False))
+    operands = (q_BTNH, *pages[:2], page_table_BM, lengths_B, starts_B)
+    return _attend(operands, statics, scales, impl, target), *pages
 
 
 def case_of(q_BTNH: jax.Array, k_pages_PSKH: jax.Array, page_table_BM: jax.Array) -> PagedAttentionCase:
@@ -266,9 +276,18 @@ def write_pages(
 
     Pages of int8 or float8_e4m3fn get codes, and their scales float32 [P, K, S] come after them: `quantize_heads`.
     Page 0 is no row's: what is left out may be written there. Rows must not write to one place. In place where the
-    pages are donated, or carried by a loop. Raises ValueError for scales that are missing, or not of such pages.
+    pages are donated, or carried by a loop. Raises ValueError for scales that are missing, or not of such pages; in
+    debug mode (`kernels.debug`) for counts, positions and pages that are not there.
     """
     _check_scales("write_pages", k_pages_PSKH, v_pages_PSKH, k_scale, v_scale)
+    sizes = (k_BTKH.shape[1], *k_pages_PSKH.shape[:2])
+    check_written_pages("write_pages", page_table_BM, starts_B, counts_B, *sizes)
+    new = (k_BTKH, v_BTKH, page_table_BM, starts_B, counts_B)
+    return _write(k_pages_PSKH, v_pages_PSKH, *new, k_scale, v_scale)
+
+
+def _write(k_pages_PSKH, v_pages_PSKH, k_BTKH, v_BTKH, page_table_BM, starts_B, counts_B, k_scale, v_scale):
+    """As `write_pages`, unchecked."""
     place = _place_rows if k_BTKH.shape[0] * k_BTKH.shape[1] > 1 else _place_one
     with jax.named_scope("write_pages"):
         pages, scales = [], []
