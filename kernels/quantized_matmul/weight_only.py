@@ -334,7 +334,7 @@ def products(sums, terms) -> tuple[jax.Array, ...]:
 
 def _store(statics: Statics, inputs: Inputs, shared: Shared, part, row, column, out_ref, totals) -> None:
     tiles, (M, _, _) = statics.tiles, statics.shape
-    stage(statics, inputs, shared, column, totals)
+    stage(shared, scaled(statics, inputs, column, totals))
     out_ref = out_ref.at[part] if statics.num_parts > 1 else out_ref
     columns = pl.ds(column * tiles.columns, tiles.columns)
     if tiles.rows > M:
@@ -344,17 +344,26 @@ def _store(statics: Statics, inputs: Inputs, shared: Shared, part, row, column, 
     plgpu.wait_smem_to_gmem(0)
 
 
-def stage(statics: Statics, inputs: Inputs, shared: Shared, column, totals) -> None:
-    """A block's outputs to its shared memory, from where copies may take them."""
+def scaled(statics: Statics, inputs: Inputs, column, totals) -> list[jax.Array]:
+    """Sums with what multiplies, or is added to, whole columns of the weight."""
+    if statics.num_parts > 1:
+        return list(totals)
+    results = []
     for block, total in enumerate(totals):
-        if statics.num_parts == 1:
-            columns = pl.ds(column * statics.tiles.columns + block * TILE, TILE)
-            if statics.group is None:
-                scale = plgpu.load(inputs.scales.at[0, columns], layout=hopper.ROWS, optimized=False)
-                total = total * hopper.along(scale, total.shape, 0)
-            if statics.bias:
-                bias = plgpu.load(inputs.bias.at[columns], layout=hopper.ROWS, optimized=False)
-                total = total + hopper.along(bias.astype(jnp.float32), total.shape, 0)
+        columns = pl.ds(column * statics.tiles.columns + block * TILE, TILE)
+        if statics.group is None:
+            scale = plgpu.load(inputs.scales.at[0, columns], layout=hopper.ROWS, optimized=False)
+            total = total * hopper.along(scale, total.shape, 0)
+        if statics.bias:
+            bias = plgpu.load(inputs.bias.at[columns], layout=hopper.ROWS, optimized=False)
+            total = total + hopper.along(bias.astype(jnp.float32), total.shape, 0)
+        results.append(total)
+    return results
+
+
+def stage(shared: Shared, outputs) -> None:
+    """Outputs [64, rows] of each 64 columns to shared memory [rows, columns], rounded, from where copies take them."""
+    for block, values in enumerate(outputs):
         place = shared.out.at[:, pl.ds(block * TILE, TILE)]
-        place.T[...] = plgpu.layout_cast(total.astype(shared.out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+        place.T[...] = plgpu.layout_cast(values.astype(shared.out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
     plgpu.commit_smem()

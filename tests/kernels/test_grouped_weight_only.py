@@ -1,0 +1,189 @@
+"""Grouped products with weights of few bits on Hopper: the kernel in Pallas's interpreter, and what it takes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.grouped_matmul.quantized import QuantizedGroupedCase
+from kernels.grouped_matmul.weight_only_tiles import choose_tiles, max_visits
+from kernels.hopper_chip import SHARED_BYTES
+from kernels.quantized_matmul.weight_only_tiles import Tiles, shared_bytes
+from kernels.target import Target
+from quantization.qarray import QArray, quantize, to_fragments
+
+H100 = Target("gpu", (9, 0))
+# mixtral's experts, two rows each.
+CASE = QuantizedGroupedCase("bfloat16", "int4", 16, 4096, 14336, None, (128, 1), "fragments", num_groups=8)
+
+
+def weight(shape, dtype, group, asymmetric=False, seed=0) -> QArray:
+    """Random values in rows."""
+    w = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    return quantize(jnp.asarray(w), dtype, (1, group, 1), asymmetric=asymmetric)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """The kernel's module, with what the interpreter lacks put plainly: products of registers, and their widening."""
+    if jax.__version_info__ < (0, 11):
+        pytest.skip(f"JAX {jax.__version__} can't interpret casts of layouts; 0.11 can")
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    from kernels.grouped_matmul import gpu_weight_only
+    from kernels.quantized_matmul import weight_only
+
+    def fragment(w_smem, block, start, size, *, w_dtype, dtype):
+        tiles = w_smem[block].reshape(1, -1, 512 if w_dtype == jnp.int4 else 4096)
+        whole = QArray(tiles, jnp.ones((1, 64)), layout="fragments")
+        return whole.dequantize(dtype).T[:, start : start + size]
+
+    def products(sums, terms):
+        results = []
+        for total, pairs in zip(sums, terms, strict=True):
+            for operand, x_smem in pairs:
+                wide = operand().astype(jnp.float32), x_smem[...].T.astype(jnp.float32)
+                total = total + jnp.dot(*wide, precision="highest")
+            results.append(total)
+        # The interpreter asks it between a read into registers and the next copy to that place.
+        plgpu.commit_smem()
+        return tuple(results)
+
+    monkeypatch.setattr(weight_only, "fragment", fragment)
+    monkeypatch.setattr(weight_only, "products", products)
+    return gpu_weight_only
+
+
+def interpreted(kernel, x, w, sizes, out_dtype, tiles):
+    """The kernel's product on the CPU, with its races looked for."""
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    # Private, and what the interpreter's own documentation points to.
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    how = {"out_dtype": jnp.dtype(out_dtype), "tiles": tiles, "interpret": plgpu.InterpretGPUParams(detect_races=True)}
+    y = kernel.tiled_product(x, w, jnp.asarray(sizes, jnp.int32), **how)
+    assert y.dtype == out_dtype and not gpu_callbacks.get_races().races_found
+    return y
+
+
+def by_loop(x, w, sizes) -> tuple[np.ndarray, np.ndarray]:
+    """float64 [M, N] of what these stand for, and the sums of the magnitudes."""
+    x, w = (np.asarray(a, np.float64) for a in (x, w))
+    y, magnitude, start = np.zeros((x.shape[0], w.shape[2])), np.zeros((x.shape[0], w.shape[2])), 0
+    for group, size in enumerate(sizes):
+        rows = slice(start, start + size)
+        y[rows], magnitude[rows] = x[rows] @ w[group], np.abs(x[rows]) @ np.abs(w[group])
+        start += size
+    return y, magnitude
+
+
+# Ways through the kernel, with groups that begin and end anywhere: sizes, M, K, N, weight, group, zero points, dtype,
+# tiles.
+CASES = {
+    "int4, a row or two, empty groups": (
+        (2, 0, 1, 0, 3),
+        6,
+        256,
+        128,
+        "int4",
+        128,
+        False,
+        "bfloat16",
+        Tiles(128, 128, 2, 1, 8),
+    ),
+    "int4, groups of 32, zero points": ((7, 4), 13, 128, 64, "int4", 32, True, "float16", Tiles(64, 128, 2, 1, 16)),
+    "int4, groups of 64, rows of none": ((3, 9), 30, 192, 64, "int4", 64, False, "bfloat16", Tiles(64, 64, 3, 1, 16)),
+    "int8, more rows than a tile": (
+        (29, 0, 12),
+        41,
+        192,
+        128,
+        "int8",
+        None,
+        False,
+        "float16",
+        Tiles(64, 128, 2, 1, 16),
+    ),
+    "int8, warpgroups": ((0, 5, 6), 24, 448, 64, "int8", None, False, "bfloat16", Tiles(64, 64, 2, 1, 8, 2)),
+    "fp8, one group": ((20,), 20, 128, 64, "float8_e4m3fn", None, False, "bfloat16", Tiles(64, 128, 2, 1, 24)),
+    "fp8, all rows in one group": (
+        (0, 0, 17, 0),
+        17,
+        128,
+        64,
+        "float8_e4m3fn",
+        128,
+        False,
+        "bfloat16",
+        Tiles(64, 128, 2, 1, 8),
+    ),
+    "int8, no rows": ((0, 0), 9, 64, 64, "int8", None, False, "bfloat16", Tiles(64, 64, 2, 1, 8, 2)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_error_is_within_rounding(kernel, name):
+    sizes, M, K, N, w_dtype, group, asymmetric, dtype, tiles = CASES[name]
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(M, K)), dtype)
+    w = weight((len(sizes), K, N), w_dtype, group, asymmetric)
+    # Rows of no group may hold anything.
+    y = interpreted(kernel, x.at[sum(sizes) :].set(jnp.nan), to_fragments(w), sizes, dtype, tiles)
+    with jax.enable_x64(True):
+        exact, magnitude = by_loop(x, w.dequantize(jnp.float64), sizes)
+    # One rounding of the result, and float32's of K products and their groups.
+    bound = np.abs(exact) * jnp.finfo(dtype).eps / 2 + 2e-6 * (magnitude + 1)
+    assert (np.abs(np.asarray(y, np.float64) - exact) <= bound).all()
+    np.testing.assert_array_equal(np.asarray(y[sum(sizes) :], np.float32), 0)
+
+
+def test_only_what_meets_a_nan_becomes_one(kernel):
+    """A row of x beside other groups' rows in a stretch, and a group's column by its scale and by an element."""
+    sizes = (3, 4, 2)
+    x = jnp.zeros((9, 64), jnp.bfloat16).at[1].set(1).at[2, 5].set(jnp.nan)
+    w = weight((3, 64, 64), "float8_e4m3fn", 64)
+    w = dataclasses.replace(w, values=w.values.at[1, 7, 3].set(jnp.nan), scales=w.scales.at[1, 0, 40].set(jnp.nan))
+    y = np.asarray(interpreted(kernel, x, to_fragments(w), sizes, "bfloat16", Tiles(64, 64, 2, 1, 8)), np.float32)
+    columns = np.isin(np.arange(64), (3, 40))
+    assert np.isnan(y[2]).all() and np.isfinite(y[[0, 1, 7, 8]]).all()
+    assert (np.isnan(y[3:7]) == columns).all() and (y[3:7, ~columns] == 0).all() and (y[[0, 7, 8]] == 0).all()
+
+
+def visits(sizes, num_rows: int, length: int) -> int:
+    """Stretches of `length` rows from an aligned one on, of groups and of what is left."""
+    count, begin = 0, 0
+    for size in (*sizes, num_rows - sum(sizes)):
+        count += -(-(begin % 8 + size) // length) if size else 0
+        begin += size
+    return count
+
+
+@pytest.mark.parametrize("num_groups", [1, 3, 9])
+@pytest.mark.parametrize("length", [8, 24, 64])
+def test_there_are_as_many_visits_as_any_sizes_need(num_groups, length):
+    rng, most = np.random.default_rng(0), {}
+    for num_rows in (1, 2, 7, 8, 9, 20, 64, 129):
+        for _ in range(200):
+            marks = np.sort(rng.integers(0, num_rows + 1, num_groups))
+            sizes = np.diff(marks, prepend=0)
+            most[num_rows] = max(most.get(num_rows, 0), visits(sizes, num_rows, length))
+        assert most[num_rows] <= max_visits(num_rows, num_groups, length)
+    # No more than needed, where a few rows are all in stretches of their own.
+    assert most[1] == max_visits(1, num_groups, length) == 1 and most[2] == max_visits(2, num_groups, length) == 2
+
+
+@pytest.mark.parametrize("w_dtype, group", [("int4", 32), ("int4", 128), ("int8", None), ("float8_e4m3fn", None)])
+@pytest.mark.parametrize("num_rows", [1, 16, 128, 4096])
+@pytest.mark.parametrize("shape", [(4096, 14336), (14336, 4096), (1024, 3584), (64 * 3, 64 * 5)])
+def test_chosen_tiles_fit(w_dtype, group, num_rows, shape):
+    in_dim, out_dim = shape
+    group = in_dim if group is None or in_dim % group else group
+    case = dataclasses.replace(
+        CASE, w_dtype=w_dtype, num_rows=num_rows, in_dim=in_dim, out_dim=out_dim, w_block=(group, 1)
+    )
+    tiles = choose_tiles(case)
+    assert shared_bytes(case, tiles) <= SHARED_BYTES
+    assert out_dim % tiles.columns == 0 and tiles.rows % 8 == 0 and tiles.num_parts == 1
+    assert group == in_dim or tiles.depth % group == 0
