@@ -71,7 +71,7 @@ def quantized_grouped_matmul(
     """y [M, N]: the first group_sizes[0] rows of x are multiplied by w[0], the next group_sizes[1] by w[1], and so on.
 
     Sums are float32 (int8 times int8: int32), and the result is rounded once. Rows past the sum of the group sizes
-    give zeros. Groups may be empty. There is no gradient.
+    give zeros. Groups may be empty. "pallas" has no gradient.
 
     Args:
       x: [M, K] bfloat16, float16 or float32; or a QArray [M, K] in rows.
@@ -84,7 +84,8 @@ def quantized_grouped_matmul(
       impl: "auto" chooses for `target`, as `choose` does; "widened" multiplies dequantised weights (and rows).
       target: device kind; None for the default device.
 
-    Raises ValueError for shapes or dtypes that disagree and for an `impl` that is unknown or can't run.
+    Raises ValueError for shapes or dtypes that disagree, for an `impl` that is unknown or can't run, and for "pallas"
+    where it is differentiated.
     """
     _check(x, w, group_sizes, activation)
     check_group_sizes("quantized_grouped_matmul", group_sizes, x.shape[0])
@@ -113,7 +114,17 @@ def quantized_grouped_matmul(
             from kernels.grouped_matmul import gpu_weight_only as kernel
         else:
             from kernels.grouped_matmul import gpu_scaled as kernel
-        return kernel.product(x, w, group_sizes, out_dtype)
+        return kernel.product(*_without_gradient((x, w)), group_sizes, out_dtype)
+
+
+@jax.custom_jvp
+def _without_gradient(operands):
+    return operands
+
+
+@_without_gradient.defjvp
+def _refuse(primals, tangents):
+    raise ValueError("quantized_grouped_matmul impl='pallas' has no gradient; set the impl to 'widened'")
 
 
 def _check(x, w, group_sizes, activation) -> None:

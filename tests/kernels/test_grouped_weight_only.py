@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.grouped_matmul.quantized import QuantizedGroupedCase
+from kernels.grouped_matmul.quantized import QuantizedGroupedCase, choose, quantized_grouped_matmul, supports
 from kernels.grouped_matmul.weight_only_tiles import choose_tiles, max_visits
 from kernels.hopper_chip import SHARED_BYTES
 from kernels.quantized_matmul.weight_only_tiles import Tiles, shared_bytes
@@ -187,3 +187,42 @@ def test_chosen_tiles_fit(w_dtype, group, num_rows, shape):
     assert shared_bytes(case, tiles) <= SHARED_BYTES
     assert out_dim % tiles.columns == 0 and tiles.rows % 8 == 0 and tiles.num_parts == 1
     assert group == in_dim or tiles.depth % group == 0
+
+
+def test_what_is_supported():
+    def reason(**changes):
+        return supports("pallas", dataclasses.replace(CASE, **changes), H100)
+
+    if jax.__version_info__ < (0, 11):
+        assert "needs JAX 0.11" in reason()
+        return
+    assert reason() is None and reason(w_dtype="int8", w_block=(4096, 1)) is None and reason(zero_points=True) is None
+    assert "compute capability 9.0" in supports("pallas", CASE, Target("gpu", (10, 0)))
+    assert "bfloat16 or float16, not float32" in reason(x_dtype="float32")
+    assert "to_fragments" in reason(w_layout="rows")
+    assert "1 to 1024 groups, not 2000" in reason(num_groups=2000)
+    assert "multiples of 64, not K 4096 and N 100" in reason(out_dim=100)
+    with pytest.raises(ValueError, match=r"fragments.*set the quantized_grouped_matmul impl"):
+        choose("pallas", dataclasses.replace(CASE, w_layout="rows"), H100)
+    assert choose("auto", CASE, H100)[0] == "widened"
+
+
+@pytest.mark.parametrize("impl", ["reference", "widened"])
+def test_other_implementations_take_fragments(impl):
+    w, x = weight((3, 128, 64), "int4", 32), jax.random.normal(jax.random.key(0), (20, 128), jnp.float32)
+    sizes = jnp.asarray((9, 0, 6), jnp.int32)
+    actual, expected = (
+        quantized_grouped_matmul(x, one, sizes, impl=impl, target=Target("cpu")) for one in (to_fragments(w), w)
+    )
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11, and says that first")
+def test_a_gradient_is_refused():
+    w, sizes = to_fragments(weight((2, 64, 64), "int8", None)), jnp.asarray((2, 2), jnp.int32)
+
+    def total(x):
+        return quantized_grouped_matmul(x, w, sizes, impl="pallas", target=H100).sum()
+
+    with pytest.raises(ValueError, match="has no gradient; set the impl to 'widened'"):
+        jax.make_jaxpr(jax.grad(total))(jnp.ones((4, 64), jnp.bfloat16))
