@@ -16,6 +16,7 @@ from model.execution import Execution
 from model.layers import RMSNorm, project, residual_stddev
 from model.parameter import Creator, normal, zeros
 from model.rope import Rotation, rotate
+from model.rounded import Activations, rows_format
 from parallel.sharding import constrain, map_shards
 
 
@@ -45,16 +46,21 @@ class Attention(nnx.Module):
         self.key_norm = RMSNorm(H, config, create.scope("key_norm")) if config.qk_norm else None
         self.sinks = create("sinks", (N,), ("heads",), zeros) if config.attention_sinks else None
 
+    @property
+    def rows_format(self) -> str | None:
+        """Dtype that what is read may be quantised to already."""
+        return rows_format(self.qkv if self.joined else self.query)
+
     @jax.named_scope("attention")
     def __call__(
-        self, x_BTD: jax.Array, rotation: Rotation, segments_BT: jax.Array | None, execution: Execution
+        self, x_BTD: Activations, rotation: Rotation, segments_BT: jax.Array | None, execution: Execution
     ) -> jax.Array:
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, rotation, execution)
         return self._output(self._attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, execution), execution)
 
     @jax.named_scope("attention")
     def extend(
-        self, x_BTD: jax.Array, rotation: Rotation, pages: LayerPages, rows: PagedRows, execution: Execution
+        self, x_BTD: Activations, rotation: Rotation, pages: LayerPages, rows: PagedRows, execution: Execution
     ) -> tuple[jax.Array, LayerPages]:
         """As a call, for tokens that follow those in `pages`; and the pages with their keys and values."""
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, rotation, execution)
@@ -63,7 +69,7 @@ class Attention(nnx.Module):
         o_BTNH, pages = self._attend_pages(q_BTNH, k_BTKH, v_BTKH, pages, rows, execution)
         return self._output(o_BTNH, execution, flat=True), pages
 
-    def _project(self, x_BTD: jax.Array, rotation: Rotation, execution: Execution) -> tuple[jax.Array, ...]:
+    def _project(self, x_BTD: Activations, rotation: Rotation, execution: Execution) -> tuple[jax.Array, ...]:
         """Queries, keys and values, normed and rotated."""
         if self.joined:
             N, K = self.config.num_heads, self.config.num_kv_heads
@@ -79,7 +85,7 @@ class Attention(nnx.Module):
         heads = ("batch", "sequence", "act_heads", None)
         return tuple(constrain(x, execution.placement, *heads) for x in (q_BTNH, k_BTKH, v_BTKH))
 
-    def _heads(self, x_BTD: jax.Array, kernel: nnx.Param, bias: nnx.Param | None, execution: Execution) -> jax.Array:
+    def _heads(self, x_BTD: Activations, kernel: nnx.Param, bias: nnx.Param | None, execution: Execution) -> jax.Array:
         """[B, T, heads, H]."""
         y = project("btd,dnh->btnh", x_BTD, kernel, bias, execution)
         return y.reshape(*x_BTD.shape[:2], -1, self.config.head_dim)

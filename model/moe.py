@@ -162,7 +162,9 @@ class Experts(nnx.Module):
 
         def product(rows, kernel):
             if isinstance(kernel, QArray):
-                rounded = {"activation": kernel.dtype.name, "impl": "pallas", "target": execution.target}
+                # In fragments for rows as they are: see `Storage.settle`.
+                activation = None if kernel.layout == "fragments" else kernel.dtype.name
+                rounded = {"activation": activation, "impl": "pallas", "target": execution.target}
                 return quantized_grouped_matmul(rows, kernel, group_sizes, **rounded)
             return grouped_matmul(rows, kernel, group_sizes, **how)
 
@@ -240,6 +242,11 @@ class MoE(nnx.Module):
         self.experts = Experts(config, create.scope("experts"))
         width = config.moe.shared_mlp_dim
         self.shared = MLP(width, config, create.scope("shared")) if width else None
+
+    @property
+    def rows_format(self) -> None:
+        """None: the router reads what comes as it is, in float32."""
+        return None
 
     @jax.named_scope("moe")
     def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, execution: Execution) -> tuple[jax.Array, MoEMetrics]:

@@ -24,6 +24,7 @@ from kernels.quantized_matmul.training import fp8_matmul
 from kernels.target import Target
 from model.execution import Execution
 from model.parameter import Logical, matrix_axes, split_copies
+from model.rounded import Activations, Rounded, flat_rows
 from parallel.sharding import Placement, map_shards
 from quantization.qarray import TILE, Layout, QArray, quantize, to_fragments
 from quantization.rules import Format, Part
@@ -63,20 +64,23 @@ class Storage:
         experts are multiplied by grouped products, not by slots of a capacity."""
         if part != "experts":
             return format, self._layout(format, shape)
-        if grouped and format.activation is not None and self.impl in ("auto", "pallas"):
+        # The TPU kernel of rows as they are takes no groups.
+        known = format.activation is not None or self.target.platform != "tpu"
+        if grouped and known and self.impl in ("auto", "pallas"):
+            layout = "fragments" if format.activation is None else "columns"
             case = QuantizedGroupedCase(
-                x_dtype=format.activation,
+                x_dtype=format.activation or "bfloat16",
                 w_dtype=format.values,
                 num_rows=1,
                 num_groups=1,
                 in_dim=shape[0],
                 out_dim=shape[1],
-                x_block=(1, shape[0]),
-                w_block=(shape[0], 1),
-                w_layout="columns",
+                x_block=None if format.activation is None else (1, shape[0]),
+                w_block=(format.group or shape[0], 1),
+                w_layout=layout,
             )
             if choose_grouped(self.impl, case, self.target)[0] == "pallas":
-                return format, "columns"
+                return format, layout
         # Dequantised before a product of rows as they are.
         return dataclasses.replace(format, activation=None), "rows"
 
@@ -113,6 +117,11 @@ class Matrix(NamedTuple):
     @property
     def is_of_experts(self) -> bool:
         return "/experts/" in self.name
+
+    @property
+    def is_dequantized(self) -> bool:
+        """Whether it is dequantised at each call, since no product takes it as it is held: see `Storage.settle`."""
+        return self.is_of_experts and self.value.layout == "rows"
 
     def case(self, num_rows: int, dtype: str, placement: Placement) -> QuantizedCase:
         """One device's product of `num_rows` rows of `dtype` with its part of the matrix."""
@@ -243,9 +252,9 @@ def whole(kernel: nnx.Param, dtype) -> jax.Array:
 
 
 def grouped_operand(kernel: nnx.Param, dtype) -> jax.Array | QArray:
-    """Experts' kernels as their grouped product takes them: quantised where it rounds its rows too, else whole."""
-    format = kernel.get_metadata("format")
-    return whole(kernel, dtype) if format is None or format.activation is None else kernel.get_value()
+    """Experts' kernels as their grouped product takes them: as they are held where that is for one, else whole."""
+    value = kernel.get_value()
+    return value if isinstance(value, QArray) and value.layout != "rows" else whole(kernel, dtype)
 
 
 def multiply_rounded(x: jax.Array, weight: jax.Array, inputs: int, execution: Execution) -> jax.Array:
@@ -261,12 +270,12 @@ def multiply_rounded(x: jax.Array, weight: jax.Array, inputs: int, execution: Ex
 
 
 def multiply(
-    x: jax.Array, kernel: nnx.Param, bias: jax.Array | None, execution: Execution, out_dtype=None
+    x: Activations, kernel: nnx.Param, bias: jax.Array | None, execution: Execution, out_dtype=None
 ) -> jax.Array:
     """x [B, T, K] times the matrix of a parameter that is held quantised: [B, T, N] in `out_dtype`, x's where None.
 
-    Sharded, each device multiplies its part of the matrix. Where K is split it quantises its part of x with scales of
-    its own, and the parts are summed in float32.
+    Sharded, each device multiplies its part of the matrix. Where K is split x has scales for each device's part of a
+    row, and the parts are summed in float32.
     """
     format, logical = kernel.get_metadata("format"), kernel.get_metadata("logical")
     placement = execution.placement
@@ -274,24 +283,29 @@ def multiply(
     inputs, outputs = (_ACTIVATIONS[axis] for axis in _matrix_logical(logical))
     split = () if placement is None else placement.axes(inputs)
 
+    rounded = isinstance(x, Rounded)
+    assert not rounded or x.quantized.dtype == format.activation, f"rows of {x.quantized.dtype} for {format}"
+
     def local(x, w, bias):
         y = quantized_matmul(
-            x,
+            flat_rows(x) if rounded else x,
             w,
-            activation=format.activation,
+            activation=None if rounded else format.activation,
             bias=None if split else bias,
             out_dtype=jnp.float32 if split else out_dtype,
             impl=execution.quantized_matmul,
             target=execution.target,
         )
+        y = y.reshape(*x.shape[:-1], y.shape[-1])
         if not split:
             return y
         y = jax.lax.psum(y, split)
         return (y if bias is None else y + bias.astype(jnp.float32)).astype(out_dtype)
 
     rows = ("batch", "sequence")
-    run = map_shards(local, placement, ((*rows, inputs), logical, (outputs,)), (*rows, outputs))
-    return run(x, kernel.get_value(), None if bias is None else bias.reshape(-1))
+    given = QArray((*rows, inputs), (*rows, inputs)) if rounded else (*rows, inputs)
+    run = map_shards(local, placement, (given, logical, (outputs,)), (*rows, outputs))
+    return run(x.quantized if rounded else x, kernel.get_value(), None if bias is None else bias.reshape(-1))
 
 
 def _matrix_logical(logical: QArray) -> Logical:

@@ -12,8 +12,11 @@ from kernels import grouped_matmul as grouped_op
 from kernels import paged_attention as paged_op
 from kernels import quantized_matmul as quantized_op
 from kernels.attention import xla as attention_xla
+from kernels.quantized_matmul import activations as activations_op
+from kernels.quantized_matmul.activations import ActivationCase
 from kernels.target import Target, target_of
 from model.products import Matrix
+from model.rounded import made_by
 from model.transformer import Definition
 from parallel.sharding import Placement
 from quantization.rules import Format
@@ -131,6 +134,7 @@ class PagedSelection(NamedTuple):
     paged_attention: str
     grouped_matmul: str
     quantized_matmul: str
+    quantized_activations: str
     reasons: tuple[str, ...]
     live_decode: bool
     """Decoding reads live pages alone, so that the width of the page table costs nothing."""
@@ -147,6 +151,7 @@ def select_paged_kernels(
     paged_attention: str,
     grouped_matmul: str,
     quantized_matmul: str,
+    quantized_activations: str,
     kv_dtype: str,
     rows: int,
     tiles: tuple[int, int],
@@ -178,9 +183,11 @@ def select_paged_kernels(
         reasons.append(f"grouped product: {grouped}, {reason}")
     sizes = (rows, tiles[0] * tiles[1])
     reasons += _select_quantized(definition, quantized_matmul, sizes, placement, target)
+    reasons += _select_activations(definition, quantized_activations, sizes[1], placement, target)
     # The kernel for prompts takes pages in the activations' dtype: quantised ones are laid end to end for it.
     live = (in_decode == "pallas", in_prefill == "pallas" and prefill.kv_dtype is None, in_prefill != "pallas")
-    return PagedSelection(paged, grouped, quantized_matmul, tuple(reasons), *live, target)
+    impls = (paged, grouped, quantized_matmul, quantized_activations)
+    return PagedSelection(*impls, tuple(reasons), *live, target)
 
 
 def _select_quantized(
@@ -194,9 +201,10 @@ def _select_quantized(
     for format, matrices in by_format.items():
         kinds = ", ".join(dict.fromkeys(matrix.name.rsplit("/", 1)[-1] for matrix in matrices))
         reasons.append(f"precision {format.name}: {len(matrices)} matrices ({kinds}) are {format}")
-        if any(matrix.is_of_experts for matrix in matrices):
+        experts = [matrix for matrix in matrices if matrix.is_of_experts]
+        if experts:
             taken = f"dequantised from {format.name} at each call: that saves memory, and no time"
-            reasons.append(f"experts: {taken if format.activation is None else f'pallas, in {format.name}'}")
+            reasons.append(f"experts: {taken if experts[0].is_dequantized else f'pallas, in {format.name}'}")
         dense = [matrix for matrix in matrices if not matrix.is_of_experts]
         for phase, num_rows in zip(("decode", "prefill"), sizes if dense else (), strict=False):
             found: dict[str, str] = {}
@@ -207,3 +215,29 @@ def _select_quantized(
             said = "; ".join(f"{chosen}, {reason}" for chosen, reason in found.items())
             reasons.append(f"product of {num_rows} rows in {phase} with {format.name}: {said}")
     return reasons
+
+
+def _select_activations(
+    definition: Definition, impl: str, num_rows: int, placement: Placement, target: Target
+) -> list[str]:
+    """Lines about what quantises the rows of products whose activations are of few bits too."""
+    config, dtype = definition.config, definition.param_dtype
+    rounded = [matrix for matrix in definition.matrices if matrix.format.activation and not matrix.is_of_experts]
+    found: dict[str, dict[str, None]] = {}
+    for matrix in rounded:
+        maker, kind = made_by(matrix.name, config, placement), matrix.name.rsplit("/", 1)[-1]
+        product = matrix.case(num_rows, dtype, placement)
+        case = ActivationCase(
+            x_dtype=dtype,
+            dtype=product.x_dtype,
+            num_rows=num_rows // placement.size("batch"),
+            width=product.in_dim,
+            gated=maker == "gate",
+            joined=maker == "gate" and definition.joined,
+        )
+        how = "by the product, in a pass of its own" if maker is None else f"by the {maker} that makes them"
+        how += "" if product.in_dim == matrix.value.shape[0] else ", each device's part of a row apart"
+        if maker is not None:
+            how += ": {}, {}".format(*activations_op.choose(impl, case, target))
+        found.setdefault(how, {})[kind] = None
+    return [f"rows for {', '.join(kinds)} are quantised {how}" for how, kinds in found.items()]

@@ -31,6 +31,7 @@ from model.products import (
     quantized_logical,
 )
 from model.rope import Rotation, rotations
+from model.rounded import Activations
 from parallel.sharding import Placement, constrain
 from quantization.qarray import Layout, QArray
 from quantization.rules import Format, Part, ProductRules
@@ -74,7 +75,8 @@ class Layer(nnx.Module):
         segments_BT: jax.Array | None,
         execution: Execution,
     ) -> tuple[jax.Array, MoEMetrics | None]:
-        y_BTD = self.attention(self._norm("attention_norm", x_BTD), rotation[self.is_local], segments_BT, execution)
+        h_BTD = self._input("attention_norm", x_BTD, self.attention, execution)
+        y_BTD = self.attention(h_BTD, rotation[self.is_local], segments_BT, execution)
         valid_BT = jnp.ones(x_BTD.shape[:2], jnp.float32) if segments_BT is None else segments_BT > 0
         return self._feed_forward(x_BTD + self._norm("attention_post_norm", y_BTD), valid_BT, execution)
 
@@ -82,7 +84,7 @@ class Layer(nnx.Module):
         self, x_BTD: jax.Array, rotation: dict[bool, Rotation], pages: LayerPages, rows: PagedRows, execution: Execution
     ) -> tuple[jax.Array, MoEMetrics | None, LayerPages]:
         """As a call, for tokens that follow those in `pages`; and the pages with their keys and values."""
-        h_BTD = self._norm("attention_norm", x_BTD)
+        h_BTD = self._input("attention_norm", x_BTD, self.attention, execution)
         y_BTD, pages = self.attention.extend(h_BTD, rotation[self.is_local], pages, rows, execution)
         x_BTD = x_BTD + self._norm("attention_post_norm", y_BTD)
         return *self._feed_forward(x_BTD, rows.valid(x_BTD.shape[1]), execution), pages
@@ -90,12 +92,16 @@ class Layer(nnx.Module):
     def _feed_forward(
         self, x_BTD: jax.Array, valid_BT: jax.Array, execution: Execution
     ) -> tuple[jax.Array, MoEMetrics | None]:
-        h_BTD, metrics = self._norm("mlp_norm", x_BTD), None
+        h_BTD, metrics = self._input("mlp_norm", x_BTD, self.mlp, execution), None
         if self.is_moe:
             y_BTD, metrics = self.mlp(h_BTD, valid_BT.astype(jnp.float32), execution)
         else:
             y_BTD = self.mlp(h_BTD, execution)
         return x_BTD + self._norm("mlp_post_norm", y_BTD), metrics
+
+    def _input(self, name: str, x_BTD: jax.Array, block: Attention | MLP | MoE, execution: Execution) -> Activations:
+        """What a block reads: normed, and quantised with it where the block takes it so."""
+        return self.norms[name].into(x_BTD, block.rows_format, execution) if name in self.norms else x_BTD
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
         return self.norms[name](x) if name in self.norms else x

@@ -84,6 +84,8 @@ class ServingKernels:
     """Products of the experts."""
     quantized_matmul: str = "auto"
     """Products with matrices of few bits."""
+    quantized_activations: str = "auto"
+    """Norms and gates that quantise what a product with fp8 or int8 activations reads."""
 
 
 @dataclasses.dataclass(frozen=True)

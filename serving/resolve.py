@@ -149,6 +149,7 @@ def _select(
         paged_attention=run.kernels.paged_attention,
         grouped_matmul=run.kernels.grouped_matmul,
         quantized_matmul=run.kernels.quantized_matmul,
+        quantized_activations=run.kernels.quantized_activations,
         kv_dtype=_kv_dtype(run, definition.param_dtype),
         rows=run.engine.batch_sizes[-1],
         tiles=(run.engine.tile_counts[-1], run.engine.tile_tokens),
@@ -166,6 +167,7 @@ def _execution(selection: PagedSelection, dtype: str, placement: Placement) -> E
         paged_attention=selection.paged_attention,
         grouped_matmul=selection.grouped_matmul,
         quantized_matmul=selection.quantized_matmul,
+        quantized_activations=selection.quantized_activations,
         target=selection.target,
     )
 

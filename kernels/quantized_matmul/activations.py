@@ -38,7 +38,7 @@ def supports(impl: Impl, case: ActivationCase, target: Target) -> str | None:
         case "pallas":
             return _unsupported(case, target)
         case _:
-            raise ValueError(f"quantised activations impl={impl!r} is unknown; choose auto, xla or pallas")
+            raise ValueError(f"quantized_activations impl={impl!r} is unknown; choose auto, xla or pallas")
 
 
 def _unsupported(case: ActivationCase, target: Target) -> str | None:
@@ -54,10 +54,15 @@ def _unsupported(case: ActivationCase, target: Target) -> str | None:
 def choose(impl: Impl, case: ActivationCase, target: Target) -> tuple[Impl, str]:
     """Concrete implementation and the reason for it. Raises ValueError for a named one that can't run."""
     if impl == "auto":
+        if target.platform != "gpu":
+            return "xla", f"the only implementation for {target.platform}"
         return "xla", "pallas reads an activation once where XLA reads it twice, and has not been measured"
     reason = supports(impl, case, target)
     if reason is not None:
-        raise ValueError(f"quantised activations impl={impl!r} can't run: {reason}; set it to 'auto' or 'xla'")
+        raise ValueError(
+            f"quantized_activations impl={impl!r} can't run: {reason}; set the quantized_activations impl to 'auto' or "
+            "'xla'"
+        )
     return impl, "asked for by name"
 
 

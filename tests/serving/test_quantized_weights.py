@@ -87,7 +87,17 @@ def test_the_log_says_what_is_quantised():
     assert "precision int8: 4 matrices (output, qkv) are int8 with a scale per column, times int8" in choices
     assert "experts: dequantised from int8 at each call" in choices
     assert "rows in decode with int8: xla" in choices
+    assert "rows for qkv are quantised by the norm that makes them: xla" in choices
+    assert "rows for output are quantised by the product, in a pass of its own" in choices
     assert not [line for line in resolved(model=model).choices if "precision" in line or "quantised" in line]
+
+
+def test_the_log_says_where_rows_are_split():
+    model = dense(embed_dim=64, mlp_dim=128, head_dim=8)
+    choices = "\n".join(resolved(2, model=model, precision=ProductRules("fp8")).choices)
+    assert "for qkv, gate_up are quantised by the norm that makes them: xla" in choices
+    assert "for down are quantised by the gate that makes them, each device's part of a row apart: xla" in choices
+    assert "for output are quantised by the product, in a pass of its own, each device's part of a row apart" in choices
 
 
 def test_memory_is_left_for_what_is_dequantised():
@@ -100,10 +110,11 @@ def test_memory_is_left_for_what_is_dequantised():
     assert _scratch_bytes(resolved(model=plain, precision=ProductRules("w8"))) == _scratch_bytes(resolved(model=plain))
 
 
-def test_a_kernel_that_cannot_run_is_refused():
-    kernels = ServingKernels(quantized_matmul="pallas")
-    with pytest.raises(ValueError, match="quantized_matmul impl='pallas' can't run"):
-        resolved(model=dense(), precision=ProductRules("w8"), kernels=kernels)
+@pytest.mark.parametrize(("op", "products"), [("quantized_matmul", "w8"), ("quantized_activations", "int8")])
+def test_a_kernel_that_cannot_run_is_refused(op, products):
+    kernels = ServingKernels(**{op: "pallas"})
+    with pytest.raises(ValueError, match=f"{op} impl='pallas' can't run"):
+        resolved(model=dense(), precision=ProductRules(products), kernels=kernels)
 
 
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="JAX 0.11 serves int4")
