@@ -266,8 +266,8 @@ def _widened_elements(definition: Definition) -> int:
     """Of the matrices of a layer that a product may dequantise in memory: experts', and those with scales in groups."""
     layers: Counter[str] = Counter()
     for matrix in definition.matrices:
-        experts = matrix.is_of_experts and matrix.format.activation is None
-        if experts or matrix.format.group is not None:
+        in_groups = matrix.format.group is not None and not matrix.is_of_experts
+        if matrix.is_dequantized or in_groups:
             layers["/".join(matrix.name.split("/")[:2])] += math.prod(matrix.value.shape)
     return max(layers.values(), default=0)
 

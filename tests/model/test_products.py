@@ -251,9 +251,15 @@ def is_quantized(node) -> bool:
     return isinstance(node, QArray)
 
 
-def test_experts_may_be_multiplied_in_few_bits(monkeypatch):
-    """By a kernel that is Hopper's alone: the specification stands for it."""
+@pytest.mark.parametrize(
+    ("products", "layout", "rounded"),
+    [("int8", "columns", "int8"), ("w8", "fragments", None), ("w4", "fragments", None)],
+)
+def test_experts_may_be_multiplied_in_few_bits(products, layout, rounded, monkeypatch):
+    """By kernels that are Hopper's alone: the specification stands for them."""
     placement, calls = Placement(make_mesh(MeshConfig(fsdp=1, tensor=2), jax.devices()[:2])), []
+    # Each device has whole tiles of 64.
+    model = dataclasses.replace(MODELS["experts"], moe=dataclasses.replace(MODELS["experts"].moe, mlp_dim=128))
 
     def product(rows, kernel, group_sizes, *, activation, impl, target):
         calls.append((kernel.layout, activation, impl))
@@ -261,25 +267,27 @@ def test_experts_may_be_multiplied_in_few_bits(monkeypatch):
 
     monkeypatch.setattr(products_module, "choose_grouped", lambda impl, case, target: ("pallas", "a test"))
     monkeypatch.setattr(moe_module, "quantized_grouped_matmul", product)
-    definition = Definition(MODELS["experts"], False, "float32", False, RULES["int8"])
+    definition = Definition(model, False, "float32", False, RULES[products])
     definition = definition.stored_on(jax.devices()[0], placement=placement)
     params, biases = random_params(definition.plain)
-    run = dataclasses.replace(execution(MODELS["experts"]), placement=placement)
+    run = dataclasses.replace(execution(model), placement=placement)
     held = converted(definition, params, lambda names: placement.sharding(*names))
     got = logits(definition, held, jax.device_put(biases, placement.sharding()), run)
-    assert calls == [("columns", "int8", "pallas")] * 3
+    assert calls == [(layout, rounded, "pallas")] * 3
     one = converted(definition, params)
-    exact = logits(
-        definition.plain, dequantized(one, definition.plain.abstract[0]), biases, execution(MODELS["experts"])
-    )
-    assert_close(got, exact, 0.1)
-    assert not np.allclose(got, exact, atol=1e-4), "rows were not rounded"
-    capacity = dataclasses.replace(
-        MODELS["experts"], moe=dataclasses.replace(MODELS["experts"].moe, dispatch="capacity")
-    )
-    slots = dataclasses.replace(definition, config=capacity)
-    experts = [matrix.format for matrix in slots.matrices if matrix.is_of_experts]
-    assert experts and all(format.activation is None for format in experts)
+    exact = logits(definition.plain, dequantized(one, definition.plain.abstract[0]), biases, execution(model))
+    assert_close(got, exact, 0.1 if rounded else 1e-5)
+    assert rounded is None or not np.allclose(got, exact, atol=1e-4), "rows were not rounded"
+    assert not any(matrix.is_dequantized for matrix in definition.matrices)
+    capacity = dataclasses.replace(model, moe=dataclasses.replace(model.moe, dispatch="capacity"))
+    experts = [matrix for matrix in dataclasses.replace(definition, config=capacity).matrices if matrix.is_of_experts]
+    assert experts and all(matrix.format.activation is None and matrix.is_dequantized for matrix in experts)
+
+
+def test_experts_by_a_kernel_that_cannot_run_are_refused():
+    definition = Definition(MODELS["experts"], False, "float32", False, RULES["w8"])
+    with pytest.raises(ValueError, match="quantized_grouped_matmul impl='pallas' can't run"):
+        definition.stored_on(jax.devices()[0], "pallas").matrices  # noqa: B018
 
 
 def test_joined_matrices_lie_side_by_side():
