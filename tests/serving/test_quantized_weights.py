@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.perplexity import Settings, measure
+from model import products as products_module
 from model.assembly import assemble, converter
 from model.products import stored_bytes
 from parallel.mesh import MeshConfig
@@ -108,6 +109,15 @@ def test_memory_is_left_for_what_is_dequantised():
     assert _scratch_bytes(held) - _scratch_bytes(wide) == 3 * 8 * 64 * 16 * 4
     plain = dense(embed_dim=64, mlp_dim=128, head_dim=8)
     assert _scratch_bytes(resolved(model=plain, precision=ProductRules("w8"))) == _scratch_bytes(resolved(model=plain))
+
+
+def test_experts_that_a_kernel_takes_as_they_are_need_no_more_memory(monkeypatch):
+    monkeypatch.setattr(products_module, "choose_grouped", lambda impl, case, target: ("pallas", "a test"))
+    model = moe(embed_dim=64, mlp_dim=64, head_dim=8)
+    model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, mlp_dim=64))
+    held = resolved(model=model, precision=ProductRules("w8"))
+    assert "experts: pallas, in w8" in "\n".join(held.choices)
+    assert _scratch_bytes(held) == _scratch_bytes(resolved(model=model))
 
 
 @pytest.mark.parametrize(("op", "products"), [("quantized_matmul", "w8"), ("quantized_activations", "int8")])
