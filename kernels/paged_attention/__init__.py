@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels.debug import check_pages, check_written_pages
-from kernels.paged_attention import reference, tiles, xla
+from kernels.paged_attention import reference, tiles, tpu_tiles, xla
 from kernels.paged_attention.quantize import LARGEST, quantize_heads
 from kernels.target import Target, default_target
 
@@ -41,7 +41,7 @@ def supports(impl: Impl, case: PagedAttentionCase, target: Target) -> str | None
         case "reference" | "xla":
             return None
         case "pallas":
-            return tiles.unsupported(case, target)
+            return (tpu_tiles if target.platform == "tpu" else tiles).unsupported(case, target)
         case _:
             raise ValueError(f"paged_attention impl={impl!r} is unknown; choose one of {', '.join(get_args(Impl))}")
 
@@ -62,6 +62,8 @@ def choose(impl: Impl, target: Target, case: PagedAttentionCase | None = None) -
                 f"paged_attention impl={impl!r} can't run: {reason}; set the paged_attention impl to 'auto' or 'xla'"
             )
         return impl, "asked for by name"
+    if target.platform == "tpu":
+        return "xla", "pallas has been compiled for TPU, and not measured there"
     if target.platform != "gpu":
         return "xla", f"the only fast implementation for {target.platform}"
     if case is None:
@@ -138,7 +140,11 @@ def _attend(operands, statics, scales, impl: Impl, target: Target | None) -> jax
                 return reference.paged_attention(*operands, **scales, **statics)
             case "xla":
                 return xla.paged_attention(*operands, **scales, **statics)
-            # Imported here and not above: Mosaic GPU's modules change with JAX's version, and most runs need none.
+            # Imported here and not above: Pallas's modules take half a second, and Mosaic GPU's change with JAX's version.
+            case _ if target.platform == "tpu":
+                from kernels.paged_attention import tpu
+
+                return tpu.paged_attention(*operands, **scales, **statics)
             case _ if tiles.few_queries(case) and case.kv_dtype is None:
                 from kernels.paged_attention import gpu
 
@@ -181,7 +187,7 @@ def extend_pages(
     """`write_pages` and then `paged_attention` of the rows so extended: (out_BTNH, k_pages, v_pages), and k_scale,
     v_scale where pages are quantised.
 
-    One launch does both where a row has one token and the kernel for few queries runs: row b has starts[b] + counts[b]
+    One launch does both where a row has one token and the Hopper kernel for few queries runs: row b has starts[b] + counts[b]
     keys then, with counts[b] 0 or 1. Arguments, the default of `impl` and errors are those of the two; what debug mode
     says of lengths and pages, it says of rows with a count above 0.
     """
@@ -195,7 +201,7 @@ def extend_pages(
         impl, _ = choose(impl, target, case)
     statics = {"scale": scale, "window": window, "soft_cap": soft_cap, "sinks": sinks}
     scales = {"k_scale": k_scale, "v_scale": v_scale}
-    if impl == "pallas" and case.num_tokens == 1 and tiles.few_queries(case):
+    if impl == "pallas" and target.platform == "gpu" and case.num_tokens == 1 and tiles.few_queries(case):
         operands = (q_BTNH, k_pages_PSKH, v_pages_PSKH, page_table_BM, lengths_B, starts_B)
         statics["tiles"] = tiles.choose_tiles(case)
         with jax.named_scope("paged_attention"):
