@@ -28,6 +28,7 @@ from kernels.attention import AttentionCase
 from kernels.attention import tiles as attention_tiles
 from kernels.grouped_matmul import GroupedCase
 from kernels.grouped_matmul import tiles as grouped_tiles
+from kernels.grouped_matmul.quantized import QuantizedGroupedCase
 from kernels.paged_attention import PagedAttentionCase, tiles
 from kernels.quantized_matmul import QuantizedCase
 from kernels.quantized_matmul.activations import ActivationCase
@@ -146,6 +147,20 @@ CASES = {
         )
     },
     **{
+        f"grouped few-bit weight, {name}": QuantizedGroupedCase(
+            "bfloat16", w, M, K, N, None, (group, 1), "fragments", zeros, num_groups=E
+        )
+        for name, w, M, K, N, E, group, zeros in (
+            ("int8, 16 rows", "int8", 16, 4096, 14336, 8, 4096, False),
+            ("int4, 2 rows", "int4", 2, 4096, 14336, 8, 128, False),
+            ("int4, 16 rows", "int4", 16, 14336, 4096, 8, 128, False),
+            ("int4, zero points", "int4", 512, 4096, 14336, 8, 32, True),
+            ("float8, 4096 rows", "float8_e4m3fn", 4096, 4096, 14336, 8, 4096, False),
+            ("int4, 4096 rows", "int4", 4096, 4096, 14336, 8, 128, False),
+            ("int8, 128 groups", "int8", 256, 1024, 3584, 128, 1024, False),
+        )
+    },
+    **{
         f"grouped {which}": GroupedProductCase(which, GroupedCase("bfloat16", 32768, 8, 1024, 3584))
         for which in get_args(get_type_hints(GroupedProductCase)["which"])
     },
@@ -208,6 +223,11 @@ def _shared_bytes(
     if isinstance(case, ActivationCase):
         # Only what Mosaic takes for reductions.
         return 2048
+    if isinstance(case, QuantizedGroupedCase):
+        from kernels.grouped_matmul import weight_only_tiles
+        from kernels.quantized_matmul.weight_only_tiles import shared_bytes
+
+        return shared_bytes(case, weight_only_tiles.choose_tiles(case))
     if isinstance(case, QuantizedCase) and case.weight_only:
         from kernels.quantized_matmul import weight_only_tiles
 
@@ -257,6 +277,8 @@ def _compile_all() -> None:
         match case:
             case PagedAttentionCase():
                 _compile(case, mesh)
+            case QuantizedGroupedCase():
+                _compile_grouped_weight_only(case, mesh)
             case QuantizedCase() if case.weight_only:
                 _compile_weight_only(case, mesh)
             case QuantizedCase():
@@ -398,6 +420,23 @@ def _compile_weight_only(case: QuantizedCase, mesh: jax.sharding.Mesh) -> None:
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     operands = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), operands)
     multiply = jax.jit(weight_only.quantized_matmul, static_argnums=3)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = multiply.trace(*operands, jnp.dtype(case.out_dtype)).lower(lowering_platforms=("cuda",))
+    lowered.compile()
+
+
+def _compile_grouped_weight_only(case: QuantizedGroupedCase, mesh: jax.sharding.Mesh) -> None:
+    from kernels.grouped_matmul import gpu_weight_only
+    from quantization.qarray import QArray, to_fragments
+
+    E, M, K, N = case.num_groups, case.num_rows, case.in_dim, case.out_dim
+    scales = jax.ShapeDtypeStruct((E, K // case.w_block[0], N), jnp.float32)
+    values = jax.ShapeDtypeStruct((E, K, N), jnp.dtype(case.w_dtype))
+    w = jax.eval_shape(to_fragments, QArray(values, scales, scales if case.zero_points else None))
+    operands = jax.ShapeDtypeStruct((M, K), jnp.dtype(case.x_dtype)), w, jax.ShapeDtypeStruct((E,), jnp.int32)
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    operands = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), operands)
+    multiply = jax.jit(gpu_weight_only.product, static_argnums=3)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = multiply.trace(*operands, jnp.dtype(case.out_dtype)).lower(lowering_platforms=("cuda",))
     lowered.compile()
