@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import pytest
 
+from quantization.qarray import QArray
+from tests.kernels.execution import Execution
 
-def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Puts plain products where the interpreter has none: of what is in registers. Skips where it knows too little."""
-    if jax.__version_info__ < (0, 11):
-        pytest.skip(f"JAX {jax.__version__} can't interpret casts of layouts; 0.11 can")
+
+def plain_products(monkeypatch: pytest.MonkeyPatch, execution: Execution) -> None:
+    """Puts plain products where the interpreter has none: of what is in registers."""
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
     from kernels import hopper
@@ -31,6 +31,32 @@ def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
         parts = jnp.minimum(weights, 448).reshape(rows, columns // 16, 2, 4, 2)
         return parts.transpose(0, 1, 3, 2, 4).reshape(weights.shape).astype(jnp.float8_e4m3fn)
 
-    monkeypatch.setattr(hopper, "float8_operand", float8_operand)
-    monkeypatch.setattr(hopper, "weigh", weigh)
-    monkeypatch.setattr(hopper, "weigh_and_score", weigh_and_score)
+    execution.put_plainly(
+        monkeypatch, hopper, float8_operand=float8_operand, weigh=weigh, weigh_and_score=weigh_and_score
+    )
+
+
+def plain_fragments(monkeypatch: pytest.MonkeyPatch, execution: Execution) -> None:
+    """Puts plain products where weights of few bits are widened in registers, and multiplied from there."""
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    from kernels.quantized_matmul import weight_only
+
+    def fragment(w_smem, block, start, size, *, w_dtype, dtype):
+        tiles = w_smem[block].reshape(1, -1, 512 if w_dtype == jnp.int4 else 4096)
+        whole = QArray(tiles, jnp.ones((1, 64)), layout="fragments")
+        assert whole.shape == (64 * tiles.shape[1], 64)
+        return whole.dequantize(dtype).T[:, start : start + size]
+
+    def products(sums, terms):
+        results = []
+        for total, pairs in zip(sums, terms, strict=True):
+            for operand, x_smem in pairs:
+                wide = operand().astype(jnp.float32), x_smem[...].T.astype(jnp.float32)
+                total = total + jnp.dot(*wide, precision="highest")
+            results.append(total)
+        # The interpreter asks it between a read into registers and the next copy to that place.
+        plgpu.commit_smem()
+        return tuple(results)
+
+    execution.put_plainly(monkeypatch, weight_only, fragment=fragment, products=products)

@@ -1,4 +1,4 @@
-"""Attention with float8 operands: the Hopper kernel in Pallas's interpreter, the op, and how operands are made."""
+"""Attention with float8 operands: the Hopper kernel interpreted or on a GPU, the op, and how operands are made."""
 
 import dataclasses
 import functools
@@ -89,13 +89,8 @@ CASES = {
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if "blocks of 192" in name else name for name in CASES]
 )
-def test_kernel_error_is_that_of_rounding_the_weights(monkeypatch, name):
-    plain_products(monkeypatch)
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
-    # Private, and what the interpreter's own documentation points to.
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
+def test_kernel_error_is_that_of_rounding_the_weights(execution, monkeypatch, name):
+    plain_products(monkeypatch, execution)
     from kernels.attention import gpu
 
     fields = {"B": 1, "N": 2, "K": 1, "H": 128, **CASES[name]}
@@ -106,9 +101,7 @@ def test_kernel_error_is_that_of_rounding_the_weights(monkeypatch, name):
     chosen = fields.pop("chosen", None) or choose_tiles(case_of(arrays))
     arguments = {"scale": 0.1, "causal": True, "window": None, "soft_cap": None, "sinks": None}
     arguments |= dict.fromkeys(MARKS) | dict.fromkeys(MARKS[:2], segments) | fields
-    run = functools.partial(gpu.forward, **arguments, tiles=chosen, scales=scales)
-    out, lse = run(*arrays, interpret=plgpu.InterpretGPUParams(detect_races=True))
-    assert not gpu_callbacks.get_races().races_found
+    out, lse = execution.kernel(gpu.forward, *arrays, **arguments, tiles=chosen, scales=scales)
     assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
     true_out, true_lse = exact(arrays, scales, **arguments)
     plain_out, _ = rounded(arrays, scales, **arguments)

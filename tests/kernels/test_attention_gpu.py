@@ -1,4 +1,4 @@
-"""Attention on Hopper: the forward kernel in Pallas's interpreter, the blocks it computes, what it is chosen for."""
+"""Attention on Hopper: the forward kernel interpreted or on a GPU, the blocks it computes, what it is chosen for."""
 
 import dataclasses
 import itertools
@@ -23,29 +23,22 @@ MARKS = ("q_segments", "kv_segments", "q_positions", "kv_positions")
 
 
 @pytest.fixture
-def gpu(monkeypatch):
+def gpu(monkeypatch, execution):
     """The kernel's module, as the interpreter can run it."""
-    plain_products(monkeypatch)
+    plain_products(monkeypatch, execution)
     from kernels.attention import gpu
 
     return gpu
 
 
-def interpreted(gpu, q, k, v, chosen=None, detect_races=True, **arguments):
-    """(out, lse) of the kernel on the CPU, with its races looked for."""
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
-    # Private, and what the interpreter's own documentation points to.
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
+def computed(execution, gpu, q, k, v, chosen=None, races=True, **arguments):
+    """(out, lse) of the kernel."""
     case = op._case(
         q, k, v, *(arguments[name] for name in ("causal", "window", *MARKS[::2], "soft_cap", "sinks")), True
     )
     chosen = choose_tiles(case) if chosen is None else chosen
-    parameters = plgpu.InterpretGPUParams(detect_races=detect_races)
-    out, lse = gpu.attention(q, k, v, **arguments, tiles=chosen, interpret=parameters)
+    out, lse = execution.kernel(gpu.attention, q, k, v, **arguments, tiles=chosen, races=races)
     assert out.dtype == q.dtype and lse.dtype == jnp.float32 and not np.isnan(out).any() and not np.isnan(lse).any()
-    assert not (detect_races and gpu_callbacks.get_races().races_found)
     return out, lse
 
 
@@ -93,7 +86,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_forward_error_is_bounded(gpu, monkeypatch, name):
+def test_forward_error_is_bounded(execution, gpu, monkeypatch, name):
     fields = {"B": 1, "N": 2, "K": 1, "H": 64, "dtype": "bfloat16", "segments": None, "positions": None, **CASES[name]}
     monkeypatch.setattr(gpu, "NUM_PROCESSORS", fields.pop("processors", 132))
     B, T, N, K, H, dtype = (fields.pop(key) for key in ("B", "T", "N", "K", "H", "dtype"))
@@ -108,9 +101,8 @@ def test_forward_error_is_bounded(gpu, monkeypatch, name):
     arguments = {"scale": 0.3, "causal": True, "window": None, "soft_cap": None, "sinks": None}
     arguments |= dict(zip(MARKS, marks, strict=True))
     arguments |= {key: fields.pop(key) for key in tuple(fields) if key in arguments}
-    actual = interpreted(
-        gpu, q, k, v, chosen=fields.pop("chosen", None), detect_races=fields.pop("races", True), **arguments
-    )
+    chosen, races = fields.pop("chosen", None), fields.pop("races", True)
+    actual = computed(execution, gpu, q, k, v, chosen, races, **arguments)
     assert not fields
     assert_error_is_bounded(actual, q, k, v, **arguments)
 
@@ -124,7 +116,7 @@ def test_forward_error_is_bounded(gpu, monkeypatch, name):
 )
 @example(cuts=[0, 150], numbers=[0, 0, 0], shift=0, shuffled=False)  # nobody sees anything
 @example(cuts=[64, 128], numbers=[1, 2, 1], shift=-150, shuffled=False)  # blocks between that hold nothing
-def test_any_segments_and_positions(gpu, cuts, numbers, shift, shuffled):
+def test_any_segments_and_positions(execution, gpu, cuts, numbers, shift, shuffled):
     rng = np.random.default_rng(len(cuts))
     T = 150
     q, k, v = (jnp.asarray(rng.normal(size=(1, T, heads, 64)), jnp.bfloat16) for heads in (2, 1, 1))
@@ -136,7 +128,7 @@ def test_any_segments_and_positions(gpu, cuts, numbers, shift, shuffled):
     arguments = {"scale": 0.3, "causal": True, "window": 100, "soft_cap": None, "sinks": None}
     arguments |= {name: jnp.asarray(array) for name, array in zip(MARKS, marks, strict=True)}
     # One compilation for all examples.
-    actual = interpreted(gpu, q, k, v, chosen=Tiles(2, 64, 2, 2, 2), detect_races=False, **arguments)
+    actual = computed(execution, gpu, q, k, v, Tiles(2, 64, 2, 2, 2), races=False, **arguments)
     assert_error_is_bounded(actual, q, k, v, **arguments)
 
 

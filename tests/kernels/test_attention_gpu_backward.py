@@ -1,4 +1,4 @@
-"""Gradients of attention on Hopper: the kernel in Pallas's interpreter, held to float64 and to the XLA route."""
+"""Gradients of attention on Hopper: the kernel interpreted or on a GPU, held to float64 and to the XLA route."""
 
 import contextlib
 import dataclasses
@@ -104,10 +104,8 @@ def exact(case, arrays, d_lse, masks):
 
 
 @pytest.fixture(scope="module")
-def kernel():
+def kernel(execution):
     """The kernel's module, with plain products and sums wherever the interpreter has none."""
-    if jax.__version_info__ < (0, 11):
-        pytest.skip(f"JAX {jax.__version__} can't interpret casts of layouts; 0.11 can")
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
     from kernels.attention import gpu_backward
@@ -144,31 +142,32 @@ def kernel():
         place[...] = place[...] + smem[...]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_backward, "_product", product)
-        patch.setattr(gpu_backward, "_two_products", two_products)
-        patch.setattr(gpu_backward, "_product_beside", product_beside)
-        patch.setattr(gpu_backward, "_accumulate", accumulate)
-        patch.setattr(gpu_backward, "_accumulate_wide", accumulate_wide)
-        patch.setattr(gpu_backward, "_add", add)
-        patch.setattr(gpu_backward, "_put", put)
-        # Blocks of threads run one after another here, in the order that the turns ask for.
-        patch.setattr(gpu_backward, "_turns", lambda statics: None)
-        patch.setattr(gpu_backward, "_await_turn", lambda turns, place, turn: None)
-        patch.setattr(gpu_backward, "_end_turn", lambda turns, place: None)
+        execution.put_plainly(
+            patch,
+            gpu_backward,
+            _product=product,
+            _two_products=two_products,
+            _product_beside=product_beside,
+            _accumulate=accumulate,
+            _accumulate_wide=accumulate_wide,
+            _add=add,
+            _put=put,
+            # Blocks of threads run one after another here, in the order that the turns ask for.
+            _turns=lambda statics: None,
+            _await_turn=lambda turns, place, turn: None,
+            _end_turn=lambda turns, place: None,
+        )
         yield gpu_backward
 
 
-def interpreted(kernel, case, arrays, out, lse, d_lse, masks, tiles=None):
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
-    q, k, v, d_out = arrays
-    return kernel.attention_gradients(
-        *(q, k, v, out, lse, d_out, d_lse),
-        **statics(case),
-        **masks,
-        tiles=tiles,
-        interpret=plgpu.InterpretGPUParams(detect_races=True),
-    )
+def computed(execution, kernel, case, arrays, out, lse, d_lse, masks, tiles=None):
+    """(dq, dk, dv, dsinks) of the kernel."""
+    operands = (*arrays[:3], out, lse, arrays[3], d_lse)
+    settings = {**statics(case), "tiles": tiles, "interpret": execution.interpret()}
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        gradients = execution.run(kernel.attention_gradients, *operands, **masks, **settings)
+    assert not races(said.getvalue())
+    return gradients
 
 
 def races(said: str) -> list[str]:
@@ -178,14 +177,12 @@ def races(said: str) -> list[str]:
     return [text for text in found if len(re.findall(r"kernel\.<locals>\.(?:put|add)", text)) < 2]
 
 
-def check(kernel, case: Case, tiles=None):
+def check(execution, kernel, case: Case, tiles=None):
     """Errors of each gradient, at most 1.5 times those of the XLA route in the same precision."""
     arrays, d_lse, masks = operands(case)
     expected = exact(case, arrays, d_lse, masks)
     peers, (out, lse) = gradients_of(xla.attention, case, *arrays, d_lse, masks)
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        actual = interpreted(kernel, case, arrays, out, lse, d_lse, masks, tiles)
-    assert not races(said.getvalue())
+    actual = computed(execution, kernel, case, arrays, out, lse, d_lse, masks, tiles)
     for name, array, peer, right in zip(("dq", "dk", "dv", "dsinks"), actual, peers, expected, strict=True):
         if right is None:
             assert array is None and not case.sinks
@@ -226,8 +223,8 @@ SLOW = ("widths of 96", "keys of 192, values of 128, segments, no causal mask")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
 )
-def test_gradients_equal_the_definition(kernel, name):
-    check(kernel, CASES[name])
+def test_gradients_equal_the_definition(execution, kernel, name):
+    check(execution, kernel, CASES[name])
 
 
 @st.composite

@@ -1,9 +1,8 @@
-"""Grouped product on Hopper: the kernels in Pallas's interpreter against a loop over groups in float64."""
+"""Grouped product on Hopper: the kernels, interpreted or on a GPU, against a loop over groups in float64."""
 
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,32 +19,24 @@ CASE = GroupedCase("bfloat16", 32768, 8, 1024, 3584)
 
 
 @pytest.fixture
-def gpu(monkeypatch):
+def gpu(monkeypatch, execution):
     """The kernels' module, on a chip of three processors, as the interpreter can run it."""
-    if jax.__version_info__ < (0, 11):
-        pytest.skip(f"JAX {jax.__version__} can't interpret the kernels; 0.11 can")
     from kernels.grouped_matmul import gpu, persistent
 
     monkeypatch.setattr(persistent, "NUM_PROCESSORS", 3)
-    monkeypatch.setattr(persistent, "in_one_place", lambda *arrays: arrays)
+    execution.put_plainly(monkeypatch, persistent, in_one_place=lambda *arrays: arrays)
     return gpu
 
 
-def interpreted(gpu, which, x, w, dy, sizes, chosen, detect_races=True):
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
-    # Private, and what the interpreter's own documentation points to.
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
-    settings = {"tiles": chosen, "interpret": plgpu.InterpretGPUParams(detect_races=detect_races)}
-    run = {
-        "forward": functools.partial(gpu.product, x, w),
-        "dx": functools.partial(gpu.product, dy, w, transpose=True),
-        "dw": functools.partial(gpu.weight_gradient, x, dy),
-    }
-    out = np.asarray(run[which](group_sizes=jnp.asarray(sizes, jnp.int32), **settings))
-    assert not (detect_races and gpu_callbacks.get_races().races_found)
-    return out
+def computed(execution, gpu, which, x, w, dy, sizes, chosen, races=True):
+    run = functools.partial(execution.kernel, group_sizes=jnp.asarray(sizes, jnp.int32), tiles=chosen, races=races)
+    match which:
+        case "forward":
+            return np.asarray(run(gpu.product, x, w))
+        case "dx":
+            return np.asarray(run(gpu.product, dy, w, transpose=True))
+        case "dw":
+            return np.asarray(run(gpu.weight_gradient, x, dy))
 
 
 def operands(M, K, N, sizes, dtype="bfloat16"):
@@ -118,35 +109,35 @@ SLOW = ("one group of all, M no multiple of eight, dw", "no rows in groups, dw",
 # Of numpy, in the interpreter: infinities meet, in rows that are not kept.
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
 @pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in CASES])
-def test_product_and_gradients(gpu, name):
+def test_product_and_gradients(execution, gpu, name):
     fields = {"chosen": SMALL, "dtype": "bfloat16", **CASES[name]}
     which, sizes, chosen = fields["which"], fields["sizes"], fields["chosen"]
     x, w, dy = operands(fields["M"], fields["K"], fields["N"], sizes, fields["dtype"])
-    assert_rounds_once(interpreted(gpu, which, x, w, dy, sizes, chosen), which, x, w, dy, sizes)
+    assert_rounds_once(computed(execution, gpu, which, x, w, dy, sizes, chosen), which, x, w, dy, sizes)
 
 
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cuts=st.lists(st.integers(0, 144), min_size=4, max_size=4))
 @example(cuts=[1, 1, 2, 9])  # groups within eight rows, which one copy brings
 @example(cuts=[5, 132, 137, 144])  # 127 rows that reach into a second tile, since a tile begins before them
-def test_any_groups(gpu, cuts):
+def test_any_groups(execution, gpu, cuts):
     sizes = tuple(np.diff([0, *sorted(cuts)]).tolist())
     x, w, dy = operands(144, 64, 64, sizes)
     for which in ("forward", "dw"):
         # One compilation for all examples.
-        actual = interpreted(gpu, which, x, w, dy, sizes, SMALL, detect_races=False)
+        actual = computed(execution, gpu, which, x, w, dy, sizes, SMALL, races=False)
         assert_rounds_once(actual, which, x, w, dy, sizes)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
-def test_rows_of_other_groups_may_hold_anything(gpu):
+def test_rows_of_other_groups_may_hold_anything(execution, gpu):
     """What is not finite in one group's rows stays in that group's results."""
     sizes = (13, 30, 21)
     x, w, dy = operands(64, 64, 64, sizes)
     bad_x, bad_dy = x.at[13:43].set(jnp.nan), dy.at[13:43].set(jnp.inf)
     for which, others in (("forward", np.r_[0:13, 43:64]), ("dw", np.array([0, 2]))):
         true = exact(which, x, w, dy, sizes)[0]
-        actual = interpreted(gpu, which, bad_x, w, bad_dy, sizes, SMALL, detect_races=False)
+        actual = computed(execution, gpu, which, bad_x, w, bad_dy, sizes, SMALL, races=False)
         np.testing.assert_allclose(actual[others].astype(np.float64), true[others], rtol=2**-8, atol=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""The grouped product of few-bit weights: against a loop over groups in float64, and the Hopper kernel interpreted."""
+"""The grouped product of few-bit weights: against a loop over groups in float64, and the Hopper kernel by itself."""
 
 import dataclasses
 
@@ -81,27 +81,20 @@ def test_rows_quantised_on_the_way(impl, activation, block):
         ("int8", (1, None), (1, None, 1), (130, 1, 0)),
     ],
 )
-def test_the_hopper_kernel_by_interpreter(dtype, x_block, w_block, sizes, monkeypatch):
-    if jax.__version_info__ < (0, 11):
-        pytest.skip(f"JAX {jax.__version__} can't interpret casts of layouts; 0.11 can")
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
+def test_the_hopper_kernel(execution, dtype, x_block, w_block, sizes, monkeypatch):
     from kernels.grouped_matmul import gpu_scaled, persistent
 
     monkeypatch.setattr(persistent, "NUM_PROCESSORS", 2)
     # The interpreter takes two warpgroups' parts of what shares memory for one.
-    monkeypatch.setattr(persistent, "in_one_place", lambda *arrays: arrays)
+    execution.put_plainly(monkeypatch, persistent, in_one_place=lambda *arrays: arrays)
     x, w = arrays(139, 384, 192, 3)
     # Rows of no group may hold anything.
     x = x.at[sum(sizes) :].set(jnp.nan)
     x, w = quantize(x, dtype, x_block), quantize(w[..., :128], dtype, w_block, layout="columns")
     # Two blocks along K follow each other, and the third is left.
     tiles = ScaledTiles(128, 128, 2, 1, 2)
-    interpret = plgpu.InterpretGPUParams(detect_races=True)
-    y = gpu_scaled.product(x, w, jnp.asarray(sizes, jnp.int32), tiles=tiles, interpret=interpret)
+    y = execution.kernel(gpu_scaled.product, x, w, jnp.asarray(sizes, jnp.int32), tiles=tiles)
     assert_rounded_once(y, by_loop(x, w, sizes))
-    assert not gpu_callbacks.get_races().races_found
 
 
 def test_tiles_fit_shared_memory():
@@ -112,7 +105,7 @@ def test_tiles_fit_shared_memory():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"x_dtype": "bfloat16", "x_block": None}, "bfloat16"),
+        ({"x_dtype": "bfloat16", "x_block": None}, "in fragments"),
         ({"x_dtype": "int8"}, "can't be multiplied together"),
         ({"w_layout": "rows"}, "layout='columns'"),
         ({"zero_points": True}, "zero points"),

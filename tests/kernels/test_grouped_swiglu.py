@@ -1,4 +1,4 @@
-"""The experts' feed-forward: three products with SwiGLU between, apart and in the products' kernels (interpreted)."""
+"""The experts' feed-forward: three products with SwiGLU between, apart and in the products' kernels."""
 
 import functools
 
@@ -43,7 +43,7 @@ def explicit(x, gate, up, down, dy, sizes):
     return results
 
 
-def computed(impl, sizes, x, gate, up, down, dy, target=None):
+def computed(x, gate, up, down, dy, *, impl, sizes, target=None):
     def run(*arrays):
         return grouped_swiglu(*arrays, jnp.asarray(sizes, jnp.int32), impl=impl, target=target)
 
@@ -55,7 +55,7 @@ def computed(impl, sizes, x, gate, up, down, dy, target=None):
 def test_value_and_gradients_apart(impl):
     sizes = (5, 0, 9, 3)
     arrays = operands(20, 6, 8, sizes, jnp.float32)
-    for name, a, b in zip(NAMES, computed(impl, sizes, *arrays), explicit(*arrays, sizes), strict=True):
+    for name, a, b in zip(NAMES, computed(*arrays, impl=impl, sizes=sizes), explicit(*arrays, sizes), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
 
 
@@ -63,23 +63,19 @@ SMALL = Tiles(128, 128, "rows", 2, 1)
 
 
 @pytest.fixture
-def kernels(monkeypatch):
+def kernels(monkeypatch, execution):
     """The gated kernels with small tiles, on a chip of two processors, as the interpreter can run them."""
-    if jax.__version_info__ < (0, 11):
-        pytest.skip(f"JAX {jax.__version__} can't interpret the kernels; 0.11 can")
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
     from kernels.grouped_matmul import gpu, gpu_gated, persistent
 
     monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", (0, 11, 2))
     monkeypatch.setattr(persistent, "NUM_PROCESSORS", 2)
-    monkeypatch.setattr(persistent, "in_one_place", lambda *arrays: arrays)
-    settings = {"tiles": SMALL, "interpret": plgpu.InterpretGPUParams(detect_races=True)}
+    settings = {"tiles": SMALL, "interpret": execution.interpret()}
     for module, name in ((gpu_gated, "hidden"), (gpu_gated, "hidden_gradient"), (gpu_gated, "summed_product")):
         monkeypatch.setattr(module, name, functools.partial(getattr(module, name), **settings))
+    execution.put_plainly(monkeypatch, persistent, in_one_place=lambda *arrays: arrays)
     # Proved by themselves, in test_grouped_matmul_gpu.
-    monkeypatch.setattr(gpu, "product", jax.jit(loop.product, static_argnames="transpose"))
-    monkeypatch.setattr(gpu, "weight_gradient", jax.jit(loop.weight_gradient))
+    product = jax.jit(loop.product, static_argnames="transpose")
+    execution.put_plainly(monkeypatch, gpu, product=product, weight_gradient=jax.jit(loop.weight_gradient))
 
 
 @pytest.mark.parametrize(
@@ -90,14 +86,12 @@ def kernels(monkeypatch):
     ],
 )
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # numpy's, in the interpreter
-def test_value_and_gradients_in_the_products_kernels(kernels, sizes, M, D, F, dtype):
+def test_value_and_gradients_in_the_products_kernels(execution, kernels, sizes, M, D, F, dtype):
     """Errors are at most 1.5 times those of the same steps apart, in rows that hold NaN where they are of no group."""
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
     arrays = operands(M, D, F, sizes, dtype, np.nan)
-    fused = computed("pallas_fused", sizes, *arrays, target=H100)
-    assert not gpu_callbacks.get_races().races_found
-    apart = computed("loop", sizes, *arrays)
+    fused = execution.run(computed, *arrays, impl="pallas_fused", sizes=sizes, target=H100)
+    execution.assert_no_races()
+    apart = computed(*arrays, impl="loop", sizes=sizes)
     for name, a, b, true in zip(NAMES, fused, apart, explicit(*arrays, sizes), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         errors = [np.linalg.norm(np.asarray(array, np.float64) - true) for array in (a, b)]

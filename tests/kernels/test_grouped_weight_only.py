@@ -1,4 +1,4 @@
-"""Grouped products with weights of few bits on Hopper: the kernel in Pallas's interpreter, and what it takes."""
+"""Grouped products with weights of few bits on Hopper: the kernel interpreted or on a GPU, and what it takes."""
 
 import dataclasses
 
@@ -13,6 +13,7 @@ from kernels.hopper_chip import SHARED_BYTES
 from kernels.quantized_matmul.weight_only_tiles import Tiles, shared_bytes
 from kernels.target import Target
 from quantization.qarray import QArray, quantize, to_fragments
+from tests.kernels.interpreter import plain_fragments
 
 H100 = Target("gpu", (9, 0))
 # mixtral's experts, two rows each.
@@ -26,46 +27,19 @@ def weight(shape, dtype, group, asymmetric=False, seed=0) -> QArray:
 
 
 @pytest.fixture
-def kernel(monkeypatch):
-    """The kernel's module, with what the interpreter lacks put plainly: products of registers, and their widening."""
-    if jax.__version_info__ < (0, 11):
-        pytest.skip(f"JAX {jax.__version__} can't interpret casts of layouts; 0.11 can")
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
+def kernel(monkeypatch, execution):
+    """The kernel's module, as the interpreter can run it."""
+    plain_fragments(monkeypatch, execution)
     from kernels.grouped_matmul import gpu_weight_only
-    from kernels.quantized_matmul import weight_only
 
-    def fragment(w_smem, block, start, size, *, w_dtype, dtype):
-        tiles = w_smem[block].reshape(1, -1, 512 if w_dtype == jnp.int4 else 4096)
-        whole = QArray(tiles, jnp.ones((1, 64)), layout="fragments")
-        return whole.dequantize(dtype).T[:, start : start + size]
-
-    def products(sums, terms):
-        results = []
-        for total, pairs in zip(sums, terms, strict=True):
-            for operand, x_smem in pairs:
-                wide = operand().astype(jnp.float32), x_smem[...].T.astype(jnp.float32)
-                total = total + jnp.dot(*wide, precision="highest")
-            results.append(total)
-        # The interpreter asks it between a read into registers and the next copy to that place.
-        plgpu.commit_smem()
-        return tuple(results)
-
-    monkeypatch.setattr(weight_only, "fragment", fragment)
-    monkeypatch.setattr(weight_only, "products", products)
     return gpu_weight_only
 
 
-def interpreted(kernel, x, w, sizes, out_dtype, tiles):
-    """The kernel's product on the CPU, with its races looked for."""
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
-    # Private, and what the interpreter's own documentation points to.
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
-    how = {"out_dtype": jnp.dtype(out_dtype), "tiles": tiles, "interpret": plgpu.InterpretGPUParams(detect_races=True)}
-    y = kernel.tiled_product(x, w, jnp.asarray(sizes, jnp.int32), **how)
-    assert y.dtype == out_dtype and not gpu_callbacks.get_races().races_found
+def computed(execution, kernel, x, w, sizes, out_dtype, tiles):
+    """The kernel's product."""
+    settings = {"out_dtype": jnp.dtype(out_dtype), "tiles": tiles}
+    y = execution.kernel(kernel.tiled_product, x, w, jnp.asarray(sizes, jnp.int32), **settings)
+    assert y.dtype == out_dtype
     return y
 
 
@@ -125,12 +99,12 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_error_is_within_rounding(kernel, name):
+def test_error_is_within_rounding(execution, kernel, name):
     sizes, M, K, N, w_dtype, group, asymmetric, dtype, tiles = CASES[name]
     x = jnp.asarray(np.random.default_rng(1).normal(size=(M, K)), dtype)
     w = weight((len(sizes), K, N), w_dtype, group, asymmetric)
     # Rows of no group may hold anything.
-    y = interpreted(kernel, x.at[sum(sizes) :].set(jnp.nan), to_fragments(w), sizes, dtype, tiles)
+    y = computed(execution, kernel, x.at[sum(sizes) :].set(jnp.nan), to_fragments(w), sizes, dtype, tiles)
     with jax.enable_x64(True):
         exact, magnitude = by_loop(x, w.dequantize(jnp.float64), sizes)
     # One rounding of the result, and float32's of K products and their groups.
@@ -139,13 +113,14 @@ def test_error_is_within_rounding(kernel, name):
     np.testing.assert_array_equal(np.asarray(y[sum(sizes) :], np.float32), 0)
 
 
-def test_only_what_meets_a_nan_becomes_one(kernel):
+def test_only_what_meets_a_nan_becomes_one(execution, kernel):
     """A row of x beside other groups' rows in a stretch, and a group's column by its scale and by an element."""
     sizes = (3, 4, 2)
     x = jnp.zeros((9, 64), jnp.bfloat16).at[1].set(1).at[2, 5].set(jnp.nan)
     w = weight((3, 64, 64), "float8_e4m3fn", 64)
     w = dataclasses.replace(w, values=w.values.at[1, 7, 3].set(jnp.nan), scales=w.scales.at[1, 0, 40].set(jnp.nan))
-    y = np.asarray(interpreted(kernel, x, to_fragments(w), sizes, "bfloat16", Tiles(64, 64, 2, 1, 8)), np.float32)
+    y = computed(execution, kernel, x, to_fragments(w), sizes, "bfloat16", Tiles(64, 64, 2, 1, 8))
+    y = np.asarray(y, np.float32)
     columns = np.isin(np.arange(64), (3, 40))
     assert np.isnan(y[2]).all() and np.isfinite(y[[0, 1, 7, 8]]).all()
     assert (np.isnan(y[3:7]) == columns).all() and (y[3:7, ~columns] == 0).all() and (y[[0, 7, 8]] == 0).all()

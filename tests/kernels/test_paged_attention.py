@@ -1,4 +1,4 @@
-"""Attention over pages: every implementation against a loop in float64, the Hopper kernel in Pallas's interpreter."""
+"""Attention over pages: every implementation against a loop in float64, the Hopper kernel interpreted or on a GPU."""
 
 import dataclasses
 import itertools
@@ -132,29 +132,22 @@ def test_kernels_compile_for_an_h100_without_spills():
     assert 2 * reports[0].shared_bytes <= SHARED_BYTES and 2 * 128 * reports[0].registers <= 65536
 
 
-def interpreted(q, k_pages, v_pages, page_table, lengths, starts, dtype, tiles=None, new=None, **features):
-    """The Hopper kernel on the CPU, with its races looked for: out, and the pages where it writes `new` to them."""
-    if jax.__version_info__ < (0, 11):
-        pytest.skip(f"JAX {jax.__version__} can't interpret casts of layouts; 0.11 can")
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
-    # Private, and what the interpreter's own documentation points to.
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
+def computed(execution, q, k_pages, v_pages, page_table, lengths, starts, dtype, tiles=None, new=None, **features):
+    """Of the Hopper kernel: out, and the pages where it writes `new` to them."""
     from kernels.paged_attention import case_of, gpu
 
     arrays = [jnp.asarray(x, dtype) for x in (q, k_pages, v_pages)]
     integers = [jnp.asarray(x, jnp.int32) for x in (page_table, lengths, starts)]
-    results = gpu.paged_attention(
+    results = execution.kernel(
+        gpu.paged_attention,
         *arrays,
         *integers,
         **{"scale": SCALE, "window": None, "soft_cap": None, "sinks": None, **features},
         tiles=choose_tiles(case_of(arrays[0], arrays[1], integers[0])) if tiles is None else tiles,
         new=None if new is None else tuple(jnp.asarray(x, dtype) for x in new),
-        interpret=plgpu.InterpretGPUParams(detect_races=True),
     )
     out = results if new is None else results[0]
-    assert not np.isnan(out).any() and not gpu_callbacks.get_races().races_found
+    assert not np.isnan(out).any()
     return results
 
 
@@ -170,7 +163,7 @@ KERNEL_CASES = {
 
 
 @pytest.mark.parametrize("name", KERNEL_CASES)
-def test_kernel_equals_explicit_queries(name):
+def test_kernel_equals_explicit_queries(execution, name):
     case = {"S": 64, "T": 1, "N": 3, "K": 1, "H": 64, "dtype": "bfloat16", **KERNEL_CASES[name]}
     lengths, T, dtype = case.pop("lengths"), case["T"], case.pop("dtype")
     starts = case.pop("starts", [length - T for length in lengths])
@@ -180,7 +173,7 @@ def test_kernel_equals_explicit_queries(name):
     expected = explicit(*rounded, arrays[3], lengths, starts, scale=SCALE, **features)
     if "sinks" in case:
         case["sinks"] = jnp.asarray(case["sinks"], jnp.float32)
-    actual = interpreted(*arrays, lengths, starts, dtype, **case)
+    actual = computed(execution, *arrays, lengths, starts, dtype, **case)
     assert actual.dtype == dtype
     # Weights and outputs are rounded to the dtype, once each.
     np.testing.assert_allclose(np.asarray(actual).astype(np.float64), expected, atol=3 * float(jnp.finfo(dtype).eps))
@@ -196,7 +189,7 @@ WRITE_CASES = {
 
 
 @pytest.mark.parametrize("name", WRITE_CASES)
-def test_kernel_writes_the_new_token_and_attends_to_it(name):
+def test_kernel_writes_the_new_token_and_attends_to_it(execution, name):
     case = {"S": 64, "N": 3, "K": 1, "H": 64, **WRITE_CASES[name]}
     lengths, counts = np.array(case.pop("lengths")), np.array(case.pop("counts"))
     shape = {key: case.pop(key) for key in ("N", "K", "H", "S", "M")}
@@ -209,7 +202,8 @@ def test_kernel_writes_the_new_token_and_attends_to_it(name):
     features = {key: value for key, value in case.items() if key != "tiles"}
     within = lengths <= shape["S"] * shape["M"]
     expected = explicit(*wide, page_table, lengths * within, lengths - counts, scale=SCALE, **features)
-    out, *pages = interpreted(q, k_pages, v_pages, page_table, lengths, lengths - counts, "bfloat16", new=new, **case)
+    arrays = (q, k_pages, v_pages, page_table, lengths, lengths - counts)
+    out, *pages = computed(execution, *arrays, "bfloat16", new=new, **case)
     error = np.abs(np.asarray(out, np.float64) - expected)[within]
     assert error.max() <= 3 * float(jnp.finfo("bfloat16").eps)
     for actual, want in zip(pages, expected_pages, strict=True):

@@ -1,6 +1,5 @@
-"""Attention over pages of 8 bits: the Hopper kernel in Pallas's interpreter, and the write that quantises."""
+"""Attention over pages of 8 bits: the Hopper kernel interpreted or on a GPU, and the write that quantises."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,10 +17,8 @@ SINKS = np.array([0.5, -1.0, 2.0, 0.0])
 
 
 @pytest.fixture
-def decode(monkeypatch):
+def decode(monkeypatch, execution):
     """The kernel's module, as the interpreter can run it."""
-    if jax.__version_info__ < (0, 11):
-        pytest.skip(f"JAX {jax.__version__} can't interpret casts of layouts; 0.11 can")
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
     from kernels.paged_attention import gpu_quantized, narrow
@@ -45,8 +42,8 @@ def decode(monkeypatch):
         half = b.shape[0] // 2
         return even.astype(jnp.float32) @ b[:half] + odd.astype(jnp.float32) @ b[half:]
 
-    for plain in (load, load_transposed, products, scores_of):
-        monkeypatch.setattr(narrow, plain.__name__, plain)
+    plain = {"load": load, "load_transposed": load_transposed, "products": products, "scores_of": scores_of}
+    execution.put_plainly(monkeypatch, narrow, **plain)
     return gpu_quantized
 
 
@@ -76,16 +73,12 @@ def wide(codes, scale):
     return np.asarray(codes, np.float64) * np.asarray(scale, np.float64).transpose(0, 2, 1)[..., None]
 
 
-def interpreted(decode, q, keys, values, page_table, lengths, starts, tiles, new=None, **features):
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
-    # Private, and what the interpreter's own documentation points to.
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
+def computed(execution, decode, q, keys, values, page_table, lengths, starts, tiles, new=None, **features):
     integers = [jnp.asarray(x, jnp.int32) for x in (page_table, lengths, starts)]
     if "sinks" in features:
         features["sinks"] = jnp.asarray(features["sinks"], jnp.float32)
-    results = decode.paged_attention(
+    return execution.kernel(
+        decode.paged_attention,
         q,
         keys[0],
         values[0],
@@ -95,10 +88,7 @@ def interpreted(decode, q, keys, values, page_table, lengths, starts, tiles, new
         **{"scale": SCALE, "window": None, "soft_cap": None, "sinks": None, **features},
         tiles=tiles,
         new=new,
-        interpret=plgpu.InterpretGPUParams(detect_races=True),
     )
-    assert not gpu_callbacks.get_races().races_found
-    return results
 
 
 # One case for each way through the kernel; an interpreted one takes seconds.
@@ -118,7 +108,7 @@ SLOW = ("verification, window", "wide heads")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in KERNEL_CASES]
 )
-def test_kernel_equals_explicit_queries(decode, name):
+def test_kernel_equals_explicit_queries(execution, decode, name):
     case = {"S": 64, "T": 1, "N": 3, "K": 1, "H": 128, "dtype": "int8", "tiles": Tiles(1, 2, 1), **KERNEL_CASES[name]}
     lengths, T, tiles = case.pop("lengths"), case["T"], case.pop("tiles")
     starts = case.pop("starts", [length - T for length in lengths])
@@ -126,7 +116,7 @@ def test_kernel_equals_explicit_queries(decode, name):
     q, keys, values, page_table = cache(lengths, **shape)
     arrays = np.asarray(q, np.float64), wide(*keys), wide(*values)
     expected = explicit(*arrays, page_table, lengths, starts, scale=SCALE, **case)
-    actual = interpreted(decode, q, keys, values, page_table, lengths, starts, tiles, **case)
+    actual = computed(execution, decode, q, keys, values, page_table, lengths, starts, tiles, **case)
     assert actual.dtype == q.dtype and np.abs(expected).max() > 0.1
     # Weights times scales, and outputs, are rounded to bfloat16, once each.
     size = max(1.0, np.abs(expected).max())
@@ -146,7 +136,7 @@ WRITE_CASES = {
 
 
 @pytest.mark.parametrize("name", WRITE_CASES)
-def test_kernel_writes_the_new_token_and_attends_to_it(decode, name):
+def test_kernel_writes_the_new_token_and_attends_to_it(execution, decode, name):
     case = {"S": 64, "N": 3, "K": 1, "H": 128, "dtype": "int8", "tiles": Tiles(1, 2, 1), **WRITE_CASES[name]}
     lengths, counts, tiles = np.array(case.pop("lengths")), np.array(case.pop("counts")), case.pop("tiles")
     shape = {key: case.pop(key) for key in ("N", "K", "H", "S", "M", "dtype")}
@@ -161,7 +151,8 @@ def test_kernel_writes_the_new_token_and_attends_to_it(decode, name):
     arrays = np.asarray(q, np.float64), wide(pages[0], pages[2]), wide(pages[1], pages[3])
     expected = explicit(*arrays, page_table, lengths * within, lengths - counts, scale=SCALE, **case)
     starts = lengths - counts
-    out, *written = interpreted(decode, q, keys, values, page_table, lengths, starts, tiles, new=new, **case)
+    operands = (q, keys, values, page_table, lengths, starts, tiles, new)
+    out, *written = computed(execution, decode, *operands, **case)
     error = np.abs(np.asarray(out, np.float64) - expected)[within]
     assert error.max() <= 3 * max(1.0, np.abs(expected).max()) * float(jnp.finfo("bfloat16").eps)
     for actual, want in zip(written, pages, strict=True):
@@ -176,19 +167,16 @@ WIDEN_CASES = {
 
 
 @pytest.mark.parametrize("name", WIDEN_CASES)
-def test_live_pages_are_widened_once(decode, name):
+def test_live_pages_are_widened_once(execution, decode, name):
     """`decode` puts plain parts in the kernel's place too."""
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
     from kernels.paged_attention import narrow, widen
 
     case = dict(WIDEN_CASES[name])
     lengths, rows = np.array(case.pop("lengths")), case.pop("tables")
     q, keys, values, page_table = cache(lengths, N=2, K=2, H=128, T=1, **case)
     page_table = page_table[rows]
-    wide_q, *pages, table = widen.widened_pages(
-        q, keys[0], values[0], page_table, lengths, keys[1], values[1], interpret=plgpu.InterpretGPUParams()
-    )
+    operands = (q, keys[0], values[0], page_table, lengths, keys[1], values[1])
+    wide_q, *pages, table = execution.kernel(widen.widened_pages, *operands, races=False)
     np.testing.assert_array_equal(narrow.join(wide_q), q)
     np.testing.assert_array_equal(narrow.join(narrow.split(q)), q)
     S, M = case["S"], case["M"]
@@ -202,12 +190,10 @@ def test_live_pages_are_widened_once(decode, name):
 
 
 @pytest.mark.parametrize("T", [1, 33])
-def test_the_op_takes_the_kernels_by_name(decode, monkeypatch, T):
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
+def test_the_op_takes_the_kernels_by_name(execution, decode, monkeypatch, T):
     from kernels.paged_attention import gpu_quantized, prefill, widen
 
-    plain_products(monkeypatch)
+    plain_products(monkeypatch, execution)
     called = []
 
     def interpreting(module, name):
@@ -215,7 +201,7 @@ def test_the_op_takes_the_kernels_by_name(decode, monkeypatch, T):
 
         def call(*args, **kwargs):
             called.append(name)
-            return run(*args, **kwargs, interpret=plgpu.InterpretGPUParams())
+            return run(*args, **kwargs, interpret=execution.interpret(races=False))
 
         monkeypatch.setattr(module, name, call)
 
@@ -224,10 +210,9 @@ def test_the_op_takes_the_kernels_by_name(decode, monkeypatch, T):
     starts, counts = np.array([70, 0]), np.array([T, 1])
     q, keys, values, page_table = cache(starts, N=2, K=1, H=128, S=64, M=2, T=T, dtype="int8")
     new = (jnp.asarray(x, jnp.bfloat16) for x in np.random.default_rng(1).normal(size=(2, 2, T, 1, 128)))
-    scales = {"k_scale": keys[1], "v_scale": values[1]}
-    out, *pages = extend_pages(
-        q, *new, keys[0], values[0], page_table, starts, counts, scale=SCALE, impl="pallas", target=H100, **scales
-    )
+    operands = (q, *new, keys[0], values[0], page_table, starts, counts)
+    settings = {"scale": SCALE, "impl": "pallas", "target": H100}
+    out, *pages = execution.run(extend_pages, *operands, **settings, k_scale=keys[1], v_scale=values[1])
     arrays = np.asarray(q, np.float64), wide(pages[0], pages[2]), wide(pages[1], pages[3])
     expected = explicit(*arrays, page_table, starts + counts, starts, scale=SCALE)
     assert called == (["paged_attention"] if T == 1 else ["widened_pages", "paged_attention"])

@@ -1,4 +1,4 @@
-"""Norms and gates with quantised results: XLA's and the Hopper kernel (in Pallas's interpreter) against float64."""
+"""Norms and gates with quantised results: XLA's and the Hopper kernel (interpreted, or on a GPU) against float64."""
 
 import functools
 
@@ -20,21 +20,14 @@ HALF_STEPS = {"int8": (0, 0.5), "float8_e4m3fn": (2**-4, 2**-10), "float8_e5m2":
 
 
 @pytest.fixture
-def pallas(monkeypatch):
-    """Makes the kernel run in the interpreter, with its races looked for; gives the target that takes it."""
-    if jax.__version_info__ < (0, 11):
-        pytest.skip(f"JAX {jax.__version__} can't interpret casts of layouts; 0.11 can")
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
+def pallas(monkeypatch, execution):
+    """`run` of an op whose kernel is interpreted, with its races looked for, or compiled."""
     from kernels.quantized_matmul import activations_gpu
 
-    parameters = plgpu.InterpretGPUParams(detect_races=True)
-    monkeypatch.setattr(
-        activations_gpu, "quantized_rows", functools.partial(activations_gpu.quantized_rows, interpret=parameters)
-    )
-    yield H100
-    assert not gpu_callbacks.get_races().races_found
+    quantized_rows = functools.partial(activations_gpu.quantized_rows, interpret=execution.interpret())
+    monkeypatch.setattr(activations_gpu, "quantized_rows", quantized_rows)
+    yield functools.partial(execution.run, impl="pallas", target=H100)
+    execution.assert_no_races()
 
 
 def exact(x, gain):
@@ -76,9 +69,9 @@ def test_kernel(pallas, dtype, width):
     x, gain = draw((3, width), 0, "bfloat16"), draw((width,), 1)
     gated = dtype == "float8_e4m3fn"
     if gated:
-        q = swiglu_quantized(x, x[::-1], dtype=dtype, impl="pallas", target=pallas)
+        q = pallas(swiglu_quantized, x, x[::-1], dtype=dtype)
     else:
-        q = rms_norm_quantized(x, gain, epsilon=EPSILON, dtype=dtype, impl="pallas", target=pallas)
+        q = pallas(rms_norm_quantized, x, gain, epsilon=EPSILON, dtype=dtype)
     assert_rounded(q.check(), exact_gate(x, x[::-1]) if gated else exact(x, gain), "bfloat16")
     # The row's largest was rounded to bfloat16 before.
     largest = np.asarray(q.scales) * np.float32(LARGEST[dtype])
@@ -87,15 +80,15 @@ def test_kernel(pallas, dtype, width):
 
 def test_kernel_of_operands_side_by_side(pallas):
     gate, up = draw((3, 512), 0, "bfloat16"), draw((3, 512), 1, "bfloat16")
-    calls = {"dtype": "int8", "impl": "pallas", "target": pallas}
-    joined = swiglu_quantized(jnp.concatenate([gate, up], axis=-1), **calls)
+    joined = pallas(swiglu_quantized, jnp.concatenate([gate, up], axis=-1), dtype="int8")
     assert_rounded(joined.check(), exact_gate(gate, up), "bfloat16")
-    jax.tree.map(np.testing.assert_array_equal, joined, swiglu_quantized(gate, up, **calls))
+    apart = pallas(swiglu_quantized, gate, up, dtype="int8")
+    jax.tree.map(np.testing.assert_array_equal, joined, apart)
 
 
 def test_rows_of_zeros_and_of_what_is_not_finite(pallas):
     x = draw((4, 512), 0, "bfloat16").at[0].set(0).at[1, 5].set(jnp.nan).at[2, 7].set(jnp.inf)
-    q = swiglu_quantized(x, jnp.ones_like(x), dtype="int8", impl="pallas", target=pallas)
+    q = pallas(swiglu_quantized, x, jnp.ones_like(x), dtype="int8")
     assert float(q.scales[0, 0]) == 1 and (wide(q)[0] == 0).all()
     assert np.isnan(wide(q)[1:3]).all() and np.isfinite(wide(q)[3]).all()
 

@@ -1,4 +1,4 @@
-"""Products of few-bit numbers on Hopper: the kernel in Pallas's interpreter, and what it is chosen for."""
+"""Products of few-bit numbers on Hopper: the kernel interpreted or on a GPU, and what it is chosen for."""
 
 import functools
 
@@ -20,25 +20,11 @@ F8, F5 = "float8_e4m3fn", "float8_e5m2"
 
 
 @pytest.fixture
-def gpu():
-    if jax.__version_info__ < (0, 11):
-        pytest.skip(f"JAX {jax.__version__} can't interpret casts of layouts; 0.11 can")
+def gpu(execution):
+    """The kernel's module. `execution`, that it needs, skips where JAX can't run it."""
     from kernels.quantized_matmul import gpu
 
     return gpu
-
-
-def interpreted(gpu, x, w, bias, out_dtype, chosen):
-    """The kernel on the CPU, with its races looked for."""
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
-    # Private, and what the interpreter's own documentation points to.
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
-    parameters = plgpu.InterpretGPUParams(detect_races=True)
-    y = gpu.product(x, w, bias, jnp.dtype(out_dtype), chosen, interpret=parameters)
-    assert not gpu_callbacks.get_races().races_found
-    return y
 
 
 # One case for each way through the kernel; an interpreted one takes seconds.
@@ -66,36 +52,35 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_error_is_bounded(gpu, monkeypatch, name):
+def test_error_is_bounded(execution, gpu, monkeypatch, name):
     given = {"bias": False, "some": 132, "w_dtype": CASES[name]["dtype"], **CASES[name]}
     monkeypatch.setattr(gpu, "NUM_PROCESSORS", given["some"])
     M, K, N = given["shape"]
     x = quantize(draw((M, K), 0), given["dtype"], given["blocks"][0])
     w = quantize(draw((K, N), 1), given["w_dtype"], given["blocks"][1], layout="columns")
     bias = draw((N,), 2) if given["bias"] else None
-    y = interpreted(gpu, x, w, bias, given["out"], given["tiles"])
+    y = execution.kernel(gpu.product, x, w, bias, jnp.dtype(given["out"]), given["tiles"])
     assert y.dtype == given["out"]
     assert_close(y, x, w, bias)
 
 
-def test_training_takes_it_for_all_three_products(gpu, monkeypatch):
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
+def test_training_takes_it_for_all_three_products(execution, gpu, monkeypatch):
     products, product = [], gpu.product
 
-    def interpreted_product(x, w, *arguments):
+    def counted_product(x, w, *arguments):
         products.append((x.values.dtype, w.values.dtype, (*x.shape, w.shape[1])))
-        return product(x, w, *arguments, interpret=plgpu.InterpretGPUParams())
+        return product(x, w, *arguments, interpret=execution.interpret(races=False))
 
-    monkeypatch.setattr(gpu, "product", interpreted_product)
+    monkeypatch.setattr(gpu, "product", counted_product)
     x, w, dy = draw((2, 4, 24), 0), draw((24, 16), 1), draw((2, 4, 16), 2)
 
-    def gradients(**options):
+    def gradients(x, w, dy, **options):
         y, pull = jax.vjp(functools.partial(fp8_matmul, **options), x, w)
         return y, *pull(dy)
 
-    expected = gradients(impl="xla")
-    for mine, theirs in zip(gradients(impl="pallas", target=H100), expected, strict=True):
+    expected = gradients(x, w, dy, impl="xla")
+    actual = execution.run(gradients, x, w, dy, impl="pallas", target=H100)
+    for mine, theirs in zip(actual, expected, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
     assert products == [(F8, F8, (8, 24, 16)), (F5, F8, (8, 16, 24)), (F8, F5, (24, 8, 16))]
 
@@ -105,11 +90,12 @@ def test_no_rows(gpu):
     assert gpu.product(x, w, None, jnp.dtype("float32"), Tiles(2, 128, 2, 1, 8)).shape == (0, 64)
 
 
-def test_nan_stays_in_its_row(gpu):
+def test_nan_stays_in_its_row(execution, gpu):
     x = np.array(draw((70, 128), 0))
     x[1, 3] = np.nan
     x, w = quantize(x, F8, (1, 128)), quantize(draw((128, 72), 1), F8, (128, None), layout="columns")
-    nan = np.isnan(interpreted(gpu, x, w, None, "float32", Tiles(2, 128, 2, 1, 8)))
+    y = execution.kernel(gpu.product, x, w, None, jnp.dtype("float32"), Tiles(2, 128, 2, 1, 8))
+    nan = np.isnan(y)
     assert nan[1].all() and nan.sum() == 72
 
 

@@ -1,4 +1,4 @@
-"""Products with weights of few bits on Hopper: the kernel in Pallas's interpreter, its layout, what it takes."""
+"""Products with weights of few bits on Hopper: the kernel interpreted or on a GPU, its layout, what it takes."""
 
 import dataclasses
 
@@ -12,6 +12,7 @@ from kernels.quantized_matmul import QuantizedCase, choose, quantized_matmul, re
 from kernels.quantized_matmul.weight_only_tiles import Tiles, choose_tiles
 from kernels.target import Target
 from quantization.qarray import QArray, quantize, to_fragments
+from tests.kernels.interpreter import plain_fragments
 
 H100 = Target("gpu", (9, 0))
 CASE = QuantizedCase("bfloat16", "int4", 1, 8192, 28672, None, (128, 1), "fragments")
@@ -72,49 +73,18 @@ def test_bad_fragments_are_refused():
 
 
 @pytest.fixture
-def weight_only(monkeypatch):
-    """The kernel's module, with what the interpreter lacks put plainly: products of registers, and their widening."""
-    if jax.__version_info__ < (0, 11):
-        pytest.skip(f"JAX {jax.__version__} can't interpret casts of layouts; 0.11 can")
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
+def weight_only(monkeypatch, execution):
+    """The kernel's module, as the interpreter can run it."""
+    plain_fragments(monkeypatch, execution)
     from kernels.quantized_matmul import weight_only
 
-    def fragment(w_smem, block, start, size, *, w_dtype, dtype):
-        lines = w_smem[block]
-        tiles = lines.reshape(1, -1, 512 if w_dtype == jnp.int4 else 4096)
-        rows = 64 * tiles.shape[1]
-        whole = QArray(tiles, jnp.ones((1, 64)), layout="fragments")
-        assert whole.shape == (rows, 64)
-        return whole.dequantize(dtype).T[:, start : start + size]
-
-    def products(sums, terms):
-        results = []
-        for total, pairs in zip(sums, terms, strict=True):
-            for operand, x_smem in pairs:
-                total = total + jnp.dot(
-                    operand().astype(jnp.float32), x_smem[...].T.astype(jnp.float32), precision="highest"
-                )
-            results.append(total)
-        # The interpreter asks it between a read into registers and the next copy to that place.
-        plgpu.commit_smem()
-        return tuple(results)
-
-    monkeypatch.setattr(weight_only, "fragment", fragment)
-    monkeypatch.setattr(weight_only, "products", products)
     return weight_only
 
 
-def interpreted(weight_only, x, w, bias, out_dtype, tiles):
-    """The kernel's product on the CPU, with its races looked for."""
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
-    # Private, and what the interpreter's own documentation points to.
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
-    parameters = plgpu.InterpretGPUParams(detect_races=True)
-    y = weight_only.product(x, w, bias, out_dtype=jnp.dtype(out_dtype), tiles=tiles, interpret=parameters)
-    assert y.dtype == out_dtype and not gpu_callbacks.get_races().races_found
+def computed(execution, weight_only, x, w, bias, out_dtype, tiles):
+    """The kernel's product."""
+    y = execution.kernel(weight_only.product, x, w, bias, out_dtype=jnp.dtype(out_dtype), tiles=tiles)
+    assert y.dtype == out_dtype
     return y
 
 
@@ -142,14 +112,14 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_error_is_within_rounding(weight_only, name):
+def test_error_is_within_rounding(execution, weight_only, name):
     M, K, N, w_dtype, group, asymmetric, has_bias, dtype, tiles = CASES[name]
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(M, K)), dtype)
     w = weight(K, N, w_dtype, group, asymmetric)
     bias = jnp.asarray(rng.normal(size=N), dtype) if has_bias else None
     out_dtype = "float32" if "parts" in name else dtype
-    y = interpreted(weight_only, x, to_fragments(w), bias, out_dtype, tiles)
+    y = computed(execution, weight_only, x, to_fragments(w), bias, out_dtype, tiles)
     with jax.enable_x64(True):
         exact = np.asarray(reference.quantized_matmul(x, w, bias, jnp.float64))
         magnitude = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(w.dequantize(jnp.float64)))
@@ -158,14 +128,15 @@ def test_error_is_within_rounding(weight_only, name):
     assert (np.abs(np.asarray(y, np.float64) - exact) <= bound).all()
 
 
-def test_only_what_meets_a_nan_becomes_one(weight_only):
+def test_only_what_meets_a_nan_becomes_one(execution, weight_only):
     """A row of x, and a column of the weight by its scale and by an element; zeros beside them stay zeros."""
     x = jnp.zeros((3, 128), jnp.bfloat16).at[1].set(1).at[2, 5].set(jnp.nan)
     w = weight(128, 64, "float8_e4m3fn", 128)
     w = dataclasses.replace(
         w, values=w.values.at[7, 3].set(jnp.nan), scales=w.scales.at[0, 40].set(jnp.nan).at[0, 41].set(1e30)
     )
-    y = np.asarray(interpreted(weight_only, x, to_fragments(w), None, "float32", Tiles(64, 128, 2, 1, 8)))
+    tiles = Tiles(64, 128, 2, 1, 8)
+    y = np.asarray(computed(execution, weight_only, x, to_fragments(w), None, "float32", tiles))
     columns = np.isin(np.arange(64), (3, 40))
     assert np.isnan(y[2]).all() and (np.isnan(y[:2]) == columns).all()
     assert (y[0, ~columns] == 0).all() and np.isfinite(y[1, ~columns]).all() and abs(y[1, 41]) > 1e28
