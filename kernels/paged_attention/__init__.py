@@ -140,7 +140,7 @@ def _attend(operands, statics, scales, impl: Impl, target: Target | None) -> jax
                 return reference.paged_attention(*operands, **scales, **statics)
             case "xla":
                 return xla.paged_attention(*operands, **scales, **statics)
-            # Imported here and not above: Pallas's modules take half a second, and Mosaic GPU's change with JAX's version.
+            # Imported here and not above: Pallas's modules take half a second, and Mosaic GPU's change with JAX.
             case _ if target.platform == "tpu":
                 from kernels.paged_attention import tpu
 
@@ -187,9 +187,9 @@ def extend_pages(
     """`write_pages` and then `paged_attention` of the rows so extended: (out_BTNH, k_pages, v_pages), and k_scale,
     v_scale where pages are quantised.
 
-    One launch does both where a row has one token and the Hopper kernel for few queries runs: row b has starts[b] + counts[b]
-    keys then, with counts[b] 0 or 1. Arguments, the default of `impl` and errors are those of the two; what debug mode
-    says of lengths and pages, it says of rows with a count above 0.
+    One launch does both where a row has one token and the Hopper kernel for few queries runs: row b has starts[b] +
+    counts[b] keys then, with counts[b] 0 or 1. Arguments, the default of `impl` and errors are those of the two; what
+    debug mode says of lengths and pages, it says of rows with a count above 0.
     """
     lengths_B = starts_B + counts_B
     _check(q_BTNH, k_pages_PSKH, v_pages_PSKH, page_table_BM, lengths_B, k_scale, v_scale)

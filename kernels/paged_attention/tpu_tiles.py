@@ -23,7 +23,6 @@ LANES = 128
 _BLOCK_BYTES = 2**19
 _LONGEST_BLOCK = 512
 _MOST_ROWS = 512
-_WIDEST = 256
 _ITEMSIZE = {"bfloat16": 2, "float32": 4, "int8": 1, "float8_e4m3fn": 1}
 
 
@@ -140,8 +139,11 @@ def unsupported(case: PagedAttentionCase, target: Target) -> str | None:
         return f"the kernel is written for TPU, and the target is {target}"
     if case.dtype not in ("bfloat16", "float32"):
         return f"the TPU kernel takes bfloat16 and float32, not {case.dtype}"
-    if case.head_dim > _WIDEST or case.head_dim % 8:
-        return f"the TPU kernel takes a head width of at most {_WIDEST} that is a multiple of 8, not {case.head_dim}"
+    if case.head_dim not in (128, 256):
+        return (
+            f"the TPU kernel takes a head width of 128 or 256, not {case.head_dim}: XLA would lay such pages out anew, "
+            "all of them at each call"
+        )
     if case.page_size % 8:
         return f"the TPU kernel takes pages of a multiple of 8 positions, not {case.page_size}"
     if 0 in (case.batch, case.num_tokens, case.width):
@@ -156,9 +158,15 @@ def unsupported(case: PagedAttentionCase, target: Target) -> str | None:
 
 
 def _unsupported_scales(case: PagedAttentionCase) -> str | None:
+    """XLA lays scales in memory as [P, K, S] only where tiles of [K, S] are full."""
+    if case.page_size % LANES:
+        return (
+            f"the TPU kernel takes pages of {case.kv_dtype} of a multiple of {LANES} positions, not {case.page_size}: "
+            "XLA would lay their scales out anew, all of them at each call"
+        )
     if laid_by_heads(case.num_kv_heads, 4):
         return (
             f"the TPU kernel takes pages of {case.kv_dtype} with 1, 2, 4 or a multiple of 8 kv heads on a device, not "
-            f"{case.num_kv_heads}: XLA lays their scales out in another order"
+            f"{case.num_kv_heads}: XLA would lay their scales out anew, all of them at each call"
         )
     return None
