@@ -24,7 +24,6 @@ from kernels.grouped_matmul.tiles import ROW_ALIGNMENT, WIDTH
 from quantization.qarray import QArray
 
 _ROWS = 64
-_COPIER = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +115,7 @@ def _call(kernel: _Product, inputs: _Inputs, out_dtype, interpret) -> jax.Array:
         scratch_types=list(_scratch(kernel, inputs.x.dtype, out_dtype, inputs.sizes.shape)),
         grid=(kernel.num_programs,),
         grid_names=("program",),
-        num_threads=_COPIER + 1,
+        num_threads=persistent.NUM_WARPGROUPS,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=interpret,
@@ -141,27 +140,12 @@ def _scratch(kernel: _Product, dtype, out_dtype, sizes_shape) -> _Shared:
 
 
 def _body(kernel: _Product, inputs: _Inputs, out_ref, shared: _Shared) -> None:
+    compute = functools.partial(_compute, kernel, inputs, out_ref, shared)
+    persistent.share_out(kernel, (inputs.x, inputs.w), inputs.sizes, shared, compute)
+
+
+def _compute(kernel: _Product, inputs: _Inputs, out_ref, shared: _Shared, tile: Tile, start) -> None:
     warpgroup = lax.axis_index("warpgroup")
-
-    @pl.when(warpgroup == _COPIER)
-    def _():
-        plgpu.set_max_registers(24, action="decrease")
-        plgpu.copy_gmem_to_smem(inputs.sizes, shared.sizes, shared.sizes_arrived.at[0])
-        plgpu.barrier_wait(shared.sizes_arrived.at[0])
-        copy = functools.partial(persistent.copy_steps, kernel, (inputs.x, inputs.w), shared)
-        total = persistent.walk(kernel, shared.sizes, copy)
-        for buffer in range(kernel.tiles.num_buffers):
-            pl.when(buffer < total)(functools.partial(plgpu.barrier_wait, shared.free.at[buffer]))
-
-    @pl.when(warpgroup < _COPIER)
-    def _():
-        plgpu.set_max_registers(240, action="increase")
-        plgpu.barrier_wait(shared.sizes_arrived.at[0])
-        persistent.walk(kernel, shared.sizes, functools.partial(_compute, kernel, warpgroup, inputs, out_ref, shared))
-        plgpu.wait_smem_to_gmem(0)
-
-
-def _compute(kernel: _Product, warpgroup, inputs: _Inputs, out_ref, shared: _Shared, tile: Tile, start) -> None:
     multiply = _multiply if kernel.outside else _multiply_scaled
     zeros = plgpu.layout_cast(jnp.zeros((_ROWS, kernel.tiles.columns), jnp.float32), hopper.MATRIX)
     y = lax.cond(

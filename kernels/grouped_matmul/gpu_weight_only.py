@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels import hopper
-from kernels.grouped_matmul.persistent import aligned, rows_from, tiles_of
+from kernels.grouped_matmul.persistent import aligned, rows_from, store_rows, tiles_of
 from kernels.grouped_matmul.tiles import ROW_ALIGNMENT
 from kernels.grouped_matmul.weight_only_tiles import choose_tiles, max_visits
 from kernels.quantized_matmul import weight_only
@@ -80,22 +80,28 @@ def _body(statics: Statics, num_groups: int, num_rows: int, inputs: Inputs, size
     of_none = visit.group == num_groups
     columns = pl.ds(column * statics.tiles.columns, statics.tiles.columns)
 
+    def store():
+        first = jnp.maximum(visit.begin - visit.row, 0)
+        last = jnp.minimum(visit.end - visit.row, statics.tiles.rows)
+        store_rows(lambda rows: out_ref.at[rows, columns], visit.row, shared.out, first, last)
+        plgpu.wait_smem_to_gmem(0)
+
     @pl.when((visit.begin < visit.end) & ~of_none)
     def _():
         own = Inputs(*(None if array is None else array.at[visit.group] for array in inputs))._replace(x=inputs.x)
         rows = rows_from(visit.row, statics.tiles.rows)
 
-        def store(totals):
-            weight_only.stage(shared, weight_only.scaled(statics, own, column, totals))
-            _store(statics, visit, shared, out_ref, columns)
+        def finish(totals):
+            weight_only.stage(shared.out, weight_only.scaled(statics, own, column * statics.tiles.columns, totals))
+            store()
 
-        weight_only.reduce(statics, shared, weight_only.multiply(statics, own, shared, rows, column), store)
+        weight_only.reduce(statics, shared, weight_only.multiply(statics, own, shared, rows, column), finish)
 
     @pl.when((visit.begin < visit.end) & of_none & (lax.axis_index("warpgroup") == 0))
     def _():
         zero = plgpu.layout_cast(jnp.zeros((TILE, statics.tiles.rows), jnp.float32), hopper.MATRIX)
-        weight_only.stage(shared, [zero] * statics.blocks)
-        _store(statics, visit, shared, out_ref, columns)
+        weight_only.stage(shared.out, [zero] * statics.blocks)
+        store()
 
 
 def _visit(number, sizes_ref, num_groups: int, num_rows: int, length: int) -> _Visit:
@@ -123,19 +129,3 @@ def _visit(number, sizes_ref, num_groups: int, num_rows: int, length: int) -> _V
         carry = lax.fori_loop(0, whole, lambda i, carry: take_some(i * _SIZES, _SIZES, carry), carry)
     before, begin, found = take_some(jnp.int32(whole * _SIZES), left, carry)
     return take(jnp.int32(num_groups), num_rows - begin, (before, begin, found))[2]
-
-
-def _store(statics: Statics, visit: _Visit, shared: Shared, out_ref, columns) -> None:
-    """A group's rows of a block's outputs, by copies of 64, 32, .. rows, whose number is fixed for each."""
-    offset = jnp.maximum(visit.begin - visit.row, 0)
-    count = jnp.minimum(visit.end - visit.row, statics.tiles.rows) - offset
-    sizes = [1 << bit for bit in reversed(range(statics.tiles.rows.bit_length()))]
-    for size in sizes:
-
-        @pl.when((count & size) != 0)
-        def _(size=size, offset=offset):
-            target = out_ref.at[pl.ds(visit.row + offset, size), columns]
-            plgpu.copy_smem_to_gmem(shared.out.at[pl.ds(offset, size)], target)
-
-        offset = offset + (count & size)
-    plgpu.wait_smem_to_gmem(0)

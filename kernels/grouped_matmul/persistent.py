@@ -24,6 +24,7 @@ from kernels.grouped_matmul.tiles import ROW_ALIGNMENT, WIDTH, Tiles
 from kernels.hopper_chip import NUM_PROCESSORS
 
 _COPIER = 2
+NUM_WARPGROUPS = 3
 # Registers of a thread: three warpgroups start with 168 each, and share them out anew.
 _REGISTERS, _FEW_REGISTERS = 240, 24
 # Without the barriers that Pallas would put around every load and store: all threads of a warpgroup arrive at the
@@ -153,7 +154,7 @@ def call(kernel: Kernel, inputs, group_sizes, out_types, interpret) -> list[jax.
         scratch_types=list(_scratch(kernel, inputs[0].dtype, sizes.shape)),
         grid=(kernel.num_programs,),
         grid_names=("program",),
-        num_threads=_COPIER + 1,
+        num_threads=NUM_WARPGROUPS,
         thread_name="warpgroup",
         compiler_params=_COMPILER,
         interpret=interpret,
@@ -184,6 +185,12 @@ def in_one_place(*arrays):
 def _body(kernel: Kernel, num_inputs: int, num_outs: int, *refs):
     inputs, sizes_ref, refs = refs[:num_inputs], refs[num_inputs], refs[num_inputs + 1 :]
     outs, shared = refs[:num_outs], Shared(*refs[num_outs:])
+    share_out(kernel, inputs, sizes_ref, shared, functools.partial(_compute, kernel, outs, shared))
+
+
+def share_out(kernel: Kernel, inputs, sizes_ref, shared, compute: Callable[[Tile, Any], None]) -> None:
+    """One warpgroup copies the steps of all tiles of a program, and two call `compute(tile, start)` for each: see
+    `walk`. Of `shared` only what the copies go through is used."""
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup == _COPIER)
@@ -200,7 +207,7 @@ def _body(kernel: Kernel, num_inputs: int, num_outs: int, *refs):
     def _():
         plgpu.set_max_registers(_REGISTERS, action="increase")
         plgpu.barrier_wait(shared.sizes_arrived.at[0])
-        walk(kernel, shared.sizes, functools.partial(_compute, kernel, warpgroup, outs, shared))
+        walk(kernel, shared.sizes, compute)
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -258,8 +265,9 @@ def _operands(shared: Shared, buffer) -> list[Any]:
     return [ring.at[buffer] for ring in shared.ring]
 
 
-def _compute(kernel: Kernel, warpgroup, outs, shared: Shared, tile: Tile, start) -> None:
+def _compute(kernel: Kernel, outs, shared: Shared, tile: Tile, start) -> None:
     """A warpgroup's part of a tile, multiplied and on its way out."""
+    warpgroup = lax.axis_index("warpgroup")
     multiply = functools.partial(_multiply, kernel, warpgroup, shared, tile, start)
     sums = pl.run_scoped(multiply, *(plgpu.ACC(shape, jnp.float32) for shape in kernel.sums))
     kernel.emit(tile, start, warpgroup, sums, outs, shared)
@@ -336,19 +344,20 @@ def _store_some(kernel: Kernel, out_ref, tile: Tile, row, column, places, block,
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         smem[...] = block[:, i * WIDTH : (i + 1) * WIDTH]
         plgpu.commit_smem()
-        _store_rows(kernel, out_ref, tile, row, pl.ds(column + i * WIDTH, WIDTH), smem, first, last - first)
+        columns = pl.ds(column + i * WIDTH, WIDTH)
+        store_rows(lambda rows, columns=columns: kernel.place(out_ref, tile, rows, columns), row, smem, first, last)
     # `_store_whole` counts its own copies, one to a place, and here are several.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _store_rows(kernel: Kernel, out_ref, tile: Tile, row, columns, smem, offset, count) -> None:
-    """`count` rows, fewer than 64, from `offset` on."""
-    for size in (32, 16, 8, 4, 2, 1):
+def store_rows(place: Callable[[Any], Any], row, smem, first, last) -> None:
+    """Starts the copies of rows [first, last) of `smem`, whose own first one is row `row` of what `place` slices."""
+    offset, count = first, last - first
+    for size in [1 << bit for bit in reversed(range(smem.shape[0].bit_length()))]:
 
         @pl.when((count & size) != 0)
         def _(size=size, offset=offset):
-            target = kernel.place(out_ref, tile, pl.ds(row + offset, size), columns)
-            plgpu.copy_smem_to_gmem(smem.at[pl.ds(offset, size)], target)
+            plgpu.copy_smem_to_gmem(smem.at[pl.ds(offset, size)], place(pl.ds(row + offset, size)))
 
         offset = offset + (count & size)
 

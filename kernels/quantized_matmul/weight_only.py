@@ -98,6 +98,16 @@ class Shared(NamedTuple):
     summed: Any
 
 
+class Operands(NamedTuple):
+    """One buffer of shared memory: x [rows, depth], the weight [columns/64, lines, 256], scales and zero points
+    [depth/group, columns], or None."""
+
+    x: Any
+    w: Any
+    scales: Any
+    zeros: Any
+
+
 def quantized_matmul(x: jax.Array, w: QArray, bias: jax.Array | None, out_dtype) -> jax.Array:
     """[M, N] of x [M, K] and w [K, N] in fragments, as `kernels.quantized_matmul.quantized_matmul` has it."""
     from kernels.quantized_matmul import case_of
@@ -218,7 +228,8 @@ def multiply(statics: Statics, inputs: Inputs, shared: Shared, rows, column, par
         # All four warps are done with the buffer before this one.
         plgpu.commit_smem()
         pl.when(number + ahead < end)(functools.partial(fetch, number + ahead))
-        return _add(statics, shared, buffer, totals)
+        arrays = (shared.x, shared.w, shared.scales, shared.zeros)
+        return add(statics, Operands(*(None if ref is None else ref.at[buffer] for ref in arrays)), totals)
 
     zero = jnp.zeros((TILE, tiles.rows), jnp.float32)
     zeros = tuple(plgpu.layout_cast(zero, hopper.MATRIX) for _ in range(statics.blocks))
@@ -270,9 +281,9 @@ def _fetch(statics: Statics, inputs: Inputs, shared: Shared, rows, column, numbe
             plgpu.copy_gmem_to_smem(inputs.zeros.at[place], shared.zeros.at[buffer], arrived)
 
 
-def _add(statics: Statics, shared: Shared, buffer, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+def add(statics: Statics, operands: Operands, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """The sums [64, rows of x] of each 64 columns, with one buffer's products more."""
-    x_smem, w_smem, span = shared.x.at[buffer], shared.w.at[buffer], statics.span
+    x_smem, w_smem, span = operands.x, operands.w, statics.span
     totals = list(totals)
     zero = plgpu.layout_cast(jnp.zeros(totals[0].shape, jnp.float32), hopper.MATRIX)
 
@@ -296,7 +307,7 @@ def _add(statics: Statics, shared: Shared, buffer, totals: tuple[jax.Array, ...]
         sums = products([zero] * len(terms), terms)
         of_rows = dict(zip(groups, sums[len(batch) :], strict=True))
         for (block, i), total in zip(batch, sums[: len(batch)], strict=True):
-            scale, offset = _scales(statics, shared, buffer, block, i)
+            scale, offset = _scales(operands, block, i)
             if statics.zero_points:
                 # Plus: a minus would be taken of the product's registers, before it is known to be done.
                 total = total + hopper.along(-offset, total.shape, 0) * of_rows[i]
@@ -309,12 +320,12 @@ def _ones(statics: Statics) -> jax.Array:
     return plgpu.layout_cast(jnp.ones((TILE, statics.span), statics.dtype), hopper.MATRIX)
 
 
-def _scales(statics: Statics, shared: Shared, buffer, block: int, i: int) -> tuple[jax.Array, jax.Array | None]:
+def _scales(operands: Operands, block: int, i: int) -> tuple[jax.Array, jax.Array | None]:
     """(scales, zero points or None) of 64 columns in the i-th group of a buffer."""
-    place = (buffer, i, pl.ds(block * TILE, TILE))
+    place = (i, pl.ds(block * TILE, TILE))
     scale, zero = (
         None if ref is None else plgpu.load(ref.at[place], layout=hopper.ROWS, optimized=False)
-        for ref in (shared.scales, shared.zeros)
+        for ref in (operands.scales, operands.zeros)
     )
     return scale, zero
 
@@ -334,7 +345,7 @@ def products(sums, terms) -> tuple[jax.Array, ...]:
 
 def _store(statics: Statics, inputs: Inputs, shared: Shared, part, row, column, out_ref, totals) -> None:
     tiles, (M, _, _) = statics.tiles, statics.shape
-    stage(shared, scaled(statics, inputs, column, totals))
+    stage(shared.out, scaled(statics, inputs, column * tiles.columns, totals))
     out_ref = out_ref.at[part] if statics.num_parts > 1 else out_ref
     columns = pl.ds(column * tiles.columns, tiles.columns)
     if tiles.rows > M:
@@ -344,13 +355,13 @@ def _store(statics: Statics, inputs: Inputs, shared: Shared, part, row, column, 
     plgpu.wait_smem_to_gmem(0)
 
 
-def scaled(statics: Statics, inputs: Inputs, column, totals) -> list[jax.Array]:
-    """Sums with what multiplies, or is added to, whole columns of the weight."""
+def scaled(statics: Statics, inputs: Inputs, first, totals) -> list[jax.Array]:
+    """Sums with what multiplies, or is added to, whole columns of the weight, which begin at column `first`."""
     if statics.num_parts > 1:
         return list(totals)
     results = []
     for block, total in enumerate(totals):
-        columns = pl.ds(column * statics.tiles.columns + block * TILE, TILE)
+        columns = pl.ds(first + block * TILE, TILE)
         if statics.group is None:
             scale = plgpu.load(inputs.scales.at[0, columns], layout=hopper.ROWS, optimized=False)
             total = total * hopper.along(scale, total.shape, 0)
@@ -361,9 +372,9 @@ def scaled(statics: Statics, inputs: Inputs, column, totals) -> list[jax.Array]:
     return results
 
 
-def stage(shared: Shared, outputs) -> None:
+def stage(smem, outputs) -> None:
     """Outputs [64, rows] of each 64 columns to shared memory [rows, columns], rounded, from where copies take them."""
     for block, values in enumerate(outputs):
-        place = shared.out.at[:, pl.ds(block * TILE, TILE)]
-        place.T[...] = plgpu.layout_cast(values.astype(shared.out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+        place = smem.at[:, pl.ds(block * TILE, TILE)]
+        place.T[...] = plgpu.layout_cast(values.astype(smem.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
     plgpu.commit_smem()
