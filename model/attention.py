@@ -15,6 +15,7 @@ from model.config import ModelConfig
 from model.execution import Execution
 from model.layers import RMSNorm, project, residual_stddev
 from model.parameter import Creator, normal, zeros
+from model.products import magnitudes_of
 from model.rope import Rotation, rotate
 from model.rounded import Activations, rows_format
 from parallel.sharding import constrain, map_shards
@@ -40,6 +41,8 @@ class Attention(nnx.Module):
             self.key_bias = create("key_bias", (K, H), ("kv_heads", "head_dim"), zeros) if qkv else None
             self.value_bias = create("value_bias", (K, H), ("kv_heads", "head_dim"), zeros) if qkv else None
         self.joined = create.joined
+        projections = ("qkv",) if create.joined else ("query", "key", "value")
+        self.magnitudes = magnitudes_of(create, *projections, "output")
         self.output = create("output", (N, H, D), ("heads", "head_dim", "embed"), normal(residual_stddev(config)))
         self.output_bias = create("output_bias", (D,), ("norm",), zeros) if config.attention_output_bias else None
         self.query_norm = RMSNorm(H, config, create.scope("query_norm")) if config.qk_norm else None
@@ -73,31 +76,34 @@ class Attention(nnx.Module):
         """Queries, keys and values, normed and rotated."""
         if self.joined:
             N, K = self.config.num_heads, self.config.num_kv_heads
-            joined = self._heads(x_BTD, self.qkv, self.qkv_bias, execution)
+            joined = self._heads("qkv", x_BTD, self.qkv, self.qkv_bias, execution)
             q_BTNH, k_BTKH, v_BTKH = jnp.split(joined, (N, N + K), axis=2)
         else:
-            q_BTNH = self._heads(x_BTD, self.query, self.query_bias, execution)
-            k_BTKH = self._heads(x_BTD, self.key, self.key_bias, execution)
-            v_BTKH = self._heads(x_BTD, self.value, self.value_bias, execution)
+            q_BTNH = self._heads("query", x_BTD, self.query, self.query_bias, execution)
+            k_BTKH = self._heads("key", x_BTD, self.key, self.key_bias, execution)
+            v_BTKH = self._heads("value", x_BTD, self.value, self.value_bias, execution)
         if self.query_norm is not None:
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         q_BTNH, k_BTKH = rotate(q_BTNH, rotation), rotate(k_BTKH, rotation)
         heads = ("batch", "sequence", "act_heads", None)
         return tuple(constrain(x, execution.placement, *heads) for x in (q_BTNH, k_BTKH, v_BTKH))
 
-    def _heads(self, x_BTD: Activations, kernel: nnx.Param, bias: nnx.Param | None, execution: Execution) -> jax.Array:
+    def _heads(
+        self, name: str, x_BTD: Activations, kernel: nnx.Param, bias: nnx.Param | None, execution: Execution
+    ) -> jax.Array:
         """[B, T, heads, H]."""
-        y = project("btd,dnh->btnh", x_BTD, kernel, bias, execution)
+        y = project("btd,dnh->btnh", x_BTD, kernel, bias, execution, self.magnitudes.get(name))
         return y.reshape(*x_BTD.shape[:2], -1, self.config.head_dim)
 
     def _output(self, o_BTNH: jax.Array, execution: Execution, *, flat: bool = False) -> jax.Array:
         """`flat`: heads and their widths as one axis. Of two, XLA's CPU compiler takes another order than the kernel
         has, and copies it at each call: SmolLM2's layers take 51 ms of processor time for two tokens so, 32 flat."""
+        weights = (self.output, self.output_bias, execution, self.magnitudes.get("output"))
         if flat:
             B, T, N, H = o_BTNH.shape
-            y_BTD = project("btm,md->btd", o_BTNH.reshape(B, T, N * H), self.output, self.output_bias, execution)
+            y_BTD = project("btm,md->btd", o_BTNH.reshape(B, T, N * H), *weights)
         else:
-            y_BTD = project("btnh,nhd->btd", o_BTNH, self.output, self.output_bias, execution)
+            y_BTD = project("btnh,nhd->btd", o_BTNH, *weights)
         return constrain(y_BTD, execution.placement, "batch", "sequence", "act_embed")
 
     def _attend_pages(

@@ -8,8 +8,8 @@ from flax import nnx
 
 from model.config import Activation, ModelConfig
 from model.execution import Execution
-from model.parameter import Creator, normal, ones, zeros
-from model.products import multiply, multiply_rounded
+from model.parameter import Creator, Magnitudes, normal, ones, zeros
+from model.products import magnitudes_of, multiply, multiply_rounded
 from model.rounded import Activations, Rounded, gate_rounded, norm_rounded, rows_format
 from parallel.sharding import constrain
 from quantization.qarray import QArray
@@ -90,6 +90,9 @@ class MLP(nnx.Module):
         self.down = create("down", (mlp_dim, embed_dim), ("mlp", "embed"), normal(residual_stddev(config)))
         self.down_bias = create("down_bias", (embed_dim,), ("norm",), zeros) if bias else None
 
+        projections = ("gate_up",) if self.joined else ("up", "gate") if self.gated else ("up",)
+        self.magnitudes = magnitudes_of(create, *projections, "down")
+
     @property
     def rows_format(self) -> str | None:
         """Dtype that what is read may be quantised to already."""
@@ -98,17 +101,20 @@ class MLP(nnx.Module):
     @jax.named_scope("mlp")
     def __call__(self, x_BTD: Activations, execution: Execution) -> jax.Array:
         hidden_BTF = self._hidden(self._project(x_BTD, execution), execution)
-        y_BTD = project("btf,fd->btd", hidden_BTF, self.down, self.down_bias, execution)
+        magnitudes = self.magnitudes.get("down")
+        y_BTD = project("btf,fd->btd", hidden_BTF, self.down, self.down_bias, execution, magnitudes)
         return constrain(y_BTD, execution.placement, "batch", "sequence", "act_embed")
 
     def _project(self, x_BTD: Activations, execution: Execution) -> tuple[jax.Array, ...]:
         """Gate and up, both in one array where they are joined; up alone where there is no gate."""
+
+        def product(name: str, kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
+            return project("btd,df->btf", x_BTD, kernel, bias, execution, self.magnitudes.get(name))
+
         if self.joined:
-            return (project("btd,df->btf", x_BTD, self.gate_up, self.gate_up_bias, execution),)
-        up_BTF = project("btd,df->btf", x_BTD, self.up, self.up_bias, execution)
-        if not self.gated:
-            return (up_BTF,)
-        return project("btd,df->btf", x_BTD, self.gate, self.gate_bias, execution), up_BTF
+            return (product("gate_up", self.gate_up, self.gate_up_bias),)
+        up_BTF = product("up", self.up, self.up_bias)
+        return (product("gate", self.gate, self.gate_bias), up_BTF) if self.gated else (up_BTF,)
 
     def _hidden(self, projected: tuple[jax.Array, ...], execution: Execution) -> Activations:
         """[B, T, F] of what `_project` gives, quantised where `down` takes it so and the op has the activation."""
@@ -124,7 +130,12 @@ class MLP(nnx.Module):
 
 
 def project(
-    equation: str, x: Activations, kernel: nnx.Param, bias: nnx.Param | None, execution: Execution
+    equation: str,
+    x: Activations,
+    kernel: nnx.Param,
+    bias: nnx.Param | None,
+    execution: Execution,
+    magnitudes: Magnitudes | None = None,
 ) -> jax.Array:
     """Product of x with a kernel, in x's dtype; the unit accumulates in float32.
 
@@ -143,7 +154,7 @@ def project(
     if kernel.get_metadata("format") is None:
         y = jnp.einsum(equation, x, weight)
     else:
-        y = multiply_rounded(x, weight, inputs, execution)
+        y = multiply_rounded(x, weight, inputs, execution, magnitudes)
     return y if bias is None else y + bias[...].astype(x.dtype)
 
 

@@ -6,11 +6,15 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, traverse_util
 
+Tree = dict[Any, Any]
+Convert = Callable[[tuple[str | int, ...], jax.Array], Any]
+"""What becomes of the parameter at a path of `params`."""
 Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 Place = Callable[[tuple[str | None, ...]], jax.sharding.Sharding]
 """Where an array of these logical axes lives."""
@@ -18,6 +22,11 @@ Place = Callable[[tuple[str | None, ...]], jax.sharding.Sharding]
 
 class RouterBias(nnx.Variable):
     """Balancing bias of a router: follows the load, not the gradient."""
+
+
+class Magnitudes(nnx.Variable):
+    """Largest magnitudes of a product's operands in the last steps, float32 [3, steps] as `ScalingState` has them: its
+    gradient is what it becomes."""
 
 
 @functools.cache
@@ -56,6 +65,8 @@ class Creator:
     dtype: str
     joined: bool = False
     """Projections of one input are one array: attention's query, key and value, a gated feed-forward's gate and up."""
+    delayed: bool = False
+    """Products are rounded by the magnitudes of the steps before: each has `Magnitudes`."""
     place: Place | None = None
     """Makes each parameter where it lives, by a program of its own that all of its kind share: one program that makes
     all of them takes XLA's GPU compiler 168 s for 20 unrolled layers (one core, JAX 0.11.2). The values are `Pending`
@@ -125,3 +136,29 @@ def split_copies(logical: Logical) -> tuple[int, Logical]:
 
 def _per_copy(fn: Callable[[jax.Array], jax.Array], keys: jax.Array) -> jax.Array:
     return jax.vmap(fn)(keys) if keys.ndim else fn(keys)
+
+
+def logical_tree(state: nnx.State) -> Tree:
+    """Logical axes of each variable, as a nested dict."""
+    tree: Tree = {}
+    for path, variable in nnx.to_flat_state(state):
+        *parents, name = path
+        node = functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)
+        node[name] = variable.get_metadata("logical")
+    return tree
+
+
+def make_pending(pending: nnx.State, convert: Convert | None) -> Tree:
+    """Values of parameters that are yet to be made, one at a time."""
+    flat = {}
+    for path, variable in nnx.to_flat_state(pending):
+        array = variable.get_value().make()
+        flat[path] = array if convert is None else convert(path, array)
+    return traverse_util.unflatten_dict(flat)
+
+
+def fill(abstract: nnx.State, values: Tree) -> nnx.State:
+    """`abstract` with the arrays of a nested dict; both flatten in the order of sorted keys."""
+    structure = jax.tree.structure(nnx.to_pure_dict(abstract))
+    assert structure == jax.tree.structure(values), f"{structure} != {jax.tree.structure(values)}"
+    return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(values))

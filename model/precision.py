@@ -23,7 +23,10 @@ class Precision:
     and its sum over devices, has `compute` precision either way, since its operands do."""
     products: Products = "compute"
     """Operands of the products of attention's and feed-forwards' matrices. fp8: e4m3 forward and e5m2 for gradients,
-    each array scaled by its largest element now; experts, head and router stay in `compute`."""
+    a scale for each array; experts, head and router stay in `compute`."""
+    scaling: Literal["current", "delayed"] = "current"
+    """fp8: by an array's largest element now, or in the last 16 steps, so that rounding it needs no pass before; what
+    is larger saturates."""
 
     def __post_init__(self) -> None:
         if self.gradient not in (self.param, self.compute):
@@ -36,4 +39,9 @@ class Precision:
                 f"precision.products={self.products} is a format of weights that are served: training has gradients "
                 "with respect to parameters in precision.param, and int8 has too few magnitudes for them; choose "
                 "compute or fp8"
+            )
+        if self.scaling == "delayed" and self.products != "fp8":
+            raise ValueError(
+                f"precision.scaling=delayed is of products in few bits, and precision.products={self.products}; set "
+                "precision.products to fp8, or precision.scaling to current"
             )

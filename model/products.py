@@ -20,10 +20,10 @@ from jax.sharding import Sharding
 from kernels.grouped_matmul.quantized import QuantizedGroupedCase
 from kernels.grouped_matmul.quantized import choose as choose_grouped
 from kernels.quantized_matmul import QuantizedCase, choose, quantized_matmul
-from kernels.quantized_matmul.training import fp8_matmul
+from kernels.quantized_matmul.training import HISTORY, ScalingState, fp8_matmul
 from kernels.target import Target
 from model.execution import Execution
-from model.parameter import Logical, matrix_axes, split_copies
+from model.parameter import Creator, Logical, Magnitudes, matrix_axes, split_copies, zeros
 from model.rounded import Activations, Rounded, flat_rows
 from parallel.sharding import Placement, map_shards
 from quantization.qarray import TILE, Layout, QArray, quantize, to_fragments
@@ -257,15 +257,27 @@ def grouped_operand(kernel: nnx.Param, dtype) -> jax.Array | QArray:
     return value if isinstance(value, QArray) and value.layout != "rows" else whole(kernel, dtype)
 
 
-def multiply_rounded(x: jax.Array, weight: jax.Array, inputs: int, execution: Execution) -> jax.Array:
+def magnitudes_of(create: Creator, *names: str) -> nnx.Dict:
+    """`Magnitudes` of the products with a module's parameters, by their names; empty where scales are of the step."""
+    if not create.delayed:
+        return nnx.Dict({})
+    scope, shape = create.scope("magnitudes"), (len(dataclasses.fields(ScalingState)), HISTORY)
+    axes = (None,) * len(shape)
+    return nnx.Dict({name: scope(name, shape, axes, zeros, dtype="float32", kind=Magnitudes) for name in names})
+
+
+def multiply_rounded(
+    x: jax.Array, weight: jax.Array, inputs: int, execution: Execution, magnitudes: Magnitudes | None
+) -> jax.Array:
     """The last `inputs` axes of x contracted with the first ones of a weight in training: both rounded to FP8, and the
-    gradients too.
+    gradients too, with scales by `magnitudes`, or by the arrays themselves where None.
 
     A program of all devices (GSPMD) splits it, so that an array has one scale over all of them.
     """
     flat = x.reshape(*x.shape[: x.ndim - inputs], -1)
     matrix = weight.reshape(flat.shape[-1], -1)
-    y = fp8_matmul(flat, matrix, impl=execution.quantized_matmul, target=execution.target)
+    state = None if magnitudes is None else ScalingState(*magnitudes[...])
+    y = fp8_matmul(flat, matrix, state, impl=execution.quantized_matmul, target=execution.target)
     return y.reshape(*flat.shape[:-1], *weight.shape[inputs:])
 
 

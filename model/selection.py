@@ -14,6 +14,7 @@ from kernels import quantized_matmul as quantized_op
 from kernels.attention import xla as attention_xla
 from kernels.quantized_matmul import activations as activations_op
 from kernels.quantized_matmul.activations import ActivationCase
+from kernels.quantized_matmul.training import HISTORY
 from kernels.target import Target, target_of
 from model.products import Matrix
 from model.rounded import made_by
@@ -89,12 +90,13 @@ def _select_rounded(definition, impl, dtype, tokens, placement, target) -> tuple
     if not matrices:
         return "xla", []
     kinds = ", ".join(dict.fromkeys(matrix.name.rsplit("/", 1)[-1] for matrix in matrices))
+    when = f"in the last {HISTORY} steps" if definition.delayed else "now"
     experts = (
         "" if definition.config.moe is None else f"; experts stay in {dtype}: grouped products have no gradients in FP8"
     )
     lines = [
         f"precision {matrices[0].format.name}: products of {kinds} are of e4m3, their gradients of e5m2, with a scale "
-        f"for each array by its largest element now{experts}. Utilisations are shares of the {dtype} peak"
+        f"for each array by its largest element {when}{experts}. Utilisations are shares of the {dtype} peak"
     ]
     if placement.mesh.size > 1:
         if impl not in ("auto", "xla"):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, traverse_util
+from flax import nnx
 
 from kernels.target import target_of
 from model.attention import Attention
@@ -18,7 +18,19 @@ from model.config import ModelConfig
 from model.execution import Execution
 from model.layers import MLP, Embedding, RMSNorm
 from model.moe import MoE, MoEMetrics
-from model.parameter import Creator, Logical, Place, RouterBias, normal
+from model.parameter import (
+    Convert,
+    Creator,
+    Logical,
+    Magnitudes,
+    Place,
+    RouterBias,
+    Tree,
+    fill,
+    logical_tree,
+    make_pending,
+    normal,
+)
 from model.products import (
     Matrix,
     Storage,
@@ -35,10 +47,6 @@ from model.rounded import Activations
 from parallel.sharding import Placement, constrain
 from quantization.qarray import Layout, QArray
 from quantization.rules import Format, Part, ProductRules
-
-Tree = dict[Any, Any]
-Convert = Callable[[tuple[str | int, ...], jax.Array], Any]
-"""What becomes of the parameter at a path of `params`."""
 
 
 class Output(NamedTuple):
@@ -271,6 +279,8 @@ class Definition:
     tokens are all there is. They cannot be split over devices then. See `model/assembly.py`."""
     rules: ProductRules = dataclasses.field(default_factory=ProductRules)
     """In what formats matrices are multiplied."""
+    delayed: bool = False
+    """Training's FP8 products have scales by the magnitudes of the steps before, not by their operands' own."""
     stored_for: Storage | None = None
     """Where the matrices are held in their formats. None where they keep `param_dtype` and are quantised at each
     product, as training does."""
@@ -284,10 +294,10 @@ class Definition:
         """
         held = [matrix.name for matrix in self.matrices if isinstance(matrix.value, QArray)]
         assert not held, f"{held} are drawn as they are, and then converted"
-        _, params, biases = nnx.split(self._create(key, place), nnx.Param, RouterBias)
+        _, params, biases, _ = _split(self._create(key, place))
         if place is None:
             return nnx.to_pure_dict(params), nnx.to_pure_dict(biases)
-        return _made(params, convert), _made(biases, None)
+        return make_pending(params, convert), make_pending(biases, None)
 
     def stored_on(self, device: jax.Device, impl: str = "auto", placement: Placement | None = None) -> Definition:
         """The same with matrices held in their formats, as suits a device, an implementation of their products, and a
@@ -295,10 +305,9 @@ class Definition:
         return dataclasses.replace(self, stored_for=Storage(target_of(device), impl, placement))
 
     @functools.cached_property
-    def _split(self) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-        abstract = nnx.eval_shape(lambda: self._create(jax.random.key(0)))
-        graphdef, params, biases = nnx.split(abstract, nnx.Param, RouterBias)
-        return graphdef, self._formatted(params), biases
+    def _split(self) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
+        graphdef, params, biases, magnitudes = _split(nnx.eval_shape(lambda: self._create(jax.random.key(0))))
+        return graphdef, self._formatted(params), biases, magnitudes
 
     def _formatted(self, params: nnx.State) -> nnx.State:
         """Abstract parameters that know their formats. Raises ValueError as `ProductRules` does."""
@@ -331,7 +340,9 @@ class Definition:
         variable.set_metadata(format=format)
 
     def _create(self, key: jax.Array, place: Place | None = None) -> Transformer:
-        return Transformer(self.config, Creator(key, self.param_dtype, self.joined, place), scan=self.scan)
+        return Transformer(
+            self.config, Creator(key, self.param_dtype, self.joined, self.delayed, place), scan=self.scan
+        )
 
     @property
     def parameters(self) -> dict[tuple[str | int, ...], nnx.Param]:
@@ -348,19 +359,19 @@ class Definition:
     @property
     def plain(self) -> Definition:
         """The same parameters as files have them: projections one by one, nothing quantised."""
-        return dataclasses.replace(self, joined=False, rules=ProductRules(), stored_for=None)
+        return dataclasses.replace(self, joined=False, rules=ProductRules(), delayed=False, stored_for=None)
 
     @property
     def abstract(self) -> tuple[Tree, Tree]:
         """(params, biases) as ShapeDtypeStructs."""
-        _, params, biases = self._split
+        _, params, biases, _ = self._split
         return nnx.to_pure_dict(params), nnx.to_pure_dict(biases)
 
     @property
     def logical(self) -> tuple[Tree, Tree]:
         """(params, biases) as tuples of logical axis names."""
-        _, params, biases = self._split
-        return _logical(params), _logical(biases)
+        _, params, biases, _ = self._split
+        return logical_tree(params), logical_tree(biases)
 
     def layers_at(self, path: tuple[str | int, ...]) -> range:
         """Layers whose variable is at this path of `params` or `biases`, in the order they are stacked."""
@@ -372,35 +383,28 @@ class Definition:
         layer = (plan.prefix if group == "prefix" else plan.suffix)[position]
         return range(layer, layer + 1)
 
-    def bind(self, params: Tree, biases: Tree) -> Transformer:
-        graphdef, abstract_params, abstract_biases = self._split
-        return nnx.merge(graphdef, _fill(abstract_params, params), _fill(abstract_biases, biases))
+    @property
+    def magnitudes(self) -> tuple[Tree, Tree]:
+        """What delayed scaling goes by, as ShapeDtypeStructs, and their logical axes; empty without it."""
+        magnitudes = self._split[3]
+        return nnx.to_pure_dict(magnitudes), logical_tree(magnitudes)
+
+    def bind(self, params: Tree, biases: Tree, magnitudes: Tree | None = None) -> Transformer:
+        """The model with these arrays. Without `magnitudes`, scales are by the arrays of the call."""
+        if magnitudes is None and self.delayed:
+            return self._current.bind(params, biases)
+        graphdef, *abstract = self._split
+        given = (params, biases, {} if magnitudes is None else magnitudes)
+        return nnx.merge(graphdef, *map(fill, abstract, given))
+
+    @functools.cached_property
+    def _current(self) -> Definition:
+        return dataclasses.replace(self, delayed=False)
 
 
-def _logical(state: nnx.State) -> Tree:
-    tree: Tree = {}
-    for path, variable in nnx.to_flat_state(state):
-        *parents, name = path
-        node = functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)
-        node[name] = variable.get_metadata("logical")
-    return tree
+def _split(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
+    return nnx.split(model, nnx.Param, RouterBias, Magnitudes)
 
 
 def _describe(x: jax.ShapeDtypeStruct, logical: Logical, format: Format, layout: Layout) -> QArray:
     return jax.eval_shape(lambda x: arrange(quantize_matrix(x, logical, format), layout), x)
-
-
-def _made(pending: nnx.State, convert: Convert | None) -> Tree:
-    """Values of parameters that are yet to be made, one at a time."""
-    flat = {}
-    for path, variable in nnx.to_flat_state(pending):
-        array = variable.get_value().make()
-        flat[path] = array if convert is None else convert(path, array)
-    return traverse_util.unflatten_dict(flat)
-
-
-def _fill(abstract: nnx.State, values: Tree) -> nnx.State:
-    """`abstract` with the arrays of a nested dict; both flatten in the order of sorted keys."""
-    structure = jax.tree.structure(nnx.to_pure_dict(abstract))
-    assert structure == jax.tree.structure(values), f"{structure} != {jax.tree.structure(values)}"
-    return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(values))

@@ -22,8 +22,8 @@ def find_non_finite(spec: StepSpec, state: TrainState, batch: Batch) -> str:
     if bad is not None:
         return f"parameter {bad} is not finite before the step"
     execution = dataclasses.replace(spec.execution, check_finite=True)
-    finite_L, loss_finite, gradient = jax.jit(_forward_and_gradient, static_argnums=3)(
-        state.params, state.biases, batch, dataclasses.replace(spec, execution=execution)
+    finite_L, loss_finite, gradient = jax.jit(_forward_and_gradient, static_argnums=2)(
+        state, batch, dataclasses.replace(spec, execution=execution)
     )
     layers = [number for number, finite in enumerate(finite_L.tolist()) if not finite]
     if layers:
@@ -36,14 +36,14 @@ def find_non_finite(spec: StepSpec, state: TrainState, batch: Batch) -> str:
     return "the step is finite when repeated: the hardware or a race produced it"
 
 
-def _forward_and_gradient(params, biases, batch: Batch, spec: StepSpec):
+def _forward_and_gradient(state: TrainState, batch: Batch, spec: StepSpec):
     whole = jnp.maximum(batch["weights"].sum(), 1.0)
 
     def run(params):
-        value, metrics = objective(params, biases, batch, whole, spec)
+        value, metrics = objective(params, state.biases, batch, whole, spec, state.magnitudes)
         return value, (metrics["finite_L"], jnp.isfinite(value))
 
-    (_, (finite_L, loss_finite)), gradient = jax.value_and_grad(run, has_aux=True)(params)
+    (_, (finite_L, loss_finite)), gradient = jax.value_and_grad(run, has_aux=True)(state.params)
     return finite_L, loss_finite, _finite_leaves(gradient)
 
 

@@ -114,7 +114,9 @@ def architecture(run: TrainRun) -> dict[str, Any]:
     model = {name: value for name, value in as_json(run.model).items() if name not in _FREE}
     if model["moe"] is not None:
         model["moe"] = {name: value for name, value in model["moe"].items() if name not in _FREE_MOE}
-    return {"model": model, "scan": run.layers.scan, "optimizer": run.optimizer.kind}
+    found = {"model": model, "scan": run.layers.scan, "optimizer": run.optimizer.kind}
+    # Not where it is the default: checkpoints of before there was a choice have none.
+    return found if run.precision.scaling == "current" else found | {"scaling": run.precision.scaling}
 
 
 def as_json(config: Any) -> Any:

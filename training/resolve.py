@@ -44,8 +44,8 @@ def resolve(run: TrainRun, devices: Sequence[jax.Device]) -> Resolved:
     """Raises ValueError, naming the setting, for whatever can't run on these devices. Computes nothing on them."""
     placement = Placement(make_mesh(run.mesh, devices), run.rules)
     check_placement(run, placement)
-    rules = ProductRules(run.precision.products)
-    definition = Definition(run.model, run.layers.scan, run.precision.param, rules=rules)
+    rules, delayed = ProductRules(run.precision.products), run.precision.scaling == "delayed"
+    definition = Definition(run.model, run.layers.scan, run.precision.param, rules=rules, delayed=delayed)
     selection = select_kernels(
         definition,
         attention=run.kernels.attention,

@@ -25,6 +25,8 @@ class TrainState:
     params: Tree
     biases: Tree
     opt_state: Any
+    magnitudes: Tree = dataclasses.field(default_factory=dict)
+    """Of the operands of FP8 products in the last steps; empty without delayed scaling."""
 
 
 def init_state(
@@ -34,18 +36,20 @@ def init_state(
     params, biases = definition.init(jax.random.key(seed), lambda names: placement.sharding(*names))
     shardings = state_shardings(definition, optimizer, placement)
 
-    def rest(params: Tree) -> tuple[jax.Array, jax.Array, Any]:
-        return jnp.int32(0), jnp.int32(-1), optimizer.init(params)
+    def rest(params: Tree) -> tuple[jax.Array, jax.Array, Any, Tree]:
+        magnitudes = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), definition.magnitudes[0])
+        return jnp.int32(0), jnp.int32(-1), optimizer.init(params), magnitudes
 
-    placed = (shardings.step, shardings.bad_step, shardings.opt_state)
-    step, bad_step, opt_state = jax.jit(rest, out_shardings=placed)(params)
-    return TrainState(step, bad_step, params, biases, opt_state)
+    placed = (shardings.step, shardings.bad_step, shardings.opt_state, shardings.magnitudes)
+    step, bad_step, opt_state, magnitudes = jax.jit(rest, out_shardings=placed)(params)
+    return TrainState(step, bad_step, params, biases, opt_state, magnitudes)
 
 
 def _shapes(definition: Definition, optimizer: optax.GradientTransformation) -> TrainState:
     params, biases = definition.abstract
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
-    return TrainState(scalar, scalar, params, biases, jax.eval_shape(optimizer.init, params))
+    opt_state = jax.eval_shape(optimizer.init, params)
+    return TrainState(scalar, scalar, params, biases, opt_state, definition.magnitudes[0])
 
 
 def state_shardings(
@@ -53,11 +57,11 @@ def state_shardings(
 ) -> TrainState:
     """A NamedSharding for each leaf of the state: parameters by their logical axes, optimizer moments likewise."""
     params, biases = (named_shardings(tree, placement) for tree in definition.logical)
+    magnitudes = named_shardings(definition.magnitudes[1], placement)
     abstract = _shapes(definition, optimizer)
     scalar = placement.sharding()
-    return TrainState(
-        scalar, scalar, params, biases, optimizer_state_shardings(abstract.opt_state, abstract.params, params, scalar)
-    )
+    opt_state = optimizer_state_shardings(abstract.opt_state, abstract.params, params, scalar)
+    return TrainState(scalar, scalar, params, biases, opt_state, magnitudes)
 
 
 def abstract_params(definition: Definition, placement: Placement) -> tuple[Tree, Tree]:

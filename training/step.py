@@ -19,6 +19,8 @@ from training.state import TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+Carry = tuple[Tree, Tree]
+"""Sums of gradients, and magnitudes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +48,20 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         total_weight = jnp.maximum(batch["weights"].sum(), 1.0)
 
-        def microstep(carry: Tree, micro: Batch) -> tuple[Tree, Metrics]:
-            gradient_fn = jax.value_and_grad(objective, has_aux=True)
-            (_, metrics), gradient = gradient_fn(state.params, state.biases, micro, total_weight, spec)
-            return jax.tree.map(lambda sum_, g: sum_ + g.astype(gradient_dtype), carry, gradient), metrics
+        def microstep(carry: Carry, micro: Batch) -> tuple[Carry, Metrics]:
+            def loss(params: Tree, magnitudes: Tree) -> tuple[jax.Array, Metrics]:
+                return objective(params, state.biases, micro, total_weight, spec, magnitudes)
 
-        gradient, metrics = _accumulate(microstep, state.params, batch, spec.accumulation, gradient_dtype)
-        return _update(state, gradient, metrics, spec.definition, optimizer, schedule)
+            gradient_fn = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+            (_, metrics), (gradient, magnitudes) = gradient_fn(state.params, state.magnitudes)
+            total = jax.tree.map(lambda sum_, g: sum_ + g.astype(gradient_dtype), carry[0], gradient)
+            # The gradient of magnitudes is what they become, with this step's: the largest of any microbatch.
+            return (total, jax.tree.map(jnp.maximum, carry[1], magnitudes)), metrics
+
+        zero = jax.tree.map(lambda p: jnp.zeros(p.shape, gradient_dtype), state.params)
+        none = jax.tree.map(jnp.zeros_like, state.magnitudes)
+        (gradient, magnitudes), metrics = _accumulate(microstep, (zero, none), batch, spec.accumulation)
+        return _update(state, gradient, magnitudes, metrics, spec.definition, optimizer, schedule)
 
     return step
 
@@ -68,11 +77,19 @@ def make_eval_step(spec: StepSpec) -> Callable[[Tree, Tree, Batch], tuple[jax.Ar
 
 
 def objective(
-    params: Tree, biases: Tree, batch: Batch, total_weight: jax.Array, spec: StepSpec
+    params: Tree,
+    biases: Tree,
+    batch: Batch,
+    total_weight: jax.Array,
+    spec: StepSpec,
+    magnitudes: Tree | None = None,
 ) -> tuple[jax.Array, Metrics]:
-    """This microbatch's share of the loss, and sums to add up over microbatches (router terms are averaged)."""
+    """This microbatch's share of the loss, and sums to add up over microbatches (router terms are averaged).
+
+    Without `magnitudes`, as in evaluation, products in few bits have scales by their own operands.
+    """
     config, execution = spec.definition.config, spec.execution
-    model = spec.definition.bind(params, biases)
+    model = spec.definition.bind(params, biases, magnitudes)
     output = model(batch["tokens"], batch["positions"], batch.get("segments"), execution)
     with jax.named_scope("cross_entropy"):
         sums = cross_entropy(
@@ -99,21 +116,21 @@ def objective(
 
 
 def _accumulate(
-    microstep: Callable[[Tree, Batch], tuple[Tree, Metrics]], params: Tree, batch: Batch, count: int, dtype: str
-) -> tuple[Tree, Metrics]:
-    zero = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params)
+    microstep: Callable[[Carry, Batch], tuple[Carry, Metrics]], zero: Carry, batch: Batch, count: int
+) -> tuple[Carry, Metrics]:
     if count == 1:
         return microstep(zero, batch)
     # Microbatch i takes rows i, i + count, ...: a device's rows stay its own.
     micro = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
-    gradient, metrics = jax.lax.scan(microstep, zero, micro)
+    carry, metrics = jax.lax.scan(microstep, zero, micro)
     averaged = ("load_balance", "router_z", "dropped")
-    return gradient, {k: m.mean(axis=0) if k in averaged else m.sum(axis=0) for k, m in metrics.items()}
+    return carry, {k: m.mean(axis=0) if k in averaged else m.sum(axis=0) for k, m in metrics.items()}
 
 
 def _update(
     state: TrainState,
     gradient: Tree,
+    magnitudes: Tree,
     metrics: Metrics,
     definition: Definition,
     optimizer: optax.GradientTransformation,
@@ -129,9 +146,9 @@ def _update(
     biases = state.biases
     if definition.config.moe is not None and definition.config.moe.bias_update_rate:
         biases = balance_biases(definition, state.biases, metrics["load_LE"])
-    new: Any = (params, biases, opt_state)
-    old: Any = (state.params, state.biases, state.opt_state)
-    params, biases, opt_state = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+    new: Any = (params, biases, opt_state, magnitudes)
+    old: Any = (state.params, state.biases, state.opt_state, state.magnitudes)
+    kept = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
     bad_step = jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step)
     report = {
         "loss": loss,
@@ -143,7 +160,7 @@ def _update(
     }
     report |= _moe_report(definition.config, metrics)
     step = state.step + good.astype(jnp.int32)
-    return TrainState(step, bad_step, params, biases, opt_state), report
+    return TrainState(step, bad_step, *kept), report
 
 
 def _moe_report(config: ModelConfig, metrics: Metrics) -> Metrics:

@@ -15,6 +15,9 @@ from quantization.qarray import LARGEST, QArray, quantize, round_to
 
 FORWARD, BACKWARD = "float8_e4m3fn", "float8_e5m2"
 
+HISTORY = 16
+"""Steps whose magnitudes delayed scaling goes by, unless told otherwise."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +33,7 @@ class ScalingState:
     gradient: jax.Array
 
     @staticmethod
-    def initial(length: int = 16) -> ScalingState:
+    def initial(length: int = HISTORY) -> ScalingState:
         """Raises ValueError for a length below 1."""
         if length < 1:
             raise ValueError(f"a history of {length} steps for delayed scaling: it needs at least 1")
