@@ -1,4 +1,7 @@
-"""The grouped product of few-bit numbers on TPU: as `tpu`, with a scale for each row of x and each column of a w."""
+"""The grouped product of few-bit numbers on TPU: walks as `tpu` does, and multiplies what `quantized_matmul.tpu` does.
+
+Where scales change along K, sums of each block are scaled or, in tiles of many rows, w is, as that says.
+"""
 
 from __future__ import annotations
 
@@ -10,33 +13,23 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 
-from kernels.grouped_matmul.quantized import QuantizedGroupedCase, case_of
+from kernels.grouped_matmul.quantized import case_of
 from kernels.grouped_matmul.tpu import rows_between
-from kernels.grouped_matmul.tpu_scaled_tiles import VMEM_BYTES, check, choose_tiles
-from kernels.grouped_matmul.tpu_tiles import Shape, Tiles, num_visits, strip_of
+from kernels.grouped_matmul.tpu_scaled_tiles import VMEM_BYTES, check, choose_tiles, shape_of
+from kernels.grouped_matmul.tpu_tiles import Tiles, num_visits, strip_of
 from kernels.grouped_matmul.tpu_visits import begins, visits_of
-from kernels.quantized_matmul.tpu import dot, narrow
+from kernels.quantized_matmul import tpu as dense
+from kernels.quantized_matmul.tpu_tiles import widened
 from quantization.qarray import QArray
 
 
 @dataclasses.dataclass(frozen=True)
-class _Statics:
-    case: QuantizedGroupedCase
-    tiles: Tiles
-    interpret: bool
-
-    @property
-    def steps(self) -> int:
-        return self.case.in_dim // self.tiles.depth
+class _Statics(dense.Statics):
+    """Of a grouped case and its tiles."""
 
     @property
     def visits(self) -> int:
-        case = self.case
-        return num_visits(Shape(case.num_rows, case.num_groups, case.in_dim, case.out_dim, 2), self.tiles)
-
-    @property
-    def sum_dtype(self):
-        return jnp.int32 if self.case.x_dtype == "int8" else jnp.float32
+        return num_visits(shape_of(self.case), self.tiles)
 
 
 def product(
@@ -48,6 +41,9 @@ def product(
     Raises ValueError for tiles that a core's memories have no room for.
     """
     case = case_of(x, w, out_dtype)
+    if widened(case) != case:
+        x = x.dequantize(jnp.bfloat16)
+        case = case_of(x, w, out_dtype)
     tiles = choose_tiles(case) if tiles is None else tiles
     check(case, tiles)
     return _call(_Statics(case, tiles, interpret), x, w, group_sizes)
@@ -58,25 +54,19 @@ def product(
 def _call(statics: _Statics, x, w: QArray, group_sizes) -> jax.Array:
     case, tiles = statics.case, statics.tiles
     visits = visits_of(group_sizes, case.num_rows, tiles.rows, statics.visits, every="tile")
-    if w.layout == "rows":
-        w_spec = pl.BlockSpec((None, tiles.depth, tiles.columns), lambda n, v, k, group, *_: (group[v], k, n))
-    else:
-        w_spec = pl.BlockSpec((None, tiles.columns, tiles.depth), lambda n, v, k, group, *_: (group[v], n, k))
-    arrays = [x.values if isinstance(x, QArray) else x, w.values, jnp.repeat(w.scales, w.block[2], axis=2)]
-    specs = [
-        pl.BlockSpec((tiles.rows, tiles.depth), lambda n, v, k, _, tile, *__: (tile[v], k)),
-        w_spec,
-        pl.BlockSpec((None, 1, tiles.columns), lambda n, v, k, group, *_: (group[v], 0, n)),
-    ]
-    if isinstance(x, QArray):
-        arrays.append(jnp.repeat(x.scales, x.block[0], axis=0))
-        specs.append(pl.BlockSpec((tiles.rows, 1), lambda n, v, k, _, tile, *__: (tile[v], 0)))
+    inputs = _inputs(statics, x, w)
+    names = (*inputs, "out", *(["sums"] if statics.steps > 1 else []))
+
+    def body(group, tile, start, stop, *blocks):
+        refs = dense.Refs(**dict.fromkeys(dense.Refs._fields) | dict(zip(names, blocks, strict=True)))
+        _body(statics, tile, start, stop, refs)
+
     return pl.pallas_call(
-        functools.partial(_body, statics),
+        body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(visits),
             grid=(pl.cdiv(case.out_dim, tiles.columns), statics.visits, statics.steps),
-            in_specs=specs,
+            in_specs=[spec for _, spec in inputs.values()],
             out_specs=pl.BlockSpec((tiles.rows, tiles.columns), lambda n, v, k, _, tile, *__: (tile[v], n)),
             scratch_shapes=[pltpu.VMEM((tiles.rows, tiles.columns), statics.sum_dtype)] if statics.steps > 1 else [],
         ),
@@ -86,31 +76,51 @@ def _call(statics: _Statics, x, w: QArray, group_sizes) -> jax.Array:
         ),
         interpret=statics.interpret,
         name=f"grouped_matmul_{case.x_dtype}_{case.w_dtype}",
-    )(*visits, *arrays)
+    )(*visits, *(array for array, _ in inputs.values()))
 
 
-def _body(statics: _Statics, group, tile, start, stop, x, w, w_scales, *rest):
-    case, visit, step = statics.case, pl.program_id(1), pl.program_id(2)
-    x_scales, rest = (rest[0], rest[1:]) if case.x_block is not None else (None, rest)
-    out, sums = rest if statics.steps > 1 else (*rest, None)
+def _inputs(statics: _Statics, x, w: QArray) -> dict:
+    """(array, its blocks) for each name of `dense.Refs` that there is."""
+    rows, columns, depth = statics.tiles.rows, statics.tiles.columns, statics.tiles.depth
+    blocks, outside = depth // statics.block, statics.scaling == "outside"
+
+    def step(k):
+        return 0 if outside else k
+
+    by_column = pl.BlockSpec((None, None, blocks, columns), lambda n, v, k, group, *_: (group[v], step(k), 0, n))
+    w_rows = pl.BlockSpec((None, depth, columns), lambda n, v, k, group, *_: (group[v], k, n))
+    w_columns = pl.BlockSpec((None, columns, depth), lambda n, v, k, group, *_: (group[v], n, k))
+    by_depth = pl.BlockSpec((rows, depth), lambda n, v, k, _, tile, *__: (tile[v], k))
+    inputs = {
+        "x": (x.values if isinstance(x, QArray) else x, by_depth),
+        "w": (w.values, w_rows if w.layout == "rows" else w_columns),
+        "w_scales": (dense.per_column(statics, w, w.scales), by_column),
+    }
+    if isinstance(x, QArray):
+        by_row = pl.BlockSpec((None, rows, blocks), lambda n, v, k, _, tile, *__: (step(k), tile[v], 0))
+        inputs["x_scales"] = dense.per_row(statics, x), by_row
+    if w.zero_points is not None:
+        inputs["zero_points"] = dense.per_column(statics, w, w.zero_points), by_column
+    return inputs
+
+
+def _body(statics: _Statics, tile, start, stop, refs: dense.Refs):
+    visit, step, tiles = pl.program_id(1), pl.program_id(2), statics.tiles
     low, high = start[visit], stop[visit]
 
     @pl.when(begins(tile, visit) & (step == 0))
     def _():
-        out[...] = jnp.zeros_like(out)
+        refs.out[...] = jnp.zeros_like(refs.out)
 
     @pl.when(low < high)
     def _():
-        own = rows_between(low, high, statics.tiles.rows)
-        width = strip_of(statics.tiles.columns)
-        for first in range(0, statics.tiles.columns, width):
+        own = rows_between(low, high, tiles.rows)
+        width = strip_of(tiles.columns)
+        for first in range(0, tiles.columns, width):
             strip = pl.ds(first, width)
-            values = narrow(w[:, strip] if case.w_layout == "rows" else w[strip, :], case.x_dtype)
-            total = dot(x[...], values, case.w_layout)
-            if sums is not None:
-                total = total + jnp.where(step == 0, 0, sums[:, strip])
-                sums[:, strip] = total
-            y = total.astype(jnp.float32) * w_scales[:, strip]
-            if x_scales is not None:
-                y = y * x_scales[...]
-            out[:, strip] = jnp.where(own, y.astype(out.dtype), out[:, strip])
+            total = dense.strip_product(statics, refs, strip)
+            if statics.steps > 1:
+                total = total + jnp.where(step == 0, 0, refs.sums[:, strip])
+                refs.sums[:, strip] = total
+            y = dense.scaled(statics, refs, strip, total)
+            refs.out[:, strip] = jnp.where(own, y.astype(refs.out.dtype), refs.out[:, strip])

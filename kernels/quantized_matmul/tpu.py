@@ -32,7 +32,7 @@ from kernels.quantized_matmul.tpu_tiles import (
 from quantization.qarray import QArray
 
 
-class _Refs(NamedTuple):
+class Refs(NamedTuple):
     """Blocks in vector memory. Scales: [rows, blocks] of x, [blocks, columns] of w, and so its zero points. `sums` of
     earlier steps, where there are such."""
 
@@ -47,7 +47,7 @@ class _Refs(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Statics:
+class Statics:
     case: QuantizedCase
     tiles: Tiles
     interpret: bool
@@ -94,12 +94,12 @@ def quantized_matmul(
         case = case_of(x, w, bias, out_dtype)
     tiles = choose_tiles(case) if tiles is None else tiles
     check(case, tiles)
-    return _call(_Statics(case, tiles, interpret), x, w, bias)
+    return _call(Statics(case, tiles, interpret), x, w, bias)
 
 
 # A jit of its own, so that a model's layers are traced once.
 @functools.partial(jax.jit, static_argnums=0)
-def _call(statics: _Statics, x, w: QArray, bias):
+def _call(statics: Statics, x, w: QArray, bias):
     case, tiles = statics.case, statics.tiles
     rows, columns, depth = tiles.rows, tiles.columns, tiles.depth
     blocks, outside = depth // statics.block, statics.scaling == "outside"
@@ -113,19 +113,19 @@ def _call(statics: _Statics, x, w: QArray, bias):
     inputs = {
         "x": (x.values if isinstance(x, QArray) else x, pl.BlockSpec((rows, depth), lambda i, j, k: (i, k))),
         "w": (w.values, w_rows if w.layout == "rows" else w_columns),
-        "w_scales": (_by_column(statics, w, w.scales), by_column),
+        "w_scales": (per_column(statics, w, w.scales), by_column),
     }
     if isinstance(x, QArray):
         by_row = pl.BlockSpec((None, rows, blocks), lambda i, j, k: (step(k), i, 0))
-        inputs["x_scales"] = _by_row(statics, x), by_row
+        inputs["x_scales"] = per_row(statics, x), by_row
     if w.zero_points is not None:
-        inputs["zero_points"] = _by_column(statics, w, w.zero_points), by_column
+        inputs["zero_points"] = per_column(statics, w, w.zero_points), by_column
     if bias is not None:
         inputs["bias"] = bias.astype(jnp.float32)[None], pl.BlockSpec((1, columns), lambda i, j, k: (0, j))
     names = (*inputs, "out", *(["sums"] if statics.steps > 1 else []))
 
     def body(*refs):
-        _body(statics, _Refs(**dict.fromkeys(_Refs._fields) | dict(zip(names, refs, strict=True))))
+        _body(statics, Refs(**dict.fromkeys(Refs._fields) | dict(zip(names, refs, strict=True))))
 
     return pl.pallas_call(
         body,
@@ -142,7 +142,7 @@ def _call(statics: _Statics, x, w: QArray, bias):
     )(*(array for array, _ in inputs.values()))
 
 
-def _by_row(statics: _Statics, x: QArray) -> jax.Array:
+def per_row(statics: Statics, x: QArray) -> jax.Array:
     """float32 [steps along K, M, blocks of a step], or [1, M, 1]: a scale for each row and block."""
     scales = jnp.repeat(x.scales, x.block[0], axis=0)
     if statics.scaling == "outside":
@@ -151,37 +151,38 @@ def _by_row(statics: _Statics, x: QArray) -> jax.Array:
     return scales.reshape(len(scales), statics.steps, -1).swapaxes(0, 1)
 
 
-def _by_column(statics: _Statics, w: QArray, per_block: jax.Array) -> jax.Array:
-    """float32 [steps along K, blocks of a step, N], or [1, 1, N]: of scales, or zero points, for each block."""
-    per_block = jnp.repeat(per_block, w.block[1], axis=1)
+def per_column(statics: Statics, w: QArray, per_block: jax.Array) -> jax.Array:
+    """float32 [..., steps along K, blocks of a step, N], or [..., 1, 1, N], of a w [..., K, N]: its scales, or zero
+    points, for each block."""
+    per_block = jnp.repeat(per_block, w.block[-1], axis=-1)
     if statics.scaling == "outside":
-        return per_block[None]
-    per_block = jnp.repeat(per_block, w.block[0] // statics.block, axis=0)
-    return per_block.reshape(statics.steps, -1, per_block.shape[1])
+        return per_block[..., None, :, :]
+    per_block = jnp.repeat(per_block, w.block[-2] // statics.block, axis=-2)
+    return per_block.reshape(*per_block.shape[:-2], statics.steps, -1, per_block.shape[-1])
 
 
-def _body(statics: _Statics, refs: _Refs):
+def _body(statics: Statics, refs: Refs):
     """What lies outside of x or w, in tiles that reach over their edges, is multiplied into rows and columns that are
     never stored."""
     width, steps, step = strip_of(statics.case, statics.tiles), statics.steps, pl.program_id(2)
     strips = [pl.ds(first, width) for first in range(0, statics.tiles.columns, width)]
     if steps == 1:
         for strip in strips:
-            _finish(refs, strip, statics, _product(statics, refs, strip))
+            _finish(refs, strip, statics, strip_product(statics, refs, strip))
         return
 
     @pl.when(step < steps - 1)
     def _():
         for strip in strips:
-            refs.sums[:, strip] = jnp.where(step == 0, 0, refs.sums[:, strip]) + _product(statics, refs, strip)
+            refs.sums[:, strip] = jnp.where(step == 0, 0, refs.sums[:, strip]) + strip_product(statics, refs, strip)
 
     @pl.when(step == steps - 1)
     def _():
         for strip in strips:
-            _finish(refs, strip, statics, refs.sums[:, strip] + _product(statics, refs, strip))
+            _finish(refs, strip, statics, refs.sums[:, strip] + strip_product(statics, refs, strip))
 
 
-def _product(statics: _Statics, refs: _Refs, strip) -> jax.Array:
+def strip_product(statics: Statics, refs: Refs, strip) -> jax.Array:
     """[rows, strip] of a step, in the dtype that sums have."""
     case, block = statics.case, statics.block
     if statics.scaling == "outside":
@@ -199,7 +200,7 @@ def _product(statics: _Statics, refs: _Refs, strip) -> jax.Array:
     return total
 
 
-def _strip(case: QuantizedCase, refs: _Refs, strip, inside=slice(None)):
+def _strip(case: QuantizedCase, refs: Refs, strip, inside=slice(None)):
     return refs.w[inside, strip] if case.w_layout == "rows" else refs.w[strip, inside]
 
 
@@ -216,7 +217,7 @@ def _convert(values, dtype):
     return values.astype(dtype)
 
 
-def _scaled_columns(statics: _Statics, refs: _Refs, strip):
+def _scaled_columns(statics: Statics, refs: Refs, strip):
     """Of one strip of w, rounded once to x's dtype."""
     wide = _convert(refs.w[:, strip], jnp.float32)
     wide = wide.reshape(-1, statics.block, wide.shape[1])
@@ -234,12 +235,18 @@ def dot(x, w, layout: str) -> jax.Array:
     return lax.dot_general(x, w, dimensions, precision=precision, preferred_element_type=sums)
 
 
-def _finish(refs: _Refs, strip, statics: _Statics, sums):
+def scaled(statics: Statics, refs: Refs, strip, sums) -> jax.Array:
+    """float32 [rows, strip] of the finished sums."""
     wide = sums.astype(jnp.float32)
     if statics.scaling == "outside":
         wide = wide * refs.w_scales[:, strip]
         if refs.x_scales is not None:
             wide = wide * refs.x_scales[...]
+    return wide
+
+
+def _finish(refs: Refs, strip, statics: Statics, sums):
+    wide = scaled(statics, refs, strip, sums)
     if refs.bias is not None:
         wide = wide + refs.bias[:, strip]
     refs.out[:, strip] = wide.astype(refs.out.dtype)

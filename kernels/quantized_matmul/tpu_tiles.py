@@ -78,7 +78,7 @@ def choose_tiles(case: QuantizedCase) -> Tiles:
     """Static in the shapes, so that equal calls add in equal order. ValueError where none fits."""
     for limit in (1024, 768, 512, 256, 128):
         rows, columns = _length(case.num_rows, limit), _length(case.out_dim, limit, STRIP)
-        for depth in _depths(case, rows, columns):
+        for depth in depths_of(case, rows, columns):
             tiles = Tiles(rows, columns, depth)
             if needed_bytes(case, tiles) <= VMEM_BYTES:
                 return tiles
@@ -96,7 +96,7 @@ def _length(number: int, largest: int, unit: int = LANES) -> int:
     return min(lengths, key=lambda n: (-(-number // n) * n * (1 + LANES / n), -n))
 
 
-def _depths(case: QuantizedCase, rows: int, columns: int) -> list[int]:
+def depths_of(case: QuantizedCase, rows: int, columns: int) -> list[int]:
     """Divisors of K, the longest first: a step that ends in an addition to earlier sums is slower."""
     K, longest = case.in_dim, case.in_dim
     if rows <= LANES:
@@ -120,12 +120,22 @@ def check(case: QuantizedCase, tiles: Tiles) -> None:
         raise ValueError(
             f"quantized_matmul {tiles}: depth must divide K={case.in_dim} and be a multiple of {LANES}, or all"
         )
-    if scaling(case, tiles) != "outside" and block_of(case, tiles) % 8:
-        raise ValueError(f"quantized_matmul {tiles}: scales for each {_block(case)} of K; it must be a multiple of 8")
+    check_block("quantized_matmul", case, tiles)
     if (needed := needed_bytes(case, tiles)) > VMEM_BYTES:
         raise ValueError(
             f"quantized_matmul {tiles} of {case.x_dtype} times {case.w_dtype} needs {needed / _MIB:.1f} MiB of vector "
             f"memory, and may take {VMEM_BYTES / _MIB:.0f} MiB; give it fewer rows, columns or depth"
+        )
+
+
+def check_block(op: str, case: QuantizedCase, tiles: Tiles) -> None:
+    """ValueError where scales change along K in the middle of a register, or along what w can't be scaled along."""
+    how = scaling(case, tiles)
+    if how != "outside" and block_of(case, tiles) % 8:
+        raise ValueError(f"{op} {tiles}: scales for each {_block(case)} of K; it must be a multiple of 8")
+    if how == "operands" and case.w_layout == "columns":
+        raise ValueError(
+            "the TPU kernel scales weights in blocks along K only where they lie in rows; quantise w with layout='rows'"
         )
 
 
@@ -139,27 +149,34 @@ def strip_of(case: QuantizedCase, tiles: Tiles) -> int:
 def needed_bytes(case: QuantizedCase, tiles: Tiles) -> int:
     """Blocks are twice there, one in use and one being copied; of a strip, what is computed before it is stored."""
     rows, columns, depth = tiles.rows, tiles.columns, tiles.depth
-    how, x_bits, w_bits = scaling(case, tiles), BITS[case.x_dtype], BITS[case.w_dtype]
-    blocks = 1 if how == "outside" else depth // block_of(case, tiles)
-    w_shape = (depth, columns) if case.w_layout == "rows" else (columns, depth)
-    copied = (
-        matrix_bytes(rows, depth, x_bits)
-        + matrix_bytes(*w_shape, w_bits)
-        + matrix_bytes(rows, columns, BITS[case.out_dtype])
-    )
-    copied += (1 + case.zero_points) * matrix_bytes(blocks, columns, 32) + case.bias * matrix_bytes(1, columns, 32)
-    copied += matrix_bytes(rows, blocks, 32) if case.x_block is not None else 0
     strip, steps = strip_of(case, tiles), case.in_dim // depth
-    live = 2 * matrix_bytes(rows, strip, 32)
-    if case.weight_only:
-        # Values on their way to x's dtype.
-        live += matrix_bytes(depth, strip, 32) + matrix_bytes(depth, strip, x_bits)
-    elif x_bits != w_bits:
-        live += matrix_bytes(depth, strip, 8)
+    live = 2 * matrix_bytes(rows, strip, 32) + conversion_bytes(case, tiles, strip)
     if case.x_dtype == "float32":
         # Multiplied as sums of parts in bfloat16.
         live += 3 * (matrix_bytes(depth, strip, 16) + matrix_bytes(rows, depth, 16))
-    return 2 * copied + live + (matrix_bytes(rows, columns, 32) if steps > 1 else 0)
+    return 2 * copied_bytes(case, tiles) + live + (matrix_bytes(rows, columns, 32) if steps > 1 else 0)
+
+
+def copied_bytes(case: QuantizedCase, tiles: Tiles) -> int:
+    """Of the blocks of a step, each once."""
+    rows, columns, depth = tiles.rows, tiles.columns, tiles.depth
+    blocks = 1 if scaling(case, tiles) == "outside" else depth // block_of(case, tiles)
+    w_shape = (depth, columns) if case.w_layout == "rows" else (columns, depth)
+    copied = (
+        matrix_bytes(rows, depth, BITS[case.x_dtype])
+        + matrix_bytes(*w_shape, BITS[case.w_dtype])
+        + matrix_bytes(rows, columns, BITS[case.out_dtype])
+    )
+    copied += (1 + case.zero_points) * matrix_bytes(blocks, columns, 32) + case.bias * matrix_bytes(1, columns, 32)
+    return copied + (matrix_bytes(rows, blocks, 32) if case.x_block is not None else 0)
+
+
+def conversion_bytes(case: QuantizedCase, tiles: Tiles, strip: int) -> int:
+    """Of the values of a strip of w on their way to x's dtype."""
+    x_bits, depth = BITS[case.x_dtype], tiles.depth
+    if case.weight_only:
+        return matrix_bytes(depth, strip, 32) + matrix_bytes(depth, strip, x_bits)
+    return matrix_bytes(depth, strip, 8) if x_bits != BITS[case.w_dtype] else 0
 
 
 def matrix_bytes(rows: int, columns: int, bits: int) -> int:
@@ -185,12 +202,7 @@ def unsupported(case: QuantizedCase, target: Target) -> str | None:
     if not case.weight_only and case.x_dtype.startswith("int") and case.in_dim > _LONGEST_INTEGER_SUM:
         return f"sums of {case.in_dim} products of int8 do not fit into int32; at most {_LONGEST_INTEGER_SUM}"
     try:
-        tiles = choose_tiles(case)
-        check(case, tiles)
+        check(case, choose_tiles(case))
     except ValueError as error:
         return str(error)
-    if scaling(case, tiles) == "operands" and case.w_layout == "columns":
-        return (
-            "the TPU kernel scales weights in blocks along K only where they lie in rows; quantise w with layout='rows'"
-        )
     return None

@@ -174,8 +174,6 @@ def test_few_bits_on_tpu():
     case = quantized.QuantizedGroupedCase("int8", "int8", 4096, 4096, 14336, (1, 4096), (4096, 1), num_groups=8)
     assert quantized.choose("pallas", case, TPU)[0] == "pallas" and quantized.choose("auto", case, TPU)[0] == "widened"
     for changes, words in [
-        ({"x_block": (1, 128)}, "blocks along K"),
-        ({"zero_points": True}, "zero points"),
         ({"x_dtype": "int4"}, "not int4"),
         ({"w_dtype": "float8_e4m3fn"}, "can't be multiplied together"),
         ({"in_dim": 2**18, "x_block": (1, 2**18), "w_block": (2**18, 1)}, "int32"),
