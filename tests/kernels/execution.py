@@ -28,6 +28,17 @@ class Execution:
     def compiled(self) -> bool:
         return self.gpu is not None
 
+    @property
+    def tanh_error(self) -> float:
+        """Of the GPU's own tanh, relative (PTX ISA, tanh.approx.f32); the interpreter's is of a float32 rounding."""
+        return 2**-11 if self.compiled else 0.0
+
+    @property
+    def float8_error(self) -> float:
+        """Of the GPU's sums of float8 products, relative to the sum of magnitudes: they keep about 14 bits
+        (arXiv 2412.19437, section 3.3.2). The interpreter adds in float32."""
+        return 2**-13 if self.compiled else 0.0
+
     def interpret(self, races: bool = True) -> Any:
         """What a kernel gets as its argument `interpret`; `races`: whether they are looked for."""
         if self.compiled:

@@ -61,7 +61,7 @@ def test_error_is_bounded(execution, gpu, monkeypatch, name):
     bias = draw((N,), 2) if given["bias"] else None
     y = execution.kernel(gpu.product, x, w, bias, jnp.dtype(given["out"]), given["tiles"])
     assert y.dtype == given["out"]
-    assert_close(y, x, w, bias)
+    assert_close(y, x, w, bias, roundings=() if given["dtype"] == "int8" else (execution.float8_error,))
 
 
 def test_training_takes_it_for_all_three_products(execution, gpu, monkeypatch):
@@ -81,7 +81,8 @@ def test_training_takes_it_for_all_three_products(execution, gpu, monkeypatch):
     expected = gradients(x, w, dy, impl="xla")
     actual = execution.run(gradients, x, w, dy, impl="pallas", target=H100)
     for mine, theirs in zip(actual, expected, strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+        # Sums of at most 24 products, with a mean magnitude below 2.
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5 + 24 * 2 * execution.float8_error)
     assert products == [(F8, F8, (8, 24, 16)), (F5, F8, (8, 16, 24)), (F8, F5, (24, 8, 16))]
 
 
