@@ -225,9 +225,8 @@ def _shared_bytes(
         return 2048
     if isinstance(case, QuantizedGroupedCase):
         from kernels.grouped_matmul import weight_only_tiles
-        from kernels.quantized_matmul.weight_only_tiles import shared_bytes
 
-        return shared_bytes(case, weight_only_tiles.choose_tiles(case))
+        return weight_only_tiles.shared_bytes(case, weight_only_tiles.choose_tiles(case))
     if isinstance(case, QuantizedCase) and case.weight_only:
         from kernels.quantized_matmul import weight_only_tiles
 

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels import hopper
+from kernels.grouped_matmul import gpu_weight_only_many
 from kernels.grouped_matmul.persistent import aligned, rows_from, store_rows, tiles_of
 from kernels.grouped_matmul.tiles import ROW_ALIGNMENT
-from kernels.grouped_matmul.weight_only_tiles import choose_tiles, max_visits
+from kernels.grouped_matmul.weight_only_tiles import ManyTiles, choose_tiles, max_visits
 from kernels.quantized_matmul import weight_only
 from kernels.quantized_matmul.weight_only import Inputs, Shared, Statics
 from kernels.quantized_matmul.weight_only_tiles import TILE, Tiles
@@ -50,22 +51,25 @@ def product(x: jax.Array, w: QArray, group_sizes: jax.Array, out_dtype) -> jax.A
 
 # A jit of its own, so that a model's layers are built once.
 @functools.partial(jax.jit, static_argnames=("out_dtype", "tiles", "interpret"))
-def tiled_product(x, w: QArray, group_sizes, *, out_dtype, tiles: Tiles, interpret=None) -> jax.Array:
+def tiled_product(x, w: QArray, group_sizes, *, out_dtype, tiles: Tiles | ManyTiles, interpret=None) -> jax.Array:
     """As `product`, with its tiles. `interpret`: parameters of Pallas's interpreter, which tests give."""
     (M, K), (E, _, N) = x.shape, w.shape
     group = None if w.scales.shape[1] == 1 and w.zero_points is None else w.block[1]
     assert group is None or tiles.depth % group == 0, f"groups of {group} in buffers of {tiles.depth}"
-    assert tiles.num_parts == 1, "parts of sums have rows of their own"
     if M > ROW_ALIGNMENT:
         # Copies divide the rows into eights; of fewer than eight they fill up the rest with zeros themselves.
         x = jnp.pad(x, ((0, -M % ROW_ALIGNMENT), (0, 0))) if M % ROW_ALIGNMENT else x
     statics = Statics((M, N, K), x.dtype, w.dtype, out_dtype, group, w.zero_points is not None, False, tiles)
     inputs = Inputs(x, w.values.reshape(E, N // TILE, -1, 256), w.scales, w.zero_points, None)
+    sizes = group_sizes.astype(jnp.int32)
+    if isinstance(tiles, ManyTiles):
+        return gpu_weight_only_many.product(statics, inputs, sizes, tiles, interpret)
+    assert tiles.num_parts == 1, "parts of sums have rows of their own"
     return weight_only.call(
         functools.partial(_body, statics, E, M),
         statics,
         inputs,
-        (group_sizes.astype(jnp.int32),),
+        (sizes,),
         jax.ShapeDtypeStruct((M, N), out_dtype),
         name="grouped_matmul_weight_only",
         # The last axis runs fastest: a group's columns are in L2 when its next rows want them.

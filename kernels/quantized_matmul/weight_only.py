@@ -34,7 +34,7 @@ from quantization.qarray import QArray
 
 # Without the barriers that Pallas would put around every load, store and copy: `commit_smem` in each step lies between
 # the last read of a buffer and the copy that fills it again, and no buffer is another warpgroup's.
-_COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
+COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +168,7 @@ def call(body, statics: Statics, inputs: Inputs, others: tuple, out, *, name: st
         grid_names=tuple(grid),
         num_threads=statics.tiles.num_warpgroups,
         thread_name="warpgroup",
-        compiler_params=_COMPILER,
+        compiler_params=COMPILER,
         interpret=interpret,
     )
     return run(*(array for array in inputs if array is not None), *others)
@@ -177,15 +177,12 @@ def call(body, statics: Statics, inputs: Inputs, others: tuple, out, *, name: st
 def _scratch(statics: Statics, out_dtype) -> Shared:
     tiles, others = statics.tiles, statics.tiles.num_warpgroups - 1
     buffers = tiles.num_warpgroups * tiles.num_buffers
-    # Matrix products take whole rows of a swizzle.
-    swizzle = 128 if statics.span % 64 == 0 else 64
-    tiled = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
     scales = None
     if statics.group is not None:
         scales = plgpu.SMEM((buffers, tiles.depth // statics.group, tiles.columns), jnp.float32)
     container = jnp.uint32 if statics.w_dtype == jnp.int4 else statics.w_dtype
     return Shared(
-        x=plgpu.SMEM((buffers, tiles.rows, tiles.depth), statics.dtype, transforms=tiled),
+        x=plgpu.SMEM((buffers, tiles.rows, tiles.depth), statics.dtype, transforms=tiled(statics)),
         w=plgpu.SMEM((buffers, statics.blocks, statics.lines, 256), container),
         scales=scales,
         zeros=scales if statics.zero_points else None,
@@ -194,6 +191,13 @@ def _scratch(statics: Statics, out_dtype) -> Shared:
         arrived=plgpu.Barrier(num_arrivals=2 + (scales is not None) * (1 + statics.zero_points), num_barriers=buffers),
         summed=plgpu.Barrier(num_arrivals=others, num_barriers=1) if others else None,
     )
+
+
+def tiled(statics: Statics) -> tuple[Any, ...]:
+    """How x lies in shared memory."""
+    # Matrix products take whole rows of a swizzle.
+    swizzle = 128 if statics.span % 64 == 0 else 64
+    return plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)
 
 
 def _body(statics: Statics, inputs: Inputs, out_ref, shared: Shared) -> None:

@@ -71,13 +71,19 @@ def _with_buffers(case: QuantizedCase, tiles: Tiles, per_processor: int) -> Tile
 
 def shared_bytes(case: QuantizedCase, tiles: Tiles) -> int:
     """Shared memory of one block of threads."""
-    bits = 4 if case.w_dtype == "int4" else 8
-    buffer = tiles.columns * tiles.depth * bits // 8 + 2 * tiles.rows * tiles.depth
-    if case.zero_points or case.w_block[0] != case.in_dim:
-        buffer += 4 * (1 + case.zero_points) * tiles.columns * (tiles.depth // case.w_block[0])
+    buffer = buffer_bytes(case, tiles.rows, tiles.columns, tiles.depth)
     # Mosaic takes 2 KiB for reductions and a few bytes for barriers.
     buffers = tiles.num_warpgroups * tiles.num_buffers
     return buffers * buffer + 4 * tiles.num_warpgroups * tiles.rows * tiles.columns + 2048 + 8 * (buffers + 1)
+
+
+def buffer_bytes(case: QuantizedCase, rows: int, columns: int, depth: int) -> int:
+    """Of so many rows of x and columns of the weight, with their scales."""
+    bits = 4 if case.w_dtype == "int4" else 8
+    size = columns * depth * bits // 8 + 2 * rows * depth
+    if case.zero_points or case.w_block[0] != case.in_dim:
+        size += 4 * (1 + case.zero_points) * columns * (depth // case.w_block[0])
+    return size
 
 
 def unsupported(case: QuantizedCase, target: Target) -> str | None:

@@ -30,8 +30,10 @@ def weight(shape, dtype, group, asymmetric=False, seed=0) -> QArray:
 def kernel(monkeypatch, execution):
     """The kernel's module, as the interpreter can run it."""
     plain_fragments(monkeypatch, execution)
-    from kernels.grouped_matmul import gpu_weight_only
+    from kernels.grouped_matmul import gpu_weight_only, persistent
 
+    # So that each takes several tiles.
+    monkeypatch.setattr(persistent, "NUM_PROCESSORS", 2)
     return gpu_weight_only
 
 
