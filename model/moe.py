@@ -17,6 +17,7 @@ from flax import nnx
 from kernels.grouped_matmul import grouped_matmul
 from kernels.grouped_matmul.quantized import quantized_grouped_matmul
 from kernels.grouped_matmul.swiglu import grouped_swiglu
+from kernels.quantized_matmul.activations import swiglu_quantized
 from model.config import ModelConfig, MoEConfig
 from model.exchange import exchange_experts
 from model.execution import Execution
@@ -162,14 +163,19 @@ class Experts(nnx.Module):
 
         def product(rows, kernel):
             if isinstance(kernel, QArray):
-                # In fragments for rows as they are: see `Storage.settle`.
-                activation = None if kernel.layout == "fragments" else kernel.dtype.name
-                rounded = {"activation": activation, "impl": "pallas", "target": execution.target}
-                return quantized_grouped_matmul(rows, kernel, group_sizes, **rounded)
+                made = isinstance(rows, QArray)
+                rounded = {"activation": None if made else _rows_format(kernel), "out_dtype": rows_MD.dtype}
+                return quantized_grouped_matmul(
+                    rows, kernel, group_sizes, impl="pallas", target=execution.target, **rounded
+                )
             return grouped_matmul(rows, kernel, group_sizes, **how)
 
-        hidden_MF = self._activate(product(rows_MD, up), None if gate is None else product(rows_MD, gate))
-        return product(hidden_MF, down)
+        up_MF, gate_MF = product(rows_MD, up), None if gate is None else product(rows_MD, gate)
+        dtype = _rows_format(down)
+        if dtype is not None and gate is not None and self.config.activation == "silu":
+            given = {"dtype": dtype, "impl": execution.quantized_activations, "target": execution.target}
+            return product(swiglu_quantized(gate_MF, up_MF, **given), down)
+        return product(self._activate(up_MF, gate_MF), down)
 
     def _activate(self, up: jax.Array, gate: jax.Array | None) -> jax.Array:
         activation = self.config.activation
@@ -198,6 +204,12 @@ class Experts(nnx.Module):
         weights_BTA = (routing.weights_BTA * kept_BTA).astype(jnp.float32)
         y_BTD = jnp.einsum("btad,bta->btd", y_BTAD.astype(jnp.float32), weights_BTA)
         return y_BTD.astype(x_BTD.dtype), kept_BTA
+
+
+def _rows_format(kernel: jax.Array | QArray) -> str | None:
+    """Dtype that the product with experts' kernels rounds its rows to; None for rows as they are, which kernels in
+    fragments take (see `Storage.settle`)."""
+    return kernel.dtype.name if isinstance(kernel, QArray) and kernel.layout != "fragments" else None
 
 
 def _gather(kernel: jax.Array | None, axis: int, placement: Placement | None) -> jax.Array | None:

@@ -36,6 +36,9 @@ _ACTIVATIONS = {
     "kv_heads": "act_heads",
     "mlp": "act_mlp",
     "vocab": "act_vocab",
+    # Experts multiply whole rows of the residual stream, and what each device's part of them makes.
+    "expert_embed": "act_embed",
+    "expert_mlp": "expert_mlp",
 }
 
 # A parameter's last name to that of the matrix it may be a part of: a joined one has one format.
@@ -122,6 +125,10 @@ class Matrix(NamedTuple):
     def is_dequantized(self) -> bool:
         """Whether it is dequantised at each call, since no product takes it as it is held: see `Storage.settle`."""
         return self.is_of_experts and self.value.layout == "rows"
+
+    def row_parts(self, placement: Placement) -> int:
+        """Devices that a row to be multiplied is split over."""
+        return placement.size(_ACTIVATIONS[_matrix_logical(self.logical)[0]])
 
     def case(self, num_rows: int, dtype: str, placement: Placement) -> QuantizedCase:
         """One device's product of `num_rows` rows of `dtype` with its part of the matrix."""
@@ -322,4 +329,5 @@ def multiply(
 
 def _matrix_logical(logical: QArray) -> Logical:
     """Logical axes of K and N."""
-    return logical.values if logical.layout == "rows" else (logical.values[1], logical.values[0])
+    own = split_copies(logical.values)[1]
+    return own if logical.layout == "rows" else (own[1], own[0])

@@ -53,8 +53,8 @@ def made_by(name: str, config: ModelConfig, placement: Placement) -> Literal["no
         return "gate" if config.gated_mlp and config.activation == "silu" else None
     if kind not in ("qkv", "gate_up") or config.norm_placement == "post" or placement.axes("act_embed"):
         return None
-    # A shared expert reads what the router does, as it is.
-    return None if "/shared/" in name else "norm"
+    # Experts, shared or not, read what the router does, as it is.
+    return None if "/shared/" in name or "/experts/" in name else "norm"
 
 
 def norm_rounded(x_BTD: jax.Array, gain_D: jax.Array, *, epsilon: float, dtype: str, execution: Execution) -> Rounded:

@@ -224,22 +224,23 @@ def _select_activations(
 ) -> list[str]:
     """Lines about what quantises the rows of products whose activations are of few bits too."""
     config, dtype = definition.config, definition.param_dtype
-    rounded = [matrix for matrix in definition.matrices if matrix.format.activation and not matrix.is_of_experts]
     found: dict[str, dict[str, None]] = {}
-    for matrix in rounded:
-        maker, kind = made_by(matrix.name, config, placement), matrix.name.rsplit("/", 1)[-1]
-        product = matrix.case(num_rows, dtype, placement)
-        case = ActivationCase(
-            x_dtype=dtype,
-            dtype=product.x_dtype,
-            num_rows=num_rows // placement.size("batch"),
-            width=product.in_dim,
-            gated=maker == "gate",
-            joined=maker == "gate" and definition.joined,
-        )
+    for matrix in definition.matrices:
+        if matrix.format.activation is None:
+            continue
+        maker, parts = made_by(matrix.name, config, placement), matrix.row_parts(placement)
         how = "by the product, in a pass of its own" if maker is None else f"by the {maker} that makes them"
-        how += "" if product.in_dim == matrix.value.shape[0] else ", each device's part of a row apart"
+        how += "" if parts == 1 else ", each device's part of a row apart"
         if maker is not None:
+            case = ActivationCase(
+                x_dtype=dtype,
+                dtype=matrix.format.activation,
+                num_rows=num_rows // placement.size("batch"),
+                width=matrix.value.shape[-2] // parts,
+                gated=maker == "gate",
+                joined=maker == "gate" and definition.joined and not matrix.is_of_experts,
+            )
             how += ": {}, {}".format(*activations_op.choose(impl, case, target))
-        found.setdefault(how, {})[kind] = None
+        kind = matrix.name.rsplit("/", 1)[-1]
+        found.setdefault(how, {})[f"experts' {kind}" if matrix.is_of_experts else kind] = None
     return [f"rows for {', '.join(kinds)} are quantised {how}" for how, kinds in found.items()]

@@ -257,13 +257,15 @@ def is_quantized(node) -> bool:
 )
 def test_experts_may_be_multiplied_in_few_bits(products, layout, rounded, monkeypatch):
     """By kernels that are Hopper's alone: the specification stands for them."""
-    placement, calls = Placement(make_mesh(MeshConfig(fsdp=1, tensor=2), jax.devices()[:2])), []
+    placement, calls, made = Placement(make_mesh(MeshConfig(fsdp=1, tensor=2), jax.devices()[:2])), [], []
     # Each device has whole tiles of 64.
     model = dataclasses.replace(MODELS["experts"], moe=dataclasses.replace(MODELS["experts"].moe, mlp_dim=128))
 
-    def product(rows, kernel, group_sizes, *, activation, impl, target):
-        calls.append((kernel.layout, activation, impl))
-        return quantized_grouped_matmul(rows, kernel, group_sizes, activation=activation, impl="reference")
+    def product(rows, kernel, group_sizes, *, activation, out_dtype, impl, target):
+        calls.append((kernel.layout, rows.dtype.name if isinstance(rows, QArray) else activation, impl))
+        made.append(isinstance(rows, QArray))
+        settings = {"activation": activation, "out_dtype": out_dtype, "impl": "reference"}
+        return quantized_grouped_matmul(rows, kernel, group_sizes, **settings)
 
     monkeypatch.setattr(products_module, "choose_grouped", lambda impl, case, target: ("pallas", "a test"))
     monkeypatch.setattr(moe_module, "quantized_grouped_matmul", product)
@@ -274,6 +276,10 @@ def test_experts_may_be_multiplied_in_few_bits(products, layout, rounded, monkey
     held = converted(definition, params, lambda names: placement.sharding(*names))
     got = logits(definition, held, jax.device_put(biases, placement.sharding()), run)
     assert calls == [(layout, rounded, "pallas")] * 3
+    # What the gate makes is rounded by it, with a scale for each device's part of a row, and the product does no more.
+    assert made == [False, False, rounded is not None]
+    down = next(matrix for matrix in definition.matrices if matrix.is_of_experts and matrix.name.endswith("down"))
+    assert made_by(down.name, model, placement) == "gate" and down.row_parts(placement) == 2
     one = converted(definition, params)
     exact = logits(definition.plain, dequantized(one, definition.plain.abstract[0]), biases, execution(model))
     assert_close(got, exact, 0.1 if rounded else 1e-5)
