@@ -18,10 +18,15 @@ VMEM_BYTES = 32 * _MIB
 # Scalar memory for the page table, the lengths and the starts; a core has 1 MiB.
 SMEM_BYTES = 512 * 2**10
 LANES = 128
-# Of one block of keys: enough that a copy's fixed cost is a small part of it (1 us, at 819 GB/s of v5e's for keys and
-# values together), little enough that the last block of a row, which is multiplied whole, wastes little.
-_BLOCK_BYTES = 2**19
+# Of one block of keys: little enough that the last block of a row, which is multiplied whole, wastes little. By the
+# compiler's schedule v5e takes 6.2 cycles a position of 8 heads in blocks of 512, 7.5 in blocks of 256, and its memory
+# 7.5 to give it.
+_BLOCK_BYTES = 2**20
 _LONGEST_BLOCK = 512
+# Rows of scores that have their softmax together. One of few rows is waited for as long as one of many: in decode a
+# block of 256 positions takes 1,930 cycles of v5e with all 8 kv heads together and 3,008 one by one, and 1,067 and
+# 3,924 of tpu7x, by the compiler's schedule (JAX 0.11.2); of prompts one head of 512 rows is as good as two.
+_TOGETHER = 512
 _MOST_ROWS = 512
 _ITEMSIZE = {"bfloat16": 2, "float32": 4, "int8": 1, "float8_e4m3fn": 1}
 
@@ -38,6 +43,11 @@ class Tiles:
 def query_rows(case: PagedAttentionCase) -> int:
     """Queries of a row that share a kv head."""
     return case.num_tokens * case.num_heads // case.num_kv_heads
+
+
+def heads_together(case: PagedAttentionCase, tiles: Tiles) -> int:
+    """Kv heads whose scores are one matrix."""
+    return min(case.num_kv_heads, max(1, _TOGETHER // tiles.rows))
 
 
 def laid_by_heads(num_kv_heads: int, itemsize: int) -> bool:
@@ -114,8 +124,8 @@ def needed_bytes(case: PagedAttentionCase, tiles: Tiles) -> int:
     state = K * (_matrix(tiles.rows, H, 4) + 2 * _matrix(tiles.rows, LANES, 4))
     # All heads of a block of keys and of values, as they are multiplied, and one head's in float32 on its way.
     live = 2 * K * (_matrix(keys, H, page_size) + _matrix(keys, H, size)) + 2 * _matrix(keys, H, 4)
-    # Scores and weights of two heads, for the compiler interleaves them.
-    live += 4 * _matrix(tiles.rows, keys, 4)
+    # Scores and weights, and others of the same size on their way.
+    live += 4 * heads_together(case, tiles) * _matrix(tiles.rows, keys, 4)
     if case.dtype == "float32":
         # Operands are multiplied as sums of parts in bfloat16.
         live += 3 * 2 * (_matrix(keys, H, 2) + _matrix(tiles.rows, keys, 2))
