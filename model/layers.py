@@ -20,8 +20,8 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, width: int, config: ModelConfig, create: Creator):
         self.epsilon = config.norm_epsilon
-        self.zero_centered = config.norm_zero_centered
-        self.scale = create("scale", (width,), ("norm",), zeros if self.zero_centered else ones)
+        self.offset = 1.0 if config.norm_zero_centered else 0.0
+        self.scale = create("scale", (width,), ("norm",), zeros if config.norm_zero_centered else ones)
 
     @jax.named_scope("rms_norm")
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -31,18 +31,16 @@ class RMSNorm(nnx.Module):
         # for 8, 2.403 and 2.401 for 128, 3.142 and 3.125 for 256). The factor taken after the product slows that.
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        return (wide * self._gain()).astype(x.dtype)
+        return (wide * (self.scale[...].astype(jnp.float32) + self.offset)).astype(x.dtype)
 
     @jax.named_scope("rms_norm")
     def into(self, x_BTD: jax.Array, dtype: str | None, execution: Execution) -> Activations:
         """As a call, and then in a few-bit `dtype` if there is one and rows are whole on a device."""
         if dtype is None or (execution.placement is not None and execution.placement.axes("act_embed")):
             return self(x_BTD)
-        return norm_rounded(x_BTD, self._gain(), epsilon=self.epsilon, dtype=dtype, execution=execution)
-
-    def _gain(self) -> jax.Array:
-        """float32."""
-        return self.scale[...].astype(jnp.float32) + (1.0 if self.zero_centered else 0.0)
+        # The gain as it is held: to widen it would be a launch of its own before the kernel's.
+        how = {"epsilon": self.epsilon, "offset": self.offset, "dtype": dtype}
+        return norm_rounded(x_BTD, self.scale[...], **how, execution=execution)
 
 
 class Embedding(nnx.Module):

@@ -57,9 +57,11 @@ def made_by(name: str, config: ModelConfig, placement: Placement) -> Literal["no
     return None if "/shared/" in name or "/experts/" in name else "norm"
 
 
-def norm_rounded(x_BTD: jax.Array, gain_D: jax.Array, *, epsilon: float, dtype: str, execution: Execution) -> Rounded:
-    """x / rms(x) · gain in x's dtype, and then in `dtype`. Rows must be whole on a device."""
-    op = functools.partial(rms_norm_quantized, epsilon=epsilon)
+def norm_rounded(
+    x_BTD: jax.Array, gain_D: jax.Array, *, epsilon: float, offset: float, dtype: str, execution: Execution
+) -> Rounded:
+    """x / rms(x) · (gain + offset) in x's dtype, and then in `dtype`. Rows must be whole on a device."""
+    op = functools.partial(rms_norm_quantized, epsilon=epsilon, offset=offset)
     return _on_shards(op, (x_BTD, gain_D), ((*_ROWS, "act_embed"), ("norm",)), dtype, execution)
 
 

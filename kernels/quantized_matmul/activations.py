@@ -71,24 +71,26 @@ def rms_norm_quantized(
     gain: jax.Array,
     *,
     epsilon: float,
+    offset: float = 0.0,
     dtype: Activation,
     impl: Impl = "auto",
     target: Target | None = None,
 ) -> QArray:
-    """[M, D] with a scale for each row: x / rms(x) · gain of x [..., D] in float32, rounded as x is, then quantised.
+    """[M, D] with a scale for each row: x / rms(x) · (gain + offset) of x [..., D] in float32, rounded as x is, then
+    quantised.
 
     Several products may read it. Not differentiable where the kernel computes it.
 
     Args:
-      x: bfloat16, float16 or float32; gain: [D].
+      x: bfloat16, float16 or float32; gain: [D], one of these.
+      offset: 1 for a gain that is stored as its distance from 1.
       impl: "auto", "xla" or "pallas" (Hopper); a named one that can't run raises. target: None for the default device.
 
     Raises ValueError for shapes that disagree and for an `impl` that can't run.
     """
     if x.ndim < 1 or gain.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm_quantized of x {list(x.shape)} and gain {list(gain.shape)}: needs [..., D] and [D]")
-    gain, statics = gain.astype(jnp.float32), {"dtype": dtype, "epsilon": epsilon}
-    return _quantized((x,), gain, statics, impl, target)
+    return _quantized((x,), gain, {"dtype": dtype, "epsilon": epsilon, "offset": offset}, impl, target)
 
 
 def swiglu_quantized(
@@ -113,7 +115,7 @@ def swiglu_quantized(
         raise ValueError(f"swiglu_quantized of {given}: they need one shape [..., F] and one dtype")
     else:
         arrays = (gate, up)
-    return _quantized(arrays, None, {"dtype": dtype, "epsilon": None}, impl, target)
+    return _quantized(arrays, None, {"dtype": dtype, "epsilon": None, "offset": 0.0}, impl, target)
 
 
 def _quantized(arrays, gain, statics, impl: Impl, target: Target | None) -> QArray:
@@ -130,7 +132,8 @@ def _quantized(arrays, gain, statics, impl: Impl, target: Target | None) -> QArr
 
             return activations_gpu.quantized_rows(arrays, gain, **statics)
         arrays = jnp.split(arrays[0], 2, axis=-1) if joined else arrays
-        y = transformed([x.astype(jnp.float32) for x in arrays], gain, statics["epsilon"])
+        factors = None if gain is None else gain.astype(jnp.float32) + statics["offset"]
+        y = transformed([x.astype(jnp.float32) for x in arrays], factors, statics["epsilon"])
         return quantize(y.astype(case.x_dtype), case.dtype, (1, None))
 
 

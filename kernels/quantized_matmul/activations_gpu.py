@@ -19,8 +19,10 @@ from quantization.qarray import LARGEST, QArray
 _THREADS = 128
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "epsilon", "interpret"))
-def quantized_rows(arrays, gain, *, dtype: str, epsilon: float | None, interpret: Any = None) -> QArray:
+@functools.partial(jax.jit, static_argnames=("dtype", "epsilon", "offset", "interpret"))
+def quantized_rows(
+    arrays, gain, *, dtype: str, epsilon: float | None, offset: float = 0.0, interpret: Any = None
+) -> QArray:
     """Of one array [M, D] with its gain [D], the norm; of two, or of one [M, 2D], the gate. As `activations` describes
     them."""
     M, D = arrays[0].shape
@@ -41,7 +43,7 @@ def quantized_rows(arrays, gain, *, dtype: str, epsilon: float | None, interpret
             gate, up = map(load, refs)
             y = gate / (1 + jnp.exp(-gate)) * up
         else:
-            x, factors = load(inputs[0].at[row]), load(inputs[1])
+            x, factors = load(inputs[0].at[row]), load(inputs[1]) + offset
             y = x * lax.rsqrt(jnp.sum(x * x) * (1 / D) + epsilon) * factors
         # As if it had been written and read again.
         y = y.astype(arrays[0].dtype).astype(jnp.float32)

@@ -32,7 +32,7 @@ def pallas(monkeypatch, execution):
 
 def exact(x, gain):
     x = wide(x)
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + EPSILON) * wide(gain)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + EPSILON) * np.asarray(gain, np.float64)
 
 
 def exact_gate(gate, up):
@@ -66,13 +66,15 @@ def test_xla(dtype, x_dtype):
 
 @pytest.mark.parametrize(("dtype", "width"), [("int8", 1024), ("float8_e4m3fn", 512), ("float8_e5m2", 1536)])
 def test_kernel(pallas, dtype, width):
-    x, gain = draw((3, width), 0, "bfloat16"), draw((width,), 1)
+    # A gain as a model holds it, and as its distance from 1.
+    offset = 1.0 if dtype == "int8" else 0.0
+    x, gain = draw((3, width), 0, "bfloat16"), draw((width,), 1, "bfloat16" if offset else "float32")
     gated = dtype == "float8_e4m3fn"
     if gated:
         q = pallas(swiglu_quantized, x, x[::-1], dtype=dtype)
     else:
-        q = pallas(rms_norm_quantized, x, gain, epsilon=EPSILON, dtype=dtype)
-    assert_rounded(q.check(), exact_gate(x, x[::-1]) if gated else exact(x, gain), "bfloat16")
+        q = pallas(rms_norm_quantized, x, gain, epsilon=EPSILON, offset=offset, dtype=dtype)
+    assert_rounded(q.check(), exact_gate(x, x[::-1]) if gated else exact(x, wide(gain) + offset), "bfloat16")
     # The row's largest was rounded to bfloat16 before.
     largest = np.asarray(q.scales) * np.float32(LARGEST[dtype])
     np.testing.assert_allclose(largest, largest.astype(jnp.bfloat16).astype(np.float32), rtol=1e-6)
