@@ -126,6 +126,7 @@ class Attention(nnx.Module):
                 scale=self.config.scale,
                 **dict(zip(("k_scale", "v_scale"), pages[2:], strict=False)),
                 impl=execution.paged_attention,
+                target=execution.target,
             )
 
         heads = ("batch", "sequence", "act_heads", None)

@@ -186,8 +186,9 @@ def select_paged_kernels(
     sizes = (rows, tiles[0] * tiles[1])
     reasons += _select_quantized(definition, quantized_matmul, sizes, placement, target)
     reasons += _select_activations(definition, quantized_activations, sizes[1], placement, target)
-    # The kernel for prompts takes pages in the activations' dtype: quantised ones are laid end to end for it.
-    live = (in_decode == "pallas", in_prefill == "pallas" and prefill.kv_dtype is None, in_prefill != "pallas")
+    # Hopper's kernel for prompts takes pages in the activations' dtype: quantised ones are laid end to end for it.
+    reads_pages = target.platform == "tpu" or prefill.kv_dtype is None
+    live = (in_decode == "pallas", in_prefill == "pallas" and reads_pages, in_prefill != "pallas")
     impls = (paged, grouped, quantized_matmul, quantized_activations)
     return PagedSelection(*impls, tuple(reasons), *live, target)
 

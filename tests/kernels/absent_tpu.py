@@ -25,12 +25,12 @@ def compiled_for(chip: str, function, *arguments):
     whole = NamedSharding(mesh, PartitionSpec())
     described = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), arguments)
     # Mosaic asks the mesh which chip it is for.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), _nothing_cached():
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nothing_cached():
         return jax.jit(function).lower(*described).compile()
 
 
 @contextlib.contextmanager
-def _nothing_cached() -> Iterator[None]:
+def nothing_cached() -> Iterator[None]:
     """JAX stores a program for a chip that is not there, and fails where it reads one back."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, name)
