@@ -6,6 +6,7 @@ import itertools
 import re
 
 import jax
+import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -166,6 +167,22 @@ def test_error_is_at_most_half_above_that_of_xla(kind):
 
     ours = error(functools.partial(tpu.paged_attention, tiles=Tiles(16, 8), interpret=True))
     assert ours <= 1.5 * error(xla.paged_attention)
+
+
+@pytest.mark.parametrize(("cores", "kv"), [(1, None), (2, "int8")])
+def test_copies_arrive_before_they_are_read(cores, kv):
+    """In the interpreter that has a core's memories, NaN where nothing was written, copies that end when they are
+    waited for, and an eye on races. A chip of two cores gives each a part of the rows."""
+    # Private, and what the interpreter's own documentation points to.
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    lengths = np.array([0, 300, 0, 130, 1, 0])
+    operands, scales = cache(lengths, M=20, kv=kv)
+    simulated = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)
+    arguments = {**DEFAULTS, **scales}
+    out = tpu.paged_attention(*operands, lengths, lengths - 1, **arguments, tiles=Tiles(8, 8), interpret=simulated)
+    np.testing.assert_allclose(out, explicit(*operands, lengths, lengths - 1, **arguments), atol=1e-5)
+    assert not interpret_pallas_call.races.races_found
 
 
 def test_rows_that_see_nothing_give_zeros():
