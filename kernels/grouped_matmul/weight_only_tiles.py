@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from kernels.grouped_matmul.tiles import MAX_GROUPS, ROW_ALIGNMENT
-from kernels.hopper_chip import SHARED_BYTES
+from kernels.hopper_chip import NUM_PROCESSORS, SHARED_BYTES
 from kernels.quantized_matmul import weight_only_tiles
 from kernels.quantized_matmul.weight_only_tiles import TILE, Tiles
 from kernels.target import Target
@@ -14,9 +14,8 @@ from kernels.target import Target
 if TYPE_CHECKING:
     from kernels.grouped_matmul.quantized import QuantizedGroupedCase
 
-
-MANY_ROWS = 64
-"""Of a group, above which its tiles have more of them, and are computed from one reading of x by two warpgroups."""
+LEAST_SHARE = 0.75
+"""Of the processors, that have a tile of many rows at least: else more, and smaller ones, are faster."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +35,17 @@ class ManyTiles:
 
 
 def choose_tiles(case: QuantizedGroupedCase) -> Tiles | ManyTiles:
-    """Static in the shapes: for groups that share the rows evenly. Not measured."""
-    if case.num_rows > MANY_ROWS * case.num_groups and case.out_dim % (2 * TILE) == 0:
-        return _choose_many(case)
+    """Static in the shapes: for groups that share the rows evenly. Not measured.
+
+    By bytes through L2: of few rows the weight's count alone; of more, x's are as many, which `ManyTiles` reads less
+    often.
+    """
     filled = min(case.num_groups, case.num_rows)
     # A group's first row may be the last of eight, which copies begin at.
     rows = -(-case.num_rows // filled) + ROW_ALIGNMENT - 1
+    many = _choose_many(case, filled, rows) if _aligned(rows, 1) > weight_only_tiles.FEW_ROWS else None
+    if many is not None:
+        return many
     alike = dataclasses.replace(case, num_rows=rows)
     tiles = weight_only_tiles.choose_tiles(dataclasses.replace(alike, out_dim=filled * case.out_dim))
     if case.out_dim % tiles.columns:
@@ -49,13 +53,39 @@ def choose_tiles(case: QuantizedGroupedCase) -> Tiles | ManyTiles:
     return dataclasses.replace(tiles, num_parts=1)
 
 
-def _choose_many(case: QuantizedGroupedCase) -> ManyTiles:
-    # A thread has 240 registers: 128 for sums; where groups have scales half of it, and as much for a group's own sums.
-    outside = case.w_block[0] == case.in_dim and not case.zero_points
-    columns = 4 * TILE if case.out_dim % (4 * TILE) == 0 else 2 * TILE
-    tiles = ManyTiles(rows=128 if outside else 64, columns=columns, num_buffers=2)
+def _choose_many(case: QuantizedGroupedCase, filled: int, rows: int) -> ManyTiles | None:
+    """For `filled` groups of `rows` rows; None where that are too few tiles for the processors."""
+    most = _most_rows(case)
+    count = -(-rows // most)
+    # One or two tiles of a group are alike; of more the last one is a small part.
+    length = _aligned(rows, count) if count <= 2 else most // TILE * TILE or most
+    # Where registers hold the sums of few rows only, they do so for half of the columns.
+    for columns in (4 * TILE, 2 * TILE) if most >= TILE else (2 * TILE,):
+        num_tiles = filled * count * (case.out_dim // columns)
+        if case.out_dim % columns == 0 and num_tiles >= LEAST_SHARE * NUM_PROCESSORS:
+            return _with_buffers(case, ManyTiles(length, columns, num_buffers=2))
+    return None
+
+
+def _aligned(rows: int, count: int) -> int:
+    """Of each of `count` tiles."""
+    return -(-rows // (count * ROW_ALIGNMENT)) * ROW_ALIGNMENT
+
+
+def _with_buffers(case: QuantizedGroupedCase, tiles: ManyTiles) -> ManyTiles:
+    """As many as there is room for, but two at least."""
     numbers = [n for n in range(3, 9) if shared_bytes(case, dataclasses.replace(tiles, num_buffers=n)) <= SHARED_BYTES]
     return dataclasses.replace(tiles, num_buffers=max(numbers, default=2))
+
+
+def _most_rows(case: QuantizedGroupedCase) -> int:
+    """That the 240 registers of a thread hold the sums of without spills, by `python -m kernels.aot`, for 128 columns
+    of a warpgroup; of fewer rows than 64, for 64 columns. Where groups have scales, their sums are beside the totals."""
+    if case.w_block[0] == case.in_dim and not case.zero_points:
+        return 128
+    if case.zero_points or case.w_block[0] == 32:
+        return 32
+    return 72 if case.w_block[0] == 128 else 64
 
 
 def shared_bytes(case: QuantizedGroupedCase, tiles: Tiles | ManyTiles) -> int:
