@@ -80,7 +80,7 @@ def _with_buffers(case: QuantizedGroupedCase, tiles: ManyTiles) -> ManyTiles:
 
 def _most_rows(case: QuantizedGroupedCase) -> int:
     """That the 240 registers of a thread hold the sums of without spills, by `python -m kernels.aot`, for 128 columns
-    of a warpgroup; of fewer rows than 64, for 64 columns. Where groups have scales, their sums are beside the totals."""
+    of a warpgroup; of fewer rows than 64, for 64 columns. Where groups have scales, they have sums of their own too."""
     if case.w_block[0] == case.in_dim and not case.zero_points:
         return 128
     if case.zero_points or case.w_block[0] == 32:

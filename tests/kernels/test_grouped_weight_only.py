@@ -106,7 +106,17 @@ CASES = {
         "float16",
         ManyTiles(16, 256, 3, 1),
     ),
-    "int4, many rows, zero points": ((17, 9), 26, 128, 128, "int4", 32, True, "bfloat16", ManyTiles(16, 128, 2)),
+    "int4, many rows of one group, zero points": (
+        (26,),
+        26,
+        128,
+        128,
+        "int4",
+        32,
+        True,
+        "bfloat16",
+        ManyTiles(16, 128, 2),
+    ),
     "int8, no rows": ((0, 0), 9, 64, 64, "int8", None, False, "bfloat16", Tiles(64, 64, 2, 1, 8, 2)),
 }
 
