@@ -157,8 +157,8 @@ def case_of(x: jax.Array | QArray, w: QArray, out_dtype) -> QuantizedGroupedCase
     """Of x [M, K] and w [E, K, N], arrays or their descriptions."""
     quantised = isinstance(x, QArray)
     return QuantizedGroupedCase(
-        x_dtype=jnp.dtype(x.values.dtype if quantised else x.dtype).name,
-        w_dtype=jnp.dtype(w.values.dtype).name,
+        x_dtype=jnp.dtype(x.dtype).name,
+        w_dtype=jnp.dtype(w.dtype).name,
         num_rows=x.shape[0],
         num_groups=w.shape[0],
         in_dim=w.shape[1],

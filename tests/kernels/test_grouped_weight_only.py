@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.grouped_matmul.quantized import QuantizedGroupedCase, choose, quantized_grouped_matmul, supports
+from kernels.grouped_matmul.quantized import QuantizedGroupedCase, case_of, choose, quantized_grouped_matmul, supports
 from kernels.grouped_matmul.weight_only_tiles import ManyTiles, choose_tiles, max_visits, shared_bytes
 from kernels.hopper_chip import SHARED_BYTES
 from kernels.quantized_matmul.weight_only_tiles import Tiles
@@ -204,6 +204,16 @@ def test_what_is_supported():
     with pytest.raises(ValueError, match=r"fragments.*set the quantized_grouped_matmul impl"):
         choose("pallas", dataclasses.replace(CASE, w_layout="rows"), H100)
     assert choose("auto", CASE, H100)[0] == "widened"
+
+
+@pytest.mark.parametrize("w_dtype", ["int4", "int8", "float8_e4m3fn"])
+def test_a_case_has_the_elements_of_its_fragments(w_dtype):
+    """Not the words that four bits are packed in."""
+    w = jax.eval_shape(to_fragments, weight((2, 128, 64), w_dtype, 64))
+    case = case_of(jax.ShapeDtypeStruct((5, 128), jnp.bfloat16), w, "bfloat16")
+    assert case == dataclasses.replace(
+        CASE, w_dtype=w_dtype, num_rows=5, in_dim=128, out_dim=64, w_block=(64, 1), num_groups=2
+    )
 
 
 @pytest.mark.parametrize("impl", ["reference", "widened"])
