@@ -163,10 +163,12 @@ class Experts(nnx.Module):
 
         def product(rows, kernel):
             if isinstance(kernel, QArray):
-                made = isinstance(rows, QArray)
-                rounded = {"activation": None if made else _rows_format(kernel), "out_dtype": rows_MD.dtype}
+                made, dtype = isinstance(rows, QArray), _rows_format(kernel)
+                rounded = {"activation": None if made else dtype, "out_dtype": rows_MD.dtype}
+                # Rows as they are may be of a dtype that the kernel lacks: an error only where it is named.
+                impl = execution.quantized_matmul if dtype is None else "pallas"
                 return quantized_grouped_matmul(
-                    rows, kernel, group_sizes, impl="pallas", target=execution.target, **rounded
+                    rows, kernel, group_sizes, impl=impl, target=execution.target, **rounded
                 )
             return grouped_matmul(rows, kernel, group_sizes, **how)
 

@@ -275,7 +275,7 @@ def test_experts_may_be_multiplied_in_few_bits(products, layout, rounded, monkey
     run = dataclasses.replace(execution(model), placement=placement)
     held = converted(definition, params, lambda names: placement.sharding(*names))
     got = logits(definition, held, jax.device_put(biases, placement.sharding()), run)
-    assert calls == [(layout, rounded, "pallas")] * 3
+    assert calls == [(layout, rounded, "auto" if rounded is None else "pallas")] * 3
     # What the gate makes is rounded by it, with a scale for each device's part of a row, and the product does no more.
     assert made == [False, False, rounded is not None]
     down = next(matrix for matrix in definition.matrices if matrix.is_of_experts and matrix.name.endswith("down"))
