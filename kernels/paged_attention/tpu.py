@@ -170,6 +170,10 @@ def _call(statics: _Statics, integers, q_BKRH, sinks_KR1, pages, interpret) -> j
     queries = pl.BlockSpec((None, K, tiles.rows, H), lambda p, b, tile, *_: (p * per_part + b, 0, tile, 0))
     sinks = [] if sinks_KR1 is None else [sinks_KR1]
     sinks_spec = pl.BlockSpec((K, tiles.rows, 1), lambda p, b, tile, *_: (0, tile, 0))
+    in_place = pl.BlockSpec(memory_space=pl.ANY)
+    if not interpret:
+        # Else XLA moves arrays that fit into vector memory there, dead pages and all.
+        pages = [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in pages]
     buffers = [pltpu.VMEM((2, tiles.pages, *array.shape[1:]), array.dtype) for array in pages]
 
     def body(*refs):
@@ -187,7 +191,7 @@ def _call(statics: _Statics, integers, q_BKRH, sinks_KR1, pages, interpret) -> j
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(integers),
             grid=statics.grid,
-            in_specs=[queries, *[sinks_spec] * len(sinks), *[pl.BlockSpec(memory_space=pl.ANY)] * len(pages)],
+            in_specs=[queries, *[sinks_spec] * len(sinks), *[in_place] * len(pages)],
             out_specs=queries,
             scratch_shapes=[
                 *buffers,
