@@ -55,7 +55,8 @@ def test_pages_that_the_kernel_does_not_take_are_refused():
 def test_programs_compile_for_tpu(kv_dtype, tensor):
     """A device of two has one kv head: XLA lays its pages in memory in another order than those of both."""
     server = resolved(kv_dtype, tensor)
-    runner = make_runner(server, PAGES)
+    with nothing_cached():
+        runner = make_runner(server, PAGES)
     mesh = Mesh(server.devices, ("x",)) if server.placement is None else server.placement.mesh
     for cell in server.cells:
         with nothing_cached(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
