@@ -213,7 +213,8 @@ def extend_pages(
 
             new = (k_BTKH.astype(k_pages_PSKH.dtype), v_BTKH.astype(v_pages_PSKH.dtype))
             return gpu.paged_attention(*operands, **statics, new=new)
-    pages = _write(k_pages_PSKH, v_pages_PSKH, k_BTKH, v_BTKH, page_table_BM, starts_B, counts_B, **scales)
+    new = (k_BTKH, v_BTKH, page_table_BM, starts_B, counts_B)
+    pages = _write(k_pages_PSKH, v_pages_PSKH, *new, **scales, apart=impl == "pallas" and target.platform == "tpu")
     scales |= dict(zip(scales, pages[2:], strict=False))
     operands = (q_BTNH, *pages[:2], page_table_BM, lengths_B, starts_B)
     return _attend(operands, statics, scales, impl, target), *pages
@@ -292,9 +293,13 @@ def write_pages(
     return _write(k_pages_PSKH, v_pages_PSKH, *new, k_scale, v_scale)
 
 
-def _write(k_pages_PSKH, v_pages_PSKH, k_BTKH, v_BTKH, page_table_BM, starts_B, counts_B, k_scale, v_scale):
-    """As `write_pages`, unchecked."""
-    place = _place_rows if k_BTKH.shape[0] * k_BTKH.shape[1] > 1 else _place_one
+def _write(
+    k_pages_PSKH, v_pages_PSKH, k_BTKH, v_BTKH, page_table_BM, starts_B, counts_B, k_scale, v_scale, apart=False
+):
+    """As `write_pages`, unchecked; `apart`: each head by itself."""
+    place = _place_heads if apart else _place_rows
+    if k_BTKH.shape[0] * k_BTKH.shape[1] == 1:
+        place = _place_one
     with jax.named_scope("write_pages"):
         pages, scales = [], []
         sides = ((k_pages_PSKH, k_BTKH, k_scale), (v_pages_PSKH, v_BTKH, v_scale))
@@ -345,6 +350,26 @@ def _place_rows(shape, tokens, page_table_BM, starts_B, counts_B):
 
     def write_scale(scales: jax.Array, new_BTK: jax.Array) -> jax.Array:
         places = scales.at[slot_M // S, :, slot_M % S]
+        return places.set(new_BTK.reshape(B * T, K), mode="drop", unique_indices=True)
+
+    return write, write_scale
+
+
+def _place_heads(shape, tokens, page_table_BM, starts_B, counts_B):
+    """Whatever order arrays have in memory. For all heads of a token at once, XLA lays arrays of scales, and some of
+    pages, out anew on TPU before and after, all of them."""
+    (P, _, K, _), (B, T) = shape, tokens
+    page_BT, offset_BT, written_BT = _places(shape, tokens, page_table_BM, starts_B, counts_B)
+    nowhere_BT = P + jnp.arange(B * T, dtype=jnp.int32).reshape(B, T)
+    page_L1 = jnp.where(written_BT, page_BT, nowhere_BT).reshape(-1, 1)
+    offset_L1, head_1K = offset_BT.reshape(-1, 1), jnp.arange(K, dtype=jnp.int32)[None]
+
+    def write(pages: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+        places = pages.at[page_L1, offset_L1, head_1K]
+        return places.set(new_BTKH.reshape(B * T, K, -1), mode="drop", unique_indices=True)
+
+    def write_scale(scales: jax.Array, new_BTK: jax.Array) -> jax.Array:
+        places = scales.at[page_L1, head_1K, offset_L1]
         return places.set(new_BTK.reshape(B * T, K), mode="drop", unique_indices=True)
 
     return write, write_scale

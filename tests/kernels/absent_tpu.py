@@ -19,14 +19,15 @@ def needs_libtpu(test):
     return pytest.mark.skipif(absent, reason="libtpu, TPU's compiler, is not installed")(test)
 
 
-def compiled_for(chip: str, function, *arguments):
-    """`function` of arrays, of which the trees `arguments` give shapes and dtypes."""
+def compiled_for(chip: str, function, *arguments, donated: tuple[int, ...] = ()):
+    """`function` of arrays, of which the trees `arguments` give shapes and dtypes; those numbered in `donated` may be
+    written to."""
     mesh = Mesh(tpu_devices(SLICES[chip])[:1], ("x",))
     whole = NamedSharding(mesh, PartitionSpec())
     described = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), arguments)
     # Mosaic asks the mesh which chip it is for.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nothing_cached():
-        return jax.jit(function).lower(*described).compile()
+        return jax.jit(function, donate_argnums=donated).lower(*described).compile()
 
 
 @contextlib.contextmanager
