@@ -163,10 +163,11 @@ def kernel(execution):
 def computed(execution, kernel, case, arrays, out, lse, d_lse, masks, tiles=None):
     """(dq, dk, dv, dsinks) of the kernel."""
     operands = (*arrays[:3], out, lse, arrays[3], d_lse)
-    settings = {**statics(case), "tiles": tiles, "interpret": execution.interpret()}
+    settings = {**masks, **statics(case), "tiles": tiles}
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        gradients = execution.run(kernel.attention_gradients, *operands, **masks, **settings)
+        gradients = execution.run(kernel.attention_gradients, *operands, **settings, interpret=execution.interpret())
     assert not races(said.getvalue())
+    execution.assert_same_again(gradients, kernel.attention_gradients, *operands, **settings)
     return gradients
 
 
