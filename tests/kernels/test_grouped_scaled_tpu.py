@@ -1,4 +1,4 @@
-"""Grouped products on TPU with scales that change along K: in Pallas's interpreter, tiles, and TPU's own compiler."""
+"""Grouped products on TPU with scales along K: in Pallas's interpreter, tiles, TPU's compiler, its static estimate."""
 
 import dataclasses
 import functools
@@ -18,6 +18,7 @@ from kernels.quantized_matmul.tpu_tiles import scaling, widened
 from kernels.target import Target
 from quantization.qarray import QArray, quantize
 from tests.kernels.absent_tpu import SLICES, compiled_for, needs_libtpu
+from tests.kernels.grouped_scaled_tpu_estimate import CASES, estimates
 
 TPU = Target("tpu")
 E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"
@@ -95,7 +96,7 @@ def kernel(x, w, sizes, tiles):
 SIZES = {384: (130, 0, 10, 200), 40: (3, 0, 30, 5)}
 
 
-MANY = ("fp8 in blocks", "int8 with zero points", "w8 in groups", "w4 in groups", "w4 with zero points")
+MANY = ("fp8 in blocks", "int8 with zero points", "w8 in groups", "w4 with zero points")
 FEW = ("fp8, w in blocks", "int8 in blocks", "int8 by int4 in blocks", "w4 in long groups")
 
 
@@ -240,9 +241,7 @@ def test_compiles_for_tpu(chip):
 
 
 @needs_libtpu
-@pytest.mark.parametrize(
-    ("name", "rows"), [("int8 in blocks", 64), ("w4 in groups", 256), ("w4 with zero points", 256)]
-)
+@pytest.mark.parametrize(("name", "rows"), [("int8 in blocks", 64), ("w4 with zero points", 256)])
 def test_vector_memory_is_not_underestimated(monkeypatch, name, rows):
     """The compiler, held to our own count for the tile, has enough."""
     formats, tile = FORMATS[name], Tiles(rows, 512, 512)
@@ -256,3 +255,31 @@ def test_vector_memory_is_not_underestimated(monkeypatch, name, rows):
     monkeypatch.setattr(tpu_scaled, "VMEM_BYTES", needed_bytes(case_of(x, w, jnp.bfloat16), tile))
     product = functools.partial(tpu_scaled.product, out_dtype=jnp.bfloat16, tiles=tile)
     compiled_for("v5e", product, x, w, jax.ShapeDtypeStruct((2,), jnp.int32))
+
+
+def printed(capsys, chips, cases) -> dict:
+    """Shares of the peak in bfloat16, by chip and case."""
+    rows = estimates(chips, cases)
+    with capsys.disabled():
+        for row in rows:
+            print(f" [estimated: {row}]", end="")
+    return {(row["chip"], row["case"]): row["share_of_bfloat16_peak"] for row in rows}
+
+
+@needs_libtpu
+def test_static_estimate(capsys):
+    """The compiler's own count of cycles, which knows nothing of waiting for memory: an estimate, and the same for the
+    same compiler."""
+    shares = printed(capsys, ["v5e"], ["8 bits in blocks"])
+    assert shares["v5e", "8 bits in blocks"] >= 0.85
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", SLICES)
+def test_static_estimates_of_all(capsys, chip):
+    if chip == "tpu7x" and jax.__version_info__ < (0, 11):
+        pytest.skip("the libtpu of JAX 0.10 aborts where it writes its estimate for tpu7x")
+    shares = printed(capsys, [chip], list(CASES))
+    # Where scales are outside of the sums, few-bit numbers are multiplied.
+    assert shares[chip, "8 bits"] > 1.1 * shares[chip, "8 bits in blocks"] > 0.7
