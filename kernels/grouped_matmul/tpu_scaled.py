@@ -1,9 +1,9 @@
 """The grouped product of few-bit numbers on TPU: walks as `tpu` does, and multiplies what `quantized_matmul.tpu` does.
 
 Where scales change along K, the sums of each block are scaled or, in tiles of many rows, w is, as that says. By the
-compiler's count for 4096³ with two groups of whole tiles (an estimate; JAX 0.11.2, libtpu 0.0.48.1) the latter takes 97%
-of v5e's peak in bfloat16, 87% of v6e's and 92% of a tpu7x core's, for 8 bits in blocks of 128 and for 4 in groups of
-128; scales of rows and columns only, 189%, 160% and 166% of it in 8 bits.
+compiler's count for 4096³ with two groups of whole tiles (an estimate; JAX 0.11.2, libtpu 0.0.48.1) the latter takes
+97% of v5e's peak in bfloat16, 87% of v6e's and 92% of a tpu7x core's, for 8 bits in blocks of 128 and for 4 in groups
+of 128; with scales of rows and columns only, 8 bits take 189%, 160% and 166% of it.
 """
 
 from __future__ import annotations
