@@ -7,7 +7,6 @@ whatever they hold, zero times it would be NaN if that is not finite.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -22,7 +21,7 @@ from kernels.grouped_matmul.tiles import ROW_ALIGNMENT, WIDTH, Tiles, choose_gra
 
 
 class _WeightGradient(persistent.Kernel):
-    """x [M, K] and dy [M, N]; tiles of [E, K, N], without a lead: both warpgroups mask a tile's first step together."""
+    """x [M, K] and dy [M, N]; tiles of [E, K, N]. Both warpgroups mask a tile's first step together."""
 
     name = "grouped_matmul_weight_gradient"
 
@@ -99,7 +98,6 @@ def weight_gradient(x, dy, group_sizes, *, tiles: Tiles | None = None, interpret
     """
     num_groups, num_rows, in_dim, out_dim = group_sizes.shape[0], *x.shape, dy.shape[1]
     tiles = choose_gradient_tiles(out_dim) if tiles is None else tiles
-    tiles = dataclasses.replace(tiles, lead=0)
     # Copies fill shared memory by eight rows.
     padding = -num_rows % ROW_ALIGNMENT
     x, dy = (jnp.pad(array, ((0, padding), (0, 0))) if padding else array for array in (x, dy))

@@ -48,7 +48,7 @@ class Shared(NamedTuple):
     """Shared memory of a block of threads: the group sizes, the ring with a step's operands, two places [64, 64] for
     outputs of each warpgroup, swizzled and (for single rows, in the same memory) plain; and the barriers.
     `arrived`: the copies are there. `free`: both warpgroups are done with them. `masked`: both have masked their share.
-    `ahead`: the first warpgroup has begun so many steps of a tile that the second may begin."""
+    """
 
     sizes: Any
     ring: tuple[Any, ...]
@@ -57,7 +57,6 @@ class Shared(NamedTuple):
     arrived: Any
     free: Any
     masked: Any
-    ahead: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +172,6 @@ def _scratch(kernel: Kernel, dtype, sizes_shape) -> Shared:
         arrived=plgpu.Barrier(num_arrivals=len(kernel.shapes), num_barriers=buffers),
         free=plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
         masked=plgpu.Barrier(num_arrivals=2, num_barriers=1),
-        ahead=plgpu.Barrier(num_barriers=1),
     )
 
 
@@ -274,12 +272,7 @@ def _compute(kernel: Kernel, outs, shared: Shared, tile: Tile, start) -> None:
 
 
 def _multiply(kernel: Kernel, warpgroup, shared: Shared, tile: Tile, start, *sums):
-    buffers, lead = kernel.tiles.num_buffers, kernel.tiles.lead
-    steps = tile.steps - kernel.extra
-    # Of fewer steps the first warpgroup could be a whole tile ahead, and a barrier counts no further than one.
-    staggered = steps >= buffers
-    if lead:
-        pl.when(staggered & (warpgroup == 1))(lambda: plgpu.barrier_wait(shared.ahead.at[0]))
+    buffers, steps = kernel.tiles.num_buffers, tile.steps - kernel.extra
 
     def release(step):
         plgpu.barrier_arrive(shared.free.at[hopper.remainder(start + step, buffers)])
@@ -293,9 +286,6 @@ def _multiply(kernel: Kernel, warpgroup, shared: Shared, tile: Tile, start, *sum
         kernel.multiply(sums, operands, warpgroup)
         # The products of the step before are complete, and these go on.
         plgpu.wgmma_wait(len(sums))
-        if lead:
-            begun = staggered & (warpgroup == 0) & (step == lead)
-            pl.when(begun)(lambda: plgpu.barrier_arrive(shared.ahead.at[0]))
         pl.when(step > 0)(lambda: release(step - 1))
 
     plgpu.wgmma_wait(0)
@@ -329,25 +319,42 @@ def store(kernel: Kernel, warpgroup, out_ref, shared: Shared, tile: Tile, values
 def _store_whole(kernel: Kernel, out_ref, tile: Tile, row, column, places, block, turn: int) -> None:
     """64 rows."""
     for i in range(block.shape[1] // WIDTH):
-        smem = places.at[(turn + i) % 2]
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        smem[...] = block[:, i * WIDTH : (i + 1) * WIDTH]
-        plgpu.commit_smem()
-        target = kernel.place(out_ref, tile, rows_from(row, WIDTH), pl.ds(column + i * WIDTH, WIDTH))
-        plgpu.copy_smem_to_gmem(smem, target)
+
+        @_within(kernel, column + i * WIDTH)
+        def _(i=i):
+            smem = places.at[(turn + i) % 2]
+            # Of a single copy's columns every second one is left out: its place is not the last one's.
+            plgpu.wait_smem_to_gmem(0 if kernel.out_dim == WIDTH else 1, wait_read_only=True)
+            smem[...] = block[:, i * WIDTH : (i + 1) * WIDTH]
+            plgpu.commit_smem()
+            target = kernel.place(out_ref, tile, rows_from(row, WIDTH), pl.ds(column + i * WIDTH, WIDTH))
+            plgpu.copy_smem_to_gmem(smem, target)
 
 
 def _store_some(kernel: Kernel, out_ref, tile: Tile, row, column, places, block, turn: int, first, last) -> None:
     """Rows [first, last) of 64, not all of them, by copies of 32, 16, .. rows, whose number is fixed for each."""
     for i in range(block.shape[1] // WIDTH):
-        smem = places.at[(turn + i) % 2]
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        smem[...] = block[:, i * WIDTH : (i + 1) * WIDTH]
-        plgpu.commit_smem()
-        columns = pl.ds(column + i * WIDTH, WIDTH)
-        store_rows(lambda rows, columns=columns: kernel.place(out_ref, tile, rows, columns), row, smem, first, last)
+
+        @_within(kernel, column + i * WIDTH)
+        def _(i=i):
+            smem = places.at[(turn + i) % 2]
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            smem[...] = block[:, i * WIDTH : (i + 1) * WIDTH]
+            plgpu.commit_smem()
+            columns = pl.ds(column + i * WIDTH, WIDTH)
+            store_rows(lambda rows: kernel.place(out_ref, tile, rows, columns), row, smem, first, last)
+
     # `_store_whole` counts its own copies, one to a place, and here are several.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _within(kernel: Kernel, column):
+    """Runs what it decorates where a copy's columns are the output's. Copies past the last column write nothing by
+    themselves, except where the output has the columns of one copy: of an axis of one such stretch Mosaic GPU (JAX
+    0.11.2) forgets the coordinate, and what lies past it would be written over the columns that there are."""
+    if kernel.out_dim == WIDTH:
+        return pl.when(column < WIDTH)
+    return lambda copy: copy()
 
 
 def store_rows(place: Callable[[Any], Any], row, smem, first, last) -> None:
