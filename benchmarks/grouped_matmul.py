@@ -2,9 +2,10 @@
 
 Ours (Pallas), `jax.lax.ragged_dot`, the batched product, JAX's Mosaic GPU example and torch's `_grouped_mm` where they
 are installed, and one dense product of the same FLOPs, which no grouped one can beat. The product, its gradient of the
-rows (dx) and its gradient of the weights (dw), each alone; and, of ours, the experts' feed-forward (three products with
-SwiGLU between), without and with its gradients. Errors are relative, in norms, to float32 of the same inputs, over the
-first, the largest and the last group that is not empty. The last line of stdout is one JSON object.
+rows (dx) and its gradient of the weights (dw), each alone; and the experts' feed-forward (three products with SwiGLU
+between; "apart" is ours with XLA's elementwise steps between), without and with its gradients. Errors are relative, in
+norms, to float32 of the same inputs, over the first, the largest and the last group that is not empty. The last line of
+stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -197,14 +198,25 @@ def measure(impl: str, work: Work, which: str, given, repeats: int) -> dict[str,
     return {"tflops": work.flops() / seconds / 1e12, "milliseconds": 1e3 * seconds, "relative_error": error}
 
 
+def feed_forward(impl: str, sizes: jax.Array) -> Callable[..., jax.Array]:
+    """Of x, gate, up and down."""
+    if impl != "apart":
+        return lambda x, gate, up, down: grouped_swiglu(x, gate, up, down, sizes, impl=impl)
+
+    def apart(x, gate, up, down):
+        gate, up = (grouped_matmul(x, w, sizes, impl="pallas") for w in (gate, up))
+        return grouped_matmul(jax.nn.silu(gate) * up, down, sizes, impl="pallas")
+
+    return apart
+
+
 def measure_feed_forward(impl: str, work: Work, backward: bool, repeats: int) -> dict[str, Any]:
     """Of `work.in_dim`, and `work.out_dim` inside; with gradients, nine products."""
     x, up, _, sizes = operands(work)
     gate, down = (jax.random.normal(jax.random.key(i), up.shape, up.dtype) for i in (3, 4))
     gate, up, down = (array * work.in_dim**-0.5 for array in (gate, up, down.swapaxes(1, 2)))
 
-    def forward(x, gate, up, down):
-        return grouped_swiglu(x, gate, up, down, sizes, impl=impl)
+    forward = feed_forward(impl, sizes)
 
     def both(x, gate, up, down):
         y, pullback = jax.vjp(forward, x, gate, up, down)
@@ -225,7 +237,7 @@ def measure_feed_forwards(works: list[Work], impls: list[str], repeats: int) -> 
             for backward in (False, True):
                 name = "feed-forward and gradients" if backward else "feed-forward"
                 row: dict[str, Any] = {"work": work.name, "impl": impl, "pass": name}
-                reason = supports(impl, work.case(), target)
+                reason = supports("pallas" if impl == "apart" else impl, work.case(), target)
                 row |= {"lacking": reason} if reason else measure_feed_forward(impl, work, backward, repeats)
                 print(_line(row), flush=True)
                 yield row
@@ -271,7 +283,7 @@ def measure_both(works: list[Work], impls: list[str], repeats: int) -> Iterator[
     """The products, then the feed-forwards that some of their shapes belong to."""
     yield from measure_all(works, impls, repeats)
     feed_forwards = [work for work in works if work.name in FEED_FORWARD_WORKS]
-    yield from measure_feed_forwards(feed_forwards, ["batched", "pallas", "pallas_fused"], repeats)
+    yield from measure_feed_forwards(feed_forwards, ["batched", "apart", "pallas"], repeats)
 
 
 def main(arguments: list[str] | None = None) -> None:

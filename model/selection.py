@@ -122,11 +122,6 @@ def _select_grouped(config, impl, dtype, tokens, placement, target) -> tuple[str
         in_dim=config.embed_dim,
         out_dim=config.mlp_dim if moe is None else moe.mlp_dim // placement.size("expert_mlp"),
     )
-    if impl == "pallas_fused" and moe is not None and not (config.gated_mlp and config.activation == "silu"):
-        raise ValueError(
-            f"kernels.grouped_matmul=pallas_fused fuses gated silu, and the model has gated_mlp={config.gated_mlp} and "
-            f"activation={config.activation}; set it to auto or pallas"
-        )
     return grouped_op.choose(impl, case, target)
 
 

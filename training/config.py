@@ -57,7 +57,7 @@ class KernelConfig:
 
     attention: Literal["auto", "reference", "xla", "cudnn", "pallas"] = "auto"
     """Attention inside a layer."""
-    grouped_matmul: Literal["auto", "reference", "ragged_dot", "loop", "batched", "pallas", "pallas_fused"] = "auto"
+    grouped_matmul: Literal["auto", "reference", "ragged_dot", "loop", "batched", "pallas"] = "auto"
     """Products of expert-sorted rows with their experts' weights."""
     quantized_matmul: Literal["auto", "reference", "xla", "pallas"] = "auto"
     """Products in FP8, where `precision.products` asks for them."""

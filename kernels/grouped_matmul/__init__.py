@@ -13,8 +13,7 @@ from kernels.debug import check_group_sizes
 from kernels.grouped_matmul import batched, loop, ragged_dot, reference, tiles, tpu_tiles
 from kernels.target import Target, default_target
 
-# "pallas_fused" is "pallas", and in `swiglu.grouped_swiglu` its products do the elementwise steps too.
-Impl = Literal["auto", "reference", "ragged_dot", "loop", "batched", "pallas", "pallas_fused"]
+Impl = Literal["auto", "reference", "ragged_dot", "loop", "batched", "pallas"]
 
 _IMPLEMENTATIONS = {"ragged_dot": ragged_dot, "loop": loop, "batched": batched}
 
@@ -41,8 +40,6 @@ def supports(impl: Impl, case: GroupedCase, target: Target) -> str | None:
     match impl:
         case "pallas":
             return (tpu_tiles if target.platform == "tpu" else tiles).unsupported(case, target)
-        case "pallas_fused":
-            return tiles.unsupported(case, target)
         case _:
             return None
 
@@ -65,7 +62,7 @@ def choose(impl: Impl, case: GroupedCase, target: Target) -> tuple[Impl, str]:
         case "gpu":
             reason = tiles.unsupported(case, target)
             if reason is None:
-                return "pallas", "fastest measured on an H100: 0.35 to 0.39 ms a product of moe-1b, batched 2.7"
+                return "pallas", "fastest measured on an H100: 0.33 to 0.40 ms a product of moe-1b, batched 2.7"
             return "batched", f"of XLA's the fastest measured on an H100; pallas can't run: {reason}"
 
 
@@ -92,7 +89,7 @@ def grouped_matmul(
     """
     case = _case(x_MK, w_EKN, group_sizes_E)
     check_group_sizes("grouped_matmul", group_sizes_E, case.num_rows)
-    if impl in ("auto", "pallas", "pallas_fused"):
+    if impl in ("auto", "pallas"):
         target = default_target() if target is None else target
     impl, _ = choose(impl, case, target)
     if case.num_rows == 0:
@@ -125,7 +122,7 @@ def _implementation(name: str):
     """A module with `product` and `weight_gradient`: that of an impl, or of Pallas's kernels on "tpu"."""
     # Not at import: Pallas's modules take half a second.
     match name:
-        case "pallas" | "pallas_fused":
+        case "pallas":
             from kernels.grouped_matmul import gpu
 
             return gpu

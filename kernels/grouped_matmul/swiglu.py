@@ -25,8 +25,9 @@ def grouped_swiglu(
 
     Rows past the sum of the group sizes give zeros, and take and give no gradient. x gate and x up are rounded to the
     dtype of the inputs, as three calls of `grouped_matmul` would round them, and so is their product with silu, once.
-    With "pallas_fused" the elementwise steps are part of the products' kernels (Hopper), forward and backward, and dx
-    is summed over gate and up before it is rounded; any other `impl` is those three calls with XLA between.
+    With "pallas" on Hopper the elementwise steps are part of the products' kernels, forward and backward, and dx is
+    summed over gate and up before it is rounded (a step of moe-1b on an H100: 90.3 ms, 93.8 with XLA between); anything
+    else is those three calls with XLA between.
 
     Args:
       x_MD, gate_EDF, up_EDF, down_EFD: one dtype: bfloat16, float16 or float32.
@@ -38,7 +39,7 @@ def grouped_swiglu(
     check_group_sizes("grouped_swiglu", group_sizes_E, case.num_rows)
     target = default_target() if target is None else target
     impl, _ = choose(impl, case, target)
-    if impl == "pallas_fused" and case.num_rows:
+    if impl == "pallas" and target.platform == "gpu" and case.num_rows:
         with jax.named_scope("grouped_swiglu"):
             padding = -case.num_rows % ROW_ALIGNMENT
             x = jnp.pad(x_MD, ((0, padding), (0, 0))) if padding else x_MD

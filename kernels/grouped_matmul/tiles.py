@@ -23,16 +23,13 @@ MAX_GROUPS = 256
 class Tiles:
     """rows, columns: of the output, of one block of threads; split: the axis that two warpgroups share out, each with
     at most 64 x 256 or 128 x 128 sums; num_buffers: steps of 64 in shared memory; panel: tiles of rows that are walked
-    through side by side, over all columns, before the next ones (what is read again lies in the chip's cache); lead:
-    steps (fewer than `num_buffers`) that the first warpgroup is ahead of the second, so that one multiplies while the
-    other rounds and writes its sums (meant for short sums, as of K = 1024; not measured, so 0 below)."""
+    through side by side, over all columns, before the next ones (what is read again lies in the chip's cache)."""
 
     rows: int
     columns: int
     split: Literal["rows", "columns"]
     num_buffers: int
     panel: int
-    lead: int = 0
 
     @property
     def piece(self) -> tuple[int, int]:
@@ -41,19 +38,22 @@ class Tiles:
         return self.rows // (2 if by_rows else 1), self.columns // (1 if by_rows else 2)
 
 
-# Measured on an H100 (80GB HBM3, jax 0.11.2, 2026-11-23), TFLOP/s at 32768 x 1024 x 3584 and 16384 x 4096 x 14336, 8
-# equal groups, beside 759 of a dense product of 8192 cubed. Runs differ by 5%: no reason to choose by shape.
-#   (rows, columns, split, panel)   product    transposed   weight gradient
-#   (128, 256, "columns", 4)        622  659   656  714     631  681
-#   (128, 256, "columns", 16)       614  715   679  650     610  622
-#   (128, 256, "columns", 64)       621  715   603  590     647  687
-#   (128, 256, "rows", 16)          619  728   649  713     635  649
-#   (256, 128, "columns", 8)        615  699   623  572     649  670
-#   (256, 128, "rows", 8)           611  657   640  711     642  677
+# Measured on an H100 (80GB HBM3, jax 0.11.2, 2026-11-23), TFLOP/s at 16384 x 4096 x 14336 and the two products of
+# moe-1b, 32768 x 1024 x 3584 and x 3584 x 1024, 8 equal groups; and 131072 x 7168 x 2048, 128 groups; beside 751 of a
+# dense product of 8192 cubed. Runs differ by 5 to 10% (clocks): no reason to choose by shape.
+#   (rows, columns, split, panel)   product              transposed           weight gradient
+#   (128, 256, "columns", 4)                             707  674  677  686
+#   (128, 256, "columns", 16)       687  679  621  681   684  665  620  630   668  661  660  706
+#   (128, 256, "columns", 64)                                                 729  706  723
+#   (128, 256, "rows", 4)           706  619  644  718   703  646  620  624   612  707  650  672
+#   (128, 256, "rows", 16)          716  607  713  710   717  659  617  580   685  618  642  607
+#   (128, 256, "rows", 64)          711  613  644  713                        603  662  660  651
+# A first warpgroup that is a step or two ahead of the second, to multiply while that one writes: 4% slower in all.
 _PRODUCT = Tiles(128, 256, "rows", 4, 16)
 _TRANSPOSED = Tiles(128, 256, "columns", 4, 4)
 _WEIGHT_GRADIENT = Tiles(128, 256, "columns", 4, 64)
-# Of two products side by side, of half the columns each. Not measured.
+# Of two products side by side, of half the columns each: 584 TFLOP/s at moe-1b's shape, with panels of 8 530, with 32
+# 508.
 _GATED = Tiles(128, 128, "rows", 4, 16)
 
 

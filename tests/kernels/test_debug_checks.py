@@ -69,7 +69,7 @@ FAULTS = {
     "sum above the rows": (grouped, ([3, 2, 2],), "grouped_matmul: the sum of group_sizes is 7; at most the 6 rows"),
     "gated by products": (functools.partial(gated, "loop", CPU), ([7, 0, 0],), "sum of group_sizes is 7"),
     "gated in one": (
-        functools.partial(gated, "pallas_fused", Target("gpu", (9, 0))),
+        functools.partial(gated, "pallas", Target("gpu", (9, 0))),
         ([7, 0, 0],),
         "grouped_swiglu: the sum of group_sizes is 7",
     ),

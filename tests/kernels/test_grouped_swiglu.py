@@ -89,7 +89,7 @@ def kernels(monkeypatch, execution):
 def test_value_and_gradients_in_the_products_kernels(execution, kernels, sizes, M, D, F, dtype):
     """Errors are at most 1.5 times those of the same steps apart, in rows that hold NaN where they are of no group."""
     arrays = operands(M, D, F, sizes, dtype, np.nan)
-    fused = execution.run(computed, *arrays, impl="pallas_fused", sizes=sizes, target=H100)
+    fused = execution.run(computed, *arrays, impl="pallas", sizes=sizes, target=H100)
     execution.assert_no_races()
     apart = computed(*arrays, impl="loop", sizes=sizes)
     for name, a, b, true in zip(NAMES, fused, apart, explicit(*arrays, sizes), strict=True):
@@ -112,7 +112,7 @@ def test_without_gradient_only_hidden_is_written(execution, kernels, monkeypatch
 
     monkeypatch.setattr(gpu_gated, "hidden", hidden)
     x, gate, up, down, _ = operands(16, 64, 64, (8,), "bfloat16")
-    run = functools.partial(grouped_swiglu, group_sizes_E=np.array([8], np.int32), impl="pallas_fused", target=H100)
+    run = functools.partial(grouped_swiglu, group_sizes_E=np.array([8], np.int32), impl="pallas", target=H100)
     execution.run(run, x, gate, up, down)
     execution.run(lambda x, *matrices: jax.vjp(lambda x: run(x, *matrices), x)[0], x, gate, up, down)
     assert given == [False, True]
@@ -126,7 +126,7 @@ def test_without_gradient_only_hidden_is_written(execution, kernels, monkeypatch
         ({"x": np.zeros((4, 6), np.float16)}, "all need one dtype"),
         ({"sizes": np.zeros(3, np.int32)}, r"group_sizes are int32\[3\]"),
         ({"sizes": np.zeros(2, np.float32)}, r"group_sizes are float32\[2\]"),
-        ({"impl": "pallas_fused"}, "'pallas_fused' can't run: the kernel is written for NVIDIA GPUs"),
+        ({"impl": "pallas"}, "'pallas' can't run: the kernel is written for NVIDIA GPUs"),
         ({"impl": "fused"}, "'fused' is unknown"),
     ],
 )

@@ -1,6 +1,5 @@
 """Router, balance losses, dispatch with a capacity."""
 
-import dataclasses
 import functools
 
 import jax
@@ -12,10 +11,6 @@ from hypothesis import strategies as st
 
 from model.moe import MoE, Router, Routing
 from model.parameter import Creator
-from model.selection import select_kernels
-from model.transformer import Definition
-from parallel.mesh import MeshConfig, make_mesh
-from parallel.sharding import Placement
 from tests.model.tiny import execution, moe
 
 B, T, E = 2, 12, 8
@@ -206,20 +201,3 @@ def test_enough_capacity_is_dropless():
     want = made.experts.dropless(x, routing, execution(config, grouped_matmul="reference"))
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     assert float(metrics.dropped) == pytest.approx(0.0, abs=1e-6)
-
-
-def test_a_feed_forward_that_is_not_gated_silu_is_not_said_to_be_fused():
-    definition = Definition(dataclasses.replace(moe(), activation="gelu_tanh"), False, "bfloat16")
-    with pytest.raises(ValueError, match="pallas_fused fuses gated silu"):
-        select_kernels(
-            definition,
-            attention="auto",
-            grouped_matmul="pallas_fused",
-            quantized_matmul="auto",
-            dtype="bfloat16",
-            rows=1,
-            sequence_length=64,
-            segments=False,
-            placement=Placement(make_mesh(MeshConfig(), jax.devices()[:1])),
-            device=jax.devices()[0],
-        )
