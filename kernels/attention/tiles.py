@@ -18,9 +18,7 @@ WARPGROUP_ROWS = 64
 # (key width, value width) that compile without spills, as `python -m kernels.aot` reports. Narrower tiles of shared
 # memory hold 80 and 96 columns without padding.
 WIDTHS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
-# Keys of a block with float8 operands, by the width of the values.
 FLOAT8_WIDTHS = ((64, 64), (128, 128), (256, 256))
-FLOAT8_BLOCKS = {64: 128, 128: 128, 256: 64}
 # Keys and values that may be in use at a time: an H100's second-level cache has 50 MiB, and queries and outputs pass
 # through it too.
 _CACHED_BYTES = 32 * 2**20
@@ -54,14 +52,30 @@ def choose_tiles(case: AttentionCase) -> Tiles:
     Scores and outputs lie in registers, 64 rows of each: with wide heads only a short block of keys fits beside them,
     and with narrow ones a third warpgroup does.
     """
-    num_warpgroups = 3 if case.key_dim <= 64 else 2
-    block = 64 if case.value_dim > 128 else 128
     if case.float8:
-        block = FLOAT8_BLOCKS[case.value_dim]
+        num_warpgroups, block = _float8_block(case)
+    else:
+        num_warpgroups = 3 if case.key_dim <= 64 else 2
+        block = 64 if case.value_dim > 128 else 128
     heads = _cached_heads(case)
     # The next tile's queries arrive while one is multiplied, where there is room, and then as many blocks as fit.
     options = [Tiles(num_warpgroups, block, buffers, queries, heads) for queries in (2, 1) for buffers in (4, 3, 2)]
     return next(tiles for tiles in options if shared_bytes(case, tiles) <= SHARED_BYTES)
+
+
+def _float8_block(case: AttentionCase) -> tuple[int, int]:
+    """(warpgroups that multiply, keys of a block). TFLOP/s on an H100 (jax 0.11.2, 2026-11-23), two runs of some:
+    heads of 128, full 8192: as here 870, 824; (2, 192) 834, (3, 128) 826, (2, 128) 750, (3, 64) 715. Causal 8192: as
+    here 758, 765; (2, 192) 769, 746; (2, 128) 746. Causal 1024: as here 339, (2, 192) 291, (2, 128) 272. Heads of 64:
+    as here 581, (2, 256) 516. Heads of 256: as here 959, (2, 64) 915.
+    """
+    match case.value_dim:
+        case 64:
+            return 3, 128
+        case 128:
+            return 3, 96
+        case _:
+            return 2, 96
 
 
 def _cached_heads(case: AttentionCase) -> int:

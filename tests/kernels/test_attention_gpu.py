@@ -237,15 +237,6 @@ def test_refuses_what_it_cannot_do(newer_jax, changes, target, words):
         choose("pallas", case, target)
 
 
-@pytest.mark.parametrize("widths", [(80, 80), (96, 96), (192, 128), (256, 256)])
-def test_auto_does_not_take_a_backward_pass_that_was_not_measured(newer_jax, widths):
-    case = dataclasses.replace(PLAIN, key_dim=widths[0], value_dim=widths[1], segments=True)
-    assert choose("auto", case, H100)[0] == "pallas"
-    impl, reason = choose("auto", dataclasses.replace(case, gradient=True), H100)
-    assert impl == "xla" and f"widths {widths[0]}/{widths[1]} has not been measured" in reason
-    assert choose("pallas", dataclasses.replace(case, gradient=True), H100)[0] == "pallas"
-
-
 def test_refuses_an_older_jax(monkeypatch):
     monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", (0, 10, 2))
     assert "needs JAX 0.11" in supports("pallas", PLAIN, H100)
