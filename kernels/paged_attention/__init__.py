@@ -71,8 +71,6 @@ def choose(impl: Impl, target: Target, case: PagedAttentionCase | None = None) -
             return "auto", "at each call: pallas where it takes the shapes and the dtype, else xla"
         return "xla", f"the only fast implementation for {target}"
     reason = supports("pallas", case, target)
-    if reason is None and case.kv_dtype is not None:
-        return "xla", f"the kernel for pages of {case.kv_dtype} is not measured on a device yet; 'pallas' names it"
     if reason is None:
         return "pallas", "reads pages where they lie, and live ones only"
     return "xla", f"pallas can't: {reason}"
@@ -282,9 +280,9 @@ def write_pages(
     """The pages with the first counts[b] keys and values of each row at positions starts[b], starts[b] + 1, and so on.
 
     Pages of int8 or float8_e4m3fn get codes, and their scales float32 [P, K, S] come after them: `quantize_heads`.
-    Page 0 is no row's: what is left out may be written there. Rows must not write to one place. In place where the
-    pages are donated, or carried by a loop. Raises ValueError for scales that are missing, or not of such pages; in
-    debug mode (`kernels.debug`) for counts, positions and pages that are not there.
+    Page 0 is no row's: what is left out, as what lies past the table is, may be written there. Rows must not write to
+    one place. In place where the pages are donated, or carried by a loop. Raises ValueError for scales that are
+    missing, or not of such pages; in debug mode (`kernels.debug`) for counts, positions and pages that are not there.
     """
     _check_scales("write_pages", k_pages_PSKH, v_pages_PSKH, k_scale, v_scale)
     sizes = (k_BTKH.shape[1], *k_pages_PSKH.shape[:2])

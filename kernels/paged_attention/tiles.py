@@ -49,11 +49,13 @@ class PrefillTiles:
 def choose_tiles(case: PagedAttentionCase) -> Tiles:
     """Static in the shapes, so that equal calls add in equal order."""
     # Half of a processor's shared memory: two blocks of threads on each, so that one computes while the other waits. Of
-    # quantised pages a third (not measured): half as many bytes come in the time that the steps of a block take.
+    # quantised pages a third: half as many bytes come in the time that the steps of a block take (128 rows of 1024 in
+    # int8 take 118 to 122 us with 2, 3 or 4 buffers on an H100).
     share = SHARED_BYTES // (2 if case.kv_dtype is None else 3) - 1024
     num_buffers = max(n for n in (2, 3, 4) if n == 2 or shared_bytes(case, n) <= share)
-    num_parts = _num_parts(case.batch * case.num_kv_heads, case.width)
-    return Tiles(_block(case) // case.page_size, num_buffers, num_parts)
+    programs = case.batch * case.num_kv_heads
+    parts = _num_parts if case.kv_dtype is None else _num_quantized_parts
+    return Tiles(_block(case) // case.page_size, num_buffers, parts(programs, case.width))
 
 
 def _block(case: PagedAttentionCase) -> int:
@@ -95,6 +97,18 @@ def _num_parts(programs: int, width: int) -> int:
     short = min(NUM_PROCESSORS // 2 // programs, width // 128, 8)
     long = min(2 * NUM_PROCESSORS // programs, width // 1024, MAX_PARTS)
     return max(1, short, long)
+
+
+def _num_quantized_parts(programs: int, width: int) -> int:
+    """The same of int8 and float8 pages, whose half as many bytes leave the steps of a block to be hidden: two blocks
+    of threads for each processor.
+
+    Measured on an H100 (jax 0.11.2, 8 kv heads of 128, int8): one row of 1024 takes 14.0 us in 4 parts, 19.3 in 8; one
+    row of 8192 22.0 in 8, 17.4 in 16, 16.5 in 33; one row of 131072 232 in 8, 125 in 16, 110 in 33, 135 in 50; eight
+    rows of 1024 21.6 in 1, 16.8 in 2, 15.5 in 4; eight rows of 8192 122 in 1, 65 in 2, 60 in 4, 62 in 6; 32 rows of
+    1024 35 in 1, 43 in 2.
+    """
+    return max(1, min(2 * NUM_PROCESSORS // programs, width // 256))
 
 
 def few_queries(case: PagedAttentionCase) -> bool:

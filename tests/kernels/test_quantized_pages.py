@@ -224,9 +224,9 @@ def newer_jax(monkeypatch):
     monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", (0, 11, 2))
 
 
-def test_the_kernel_is_taken_by_name(newer_jax):
+def test_the_kernel_is_taken(newer_jax):
     assert choose("pallas", H100, DECODE) == ("pallas", "asked for by name")
-    assert choose("auto", H100, DECODE)[0] == "xla" and "not measured" in choose("auto", H100, DECODE)[1]
+    assert choose("auto", H100, DECODE)[0] == "pallas"
     assert supports("xla", DECODE, H100) is None
 
 
