@@ -124,6 +124,8 @@ def product(x: QArray, w: QArray, bias: jax.Array | None, out_dtype, tiles: Tile
     x_values = _filled(_filled(x.values, BLOCK), 8, 0)
     w_values = _filled(_filled(w.values, BLOCK), OUT_COLUMNS, 0)
     statics = _Statics(x_values.shape[0], x_values.shape[1], w_values.shape[0], w.block[1], outside, tiles)
+    # Of one stretch of columns Mosaic drops the axis, and a copy past it would go there.
+    assert tiles.columns == OUT_COLUMNS or statics.out_dim > OUT_COLUMNS, (tiles, statics.out_dim)
     x_scales = jnp.repeat(x.scales, x.block[0], axis=0)
     # Vectors are read straight into registers, in whole tiles.
     if outside:

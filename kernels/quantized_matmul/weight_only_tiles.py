@@ -42,7 +42,13 @@ class Tiles:
 def choose_tiles(case: QuantizedCase) -> Tiles:
     """Static in the shapes, so that equal calls add in equal order.
 
-    Not measured: by registers and shared memory alone, of which `python -m kernels.aot` tells.
+    Microseconds on an H100 (jax 0.11.2, 2026-11-23), tiles as (columns, depth, warpgroups of a processor). 8192 x 28672
+    in int8: of 1 row (64, 256, 4) 83.6, (128, 128, 3) 84.7, (64, 128, 4) 87; of 16 84.6, 84.8, 88; of 64 (128, 128, 2)
+    97, (64, 128, 2) 137; of 256 278, 302. In int4 with groups of 128: of 1 (64, 512, 4) 47.2, (64, 256, 4) 49.0,
+    (128, 256, 3) 49.3; of 16 (64, 256, 4) 48.8, (128, 256, 2) 51.7, (64, 512, 3) 60; of 32 (128, 128, 2) 52,
+    (64, 128, 4) 72; of 64 (64, 128, 2) 71, (128, 128, 2) 77; of 128 123, 149. With groups of 64 (64, 256, 4) 51,
+    (128, 128, 3) 54; of 32 63, 58. One row of int8 in 4 warpgroups of a block, and in 8: 4096 x 6144 18.7 and 13.2,
+    14336 x 4096 28.6 and 25.9, 4096 x 4096 11.1 and 12.2; of int4 9.8 and 20, 18.5 and 24.
     """
     # Zero points and short groups take registers too.
     crowded = case.zero_points or case.w_block[0] < 64
@@ -51,15 +57,33 @@ def choose_tiles(case: QuantizedCase) -> Tiles:
     # 8 KiB of the weight for 64 columns where registers allow for it: what a copy's barrier costs is small beside that.
     depth = 256 if case.w_dtype == "int4" and few and case.w_block[0] >= 128 and not case.zero_points else 128
     row_tiles, steps = -(-case.num_rows // rows), -(-case.in_dim // depth)
-    if few and case.out_dim % (2 * TILE) == 0 and case.out_dim // (2 * TILE) * row_tiles >= NUM_PROCESSORS:
+    wide_programs = case.out_dim // (2 * TILE) * row_tiles if case.out_dim % (2 * TILE) == 0 else 0
+    if wide_programs >= NUM_PROCESSORS and not crowded and rows <= _most_wide_rows(case):
+        return _choose_wide(case, rows)
+    if few and wide_programs >= NUM_PROCESSORS:
         return _with_buffers(case, Tiles(2 * TILE, depth, 2, 1, rows), WARPGROUPS_PER_PROCESSOR)
     programs = case.out_dim // TILE * row_tiles
-    most = WARPGROUPS_PER_PROCESSOR * NUM_PROCESSORS // programs
-    num_warpgroups = max(1, min(4 if few else 2, most, steps // 2))
+    eight = rows <= 8 and case.w_dtype != "int4"
+    most = (2 if eight else 1) * WARPGROUPS_PER_PROCESSOR * NUM_PROCESSORS // programs
+    num_warpgroups = max(1, min(8 if eight else 4 if few else 2, most, steps // 2))
     # Adding up parts costs a launch: only where the warpgroups would be fewer than processors.
     num_parts = max(1, min(NUM_PROCESSORS // (programs * num_warpgroups), steps // (2 * num_warpgroups), MAX_PARTS))
     tiles = Tiles(TILE, depth, 2, num_parts, rows, num_warpgroups)
     return _with_buffers(case, tiles, max(1, WARPGROUPS_PER_PROCESSOR // num_warpgroups))
+
+
+def _most_wide_rows(case: QuantizedCase) -> int:
+    """Of one block of threads, up to which `_choose_wide` was measured to be faster."""
+    return FEW_ROWS * 2 if case.w_dtype == "int4" else MAX_ROWS
+
+
+def _choose_wide(case: QuantizedCase, rows: int) -> Tiles:
+    """Where a weight is wide enough for all processors."""
+    if case.w_dtype != "int4" or rows > FEW_ROWS:
+        few = rows <= FEW_ROWS
+        return _with_buffers(case, Tiles(2 * TILE, 128, 2, 1, rows), WARPGROUPS_PER_PROCESSOR if few else 2)
+    # The fewest bytes beside the weight: 16 KiB of it for 64 columns, where registers allow for it.
+    return _with_buffers(case, Tiles(TILE, 512 if rows <= 8 and case.w_block[0] >= 128 else 256, 2, 1, rows), 4)
 
 
 def _with_buffers(case: QuantizedCase, tiles: Tiles, per_processor: int) -> Tiles:

@@ -105,7 +105,14 @@ CASE = ActivationCase("bfloat16", "int8", 4096, 4096, False)
 
 def test_what_is_chosen(monkeypatch):
     monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", (0, 11, 2))
-    assert choose("auto", CASE, H100)[0] == "xla" and supports("pallas", CASE, H100) is None
+    assert supports("pallas", CASE, H100) is None
+    for changes, impl in (
+        ({}, "xla"),
+        ({"num_rows": 8192}, "pallas"),
+        ({"num_rows": 16, "gated": True}, "pallas"),
+        ({"num_rows": 8192, "width": 4097}, "xla"),
+    ):
+        assert choose("auto", ActivationCase(**{**vars(CASE), **changes}), H100)[0] == impl
     for changes, words in (({"width": 4097}, "multiple of 512"), ({"x_dtype": "float32"}, "not float32")):
         assert words in supports("pallas", ActivationCase(**{**vars(CASE), **changes}), H100)
     assert "compute capability" in supports("pallas", CASE, Target("cpu"))

@@ -225,10 +225,12 @@ def test_split_over_devices_gives_the_same(name, products):
 
 
 @pytest.mark.parametrize(
-    ("target", "layout"), [(Target("cpu"), "rows"), (Target("gpu", (9, 0)), "columns"), (Target("tpu"), "rows")]
+    ("target", "rounded", "wide"),
+    [(Target("cpu"), "rows", "rows"), (Target("gpu", (9, 0)), "columns", "fragments"), (Target("tpu"), "rows", "rows")],
 )
 @pytest.mark.parametrize("products", RULES)
-def test_what_is_described_is_what_is_made(products, target, layout):
+def test_what_is_described_is_what_is_made(monkeypatch, products, target, rounded, wide):
+    monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", (0, 11, 2))
     rules = dataclasses.replace(RULES[products], keep=("layers/1/mlp/*", "layers/*/output"))
     model = dataclasses.replace(MODELS["experts"], num_layers=2)
     definition = described(model, rules, joined=True, target=target)
@@ -243,7 +245,7 @@ def test_what_is_described_is_what_is_made(products, target, layout):
     assert not isinstance(held["prefix"][0]["attention"]["output"], QArray)
     assert not any(isinstance(leaf, QArray) for leaf in jax.tree.leaves(second["mlp"], is_leaf=is_quantized))
     qkv = second["attention"]["qkv"].check()
-    assert qkv.layout == (layout if products in ("fp8", "int8") else "rows")
+    assert qkv.layout == (rounded if products in ("fp8", "int8") else wide)
     assert isinstance(held["lm_head"], QArray) == (products == "w8")
 
 
