@@ -41,6 +41,9 @@ CASES = {
     "three warpgroups, tiles across blocks of columns, clusters": dict(
         shape=(200, 256, 384), dtype=F8, blocks=BLOCK, tiles=Tiles(3, 192, 3, 2, 8), out="float16", bias=True, some=2
     ),
+    "three warpgroups, chains of two, an odd number of blocks": dict(
+        shape=(250, 640, 128), dtype=F8, blocks=BLOCK, tiles=Tiles(3, 128, 4, 1, 8, 2), out="bfloat16"
+    ),
     "int8, scales of rows and of blocks of a whole width": dict(
         shape=(16, 256, 96),
         dtype="int8",
