@@ -6,7 +6,6 @@ import json
 import re
 from pathlib import Path
 
-import jax
 import pytest
 
 from perf.breakdown import breakdown
@@ -21,6 +20,7 @@ from perf.report import Notes, Table, json_text
 from perf.run_facts import input_seconds, read_run
 from perf.serving_facts import read_serving
 from perf.trace import Memory, read_trace
+from tests.kernels.absent_tpu import nothing_cached
 from tests.perf import hlo_programs
 from tests.perf.xspace import gpu_step, marks, write
 from tests.training import runs
@@ -303,11 +303,9 @@ def alone(monkeypatch):
         return answers
 
     monkeypatch.setattr(doctor_compile, "run_jobs", run_here)
-    enabled = jax.config.jax_enable_compilation_cache
-    # JAX 0.11.2 can't read a TPU's program back from its cache.
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", enabled)
+    # Not by leaving JAX's cache out: once it was used, the process goes on to.
+    with nothing_cached():
+        yield
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, which is not installed")
