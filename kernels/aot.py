@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
@@ -408,6 +408,16 @@ def _compile_grouped(case: GroupedProductCase, mesh: jax.sharding.Mesh) -> None:
     lowered.compile()
 
 
+def _compile_multiply(multiply: Callable, operands, out_dtype: str, mesh: jax.sharding.Mesh) -> None:
+    """`multiply` of three operands and the dtype of its result."""
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    operands = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), operands)
+    multiply = jax.jit(multiply, static_argnums=3)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = multiply.trace(*operands, jnp.dtype(out_dtype)).lower(lowering_platforms=("cuda",))
+    lowered.compile()
+
+
 def _compile_weight_only(case: QuantizedCase, mesh: jax.sharding.Mesh) -> None:
     from kernels.quantized_matmul import weight_only
     from quantization.qarray import QArray, to_fragments
@@ -420,12 +430,7 @@ def _compile_weight_only(case: QuantizedCase, mesh: jax.sharding.Mesh) -> None:
     )
     rows = QArray(jax.ShapeDtypeStruct((K, N), jnp.dtype(case.w_dtype)), scales, scales if case.zero_points else None)
     operands = x, jax.eval_shape(to_fragments, rows), bias if case.bias else None
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    operands = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), operands)
-    multiply = jax.jit(weight_only.quantized_matmul, static_argnums=3)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = multiply.trace(*operands, jnp.dtype(case.out_dtype)).lower(lowering_platforms=("cuda",))
-    lowered.compile()
+    _compile_multiply(weight_only.quantized_matmul, operands, case.out_dtype, mesh)
 
 
 def _compile_grouped_weight_only(case: QuantizedGroupedCase, mesh: jax.sharding.Mesh) -> None:
@@ -437,12 +442,7 @@ def _compile_grouped_weight_only(case: QuantizedGroupedCase, mesh: jax.sharding.
     values = jax.ShapeDtypeStruct((E, K, N), jnp.dtype(case.w_dtype))
     w = jax.eval_shape(to_fragments, QArray(values, scales, scales if case.zero_points else None))
     operands = jax.ShapeDtypeStruct((M, K), jnp.dtype(case.x_dtype)), w, jax.ShapeDtypeStruct((E,), jnp.int32)
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    operands = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), operands)
-    multiply = jax.jit(gpu_weight_only.product, static_argnums=3)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = multiply.trace(*operands, jnp.dtype(case.out_dtype)).lower(lowering_platforms=("cuda",))
-    lowered.compile()
+    _compile_multiply(gpu_weight_only.product, operands, case.out_dtype, mesh)
 
 
 def _compile_activation(case: ActivationCase, mesh: jax.sharding.Mesh) -> None:

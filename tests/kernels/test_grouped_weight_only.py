@@ -203,7 +203,9 @@ def test_what_is_supported():
     assert "multiples of 64, not K 4096 and N 100" in reason(out_dim=100)
     with pytest.raises(ValueError, match=r"fragments.*set the quantized_grouped_matmul impl"):
         choose("pallas", dataclasses.replace(CASE, w_layout="rows"), H100)
-    assert choose("auto", CASE, H100)[0] in ("widened", "pallas")
+    assert choose("auto", CASE, H100)[0] == "pallas"
+    assert choose("auto", dataclasses.replace(CASE, w_layout="rows"), H100)[0] == "widened"
+    assert choose("auto", CASE, Target("tpu"))[0] == "widened"
 
 
 @pytest.mark.parametrize("w_dtype", ["int4", "int8", "float8_e4m3fn"])

@@ -41,6 +41,9 @@ CASES = {
     "three warpgroups, tiles across blocks of columns, clusters": dict(
         shape=(200, 256, 384), dtype=F8, blocks=BLOCK, tiles=Tiles(3, 192, 3, 2, 8), out="float16", bias=True, some=2
     ),
+    "int8, clusters, the first warpgroup ahead, several tiles of few steps": dict(
+        shape=(300, 130, 200), dtype="int8", blocks=ROW, tiles=Tiles(2, 128, 3, 2, 2, 1, 2), out="bfloat16", some=4
+    ),
     "three warpgroups, chains of two, an odd number of blocks": dict(
         shape=(250, 640, 128), dtype=F8, blocks=BLOCK, tiles=Tiles(3, 128, 4, 1, 8, 2), out="bfloat16"
     ),
@@ -129,6 +132,23 @@ def test_what_it_does_not_take(monkeypatch, changes, words):
     assert words in supports("pallas", case(**changes), H100)
     with pytest.raises(ValueError, match="set the quantized_matmul impl"):
         choose("pallas", case(**changes), H100)
+
+
+@pytest.mark.parametrize(
+    ("changes", "impl"),
+    [
+        ({}, "pallas"),
+        ({"num_rows": 32}, "xla"),
+        ({"num_rows": 33}, "pallas"),
+        ({"num_rows": 32, "x_block": (1, 128), "w_block": (128, 128)}, "pallas"),
+        ({"w_layout": "rows"}, "xla"),
+    ],
+)
+def test_auto_takes_the_fastest_measured(monkeypatch, changes, impl):
+    monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", (0, 11, 2))
+    assert choose("auto", case(**changes), H100)[0] == impl
+    monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", (0, 10, 2))
+    assert choose("auto", case(**changes), H100)[0] == "xla"
 
 
 def test_what_it_takes(monkeypatch):

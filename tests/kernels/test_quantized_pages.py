@@ -227,6 +227,14 @@ def newer_jax(monkeypatch):
 def test_the_kernel_is_taken(newer_jax):
     assert choose("pallas", H100, DECODE) == ("pallas", "asked for by name")
     assert choose("auto", H100, DECODE)[0] == "pallas"
+
+
+@pytest.mark.parametrize(
+    ("batch", "width", "parts"), [(1, 1024, 4), (1, 8192, 32), (1, 131072, 33), (8, 8192, 4), (32, 1024, 1), (1, 64, 1)]
+)
+def test_a_row_is_cut_into_as_many_parts_as_were_measured_fastest(batch, width, parts):
+    case = dataclasses.replace(DECODE, batch=batch, width=width, num_heads=32, num_kv_heads=8)
+    assert tiles.choose_tiles(case).num_parts == parts
     assert supports("xla", DECODE, H100) is None
 
 

@@ -165,7 +165,10 @@ def test_what_is_supported():
     assert "32, 64, 128 or all rows" in reason(w_block=(256, 1))
     assert "zero points for 32, 64 or 128 rows" in reason(w_block=(8192, 1), zero_points=True)
     assert "not float64" in reason(out_dtype="float64")
-    assert choose("auto", CASE, H100)[0] in ("xla", "pallas")
+    for dtype, block, most in (("int4", 128, 512), ("int8", 8192, 256)):
+        for num_rows, impl in ((1, "pallas"), (most, "pallas"), (most + 1, "xla")):
+            fields = {"w_dtype": dtype, "w_block": (block, 1), "num_rows": num_rows}
+            assert choose("auto", dataclasses.replace(CASE, **fields), H100)[0] == impl
 
 
 @pytest.mark.parametrize("w_dtype", ["int4", "int8"])
