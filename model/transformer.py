@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, traverse_util
 
 from kernels.target import target_of
 from model.attention import Attention
@@ -281,6 +281,8 @@ class Definition:
     """In what formats matrices are multiplied."""
     delayed: bool = False
     """Training's FP8 products have scales by the magnitudes of the steps before, not by their operands' own."""
+    copy_dtype: str | None = None
+    """Dtype of copies of the matrices that training keeps beside them, for products to read; None for none."""
     stored_for: Storage | None = None
     """Where the matrices are held in their formats. None where they keep `param_dtype` and are quantised at each
     product, as training does."""
@@ -389,6 +391,20 @@ class Definition:
         magnitudes = self._split[3]
         return nnx.to_pure_dict(magnitudes), logical_tree(magnitudes)
 
+    @property
+    def copies(self) -> tuple[Tree, Tree]:
+        """The copies that training keeps, as ShapeDtypeStructs, and their logical axes; empty without `copy_dtype`.
+
+        Of matrices that products take in the compute dtype. What is read in float32 (norms, routers, biases) needs
+        none, an embedding's lookup casts only the rows it reads, and rounding to few bits is a pass anyway.
+        """
+        taken = {}
+        if self.copy_dtype is not None:
+            taken = {path: variable for path, variable in self.parameters.items() if _is_product(variable)}
+        shapes = {path: jax.ShapeDtypeStruct(variable.shape, self.copy_dtype) for path, variable in taken.items()}
+        logical = {path: variable.get_metadata("logical") for path, variable in taken.items()}
+        return traverse_util.unflatten_dict(shapes), traverse_util.unflatten_dict(logical)
+
     def bind(self, params: Tree, biases: Tree, magnitudes: Tree | None = None) -> Transformer:
         """The model with these arrays. Without `magnitudes`, scales are by the arrays of the call."""
         if magnitudes is None and self.delayed:
@@ -404,6 +420,11 @@ class Definition:
 
 def _split(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
     return nnx.split(model, nnx.Param, RouterBias, Magnitudes)
+
+
+def _is_product(variable: nnx.Param) -> bool:
+    """Whether a parameter is an operand of products as it is."""
+    return variable.get_metadata("format") is None and part_of(variable.get_metadata("logical")) is not None
 
 
 def _describe(x: jax.ShapeDtypeStruct, logical: Logical, format: Format, layout: Layout) -> QArray:

@@ -39,11 +39,11 @@ def find_non_finite(spec: StepSpec, state: TrainState, batch: Batch) -> str:
 def _forward_and_gradient(state: TrainState, batch: Batch, spec: StepSpec):
     whole = jnp.maximum(batch["weights"].sum(), 1.0)
 
-    def run(params):
-        value, metrics = objective(params, state.biases, batch, whole, spec, state.magnitudes)
+    def run(weights):
+        value, metrics = objective(weights, state.biases, batch, whole, spec, state.magnitudes)
         return value, (metrics["finite_L"], jnp.isfinite(value))
 
-    (_, (finite_L, loss_finite)), gradient = jax.value_and_grad(run, has_aux=True)(state.params)
+    (_, (finite_L, loss_finite)), gradient = jax.value_and_grad(run, has_aux=True)(state.weights)
     return finite_L, loss_finite, _finite_leaves(gradient)
 
 

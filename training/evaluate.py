@@ -12,7 +12,7 @@ from data import Corpus, EvaluationBatches
 from parallel.distributed import process_info
 from training.feed import to_device
 from training.resolve import Resolved
-from training.state import TrainState, abstract_params
+from training.state import TrainState, abstract_weights
 from training.step import Batch, make_eval_step
 
 
@@ -41,16 +41,17 @@ class Evaluator:
 
     def compile(self) -> None:
         resolved = self._resolved
-        params, biases = abstract_params(resolved.spec.definition, resolved.placement)
+        weights, biases = abstract_weights(resolved.spec.definition, resolved.placement)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._batch(0))
         step = jax.jit(make_eval_step(resolved.spec), out_shardings=resolved.placement.sharding())
-        self._step = step.lower(params, biases, shapes).compile()
+        self._step = step.lower(weights, biases, shapes).compile()
 
     def __call__(self, state: TrainState, batches: int | None = None) -> Evaluation:
         """Over the first `batches` batches, None for all. Compile first."""
         assert self._step is not None
         total = len(self._batches) if batches is None else min(batches, len(self._batches))
-        sums = [self._step(state.params, state.biases, self._batch(number)) for number in range(total)]
+        weights = state.weights
+        sums = [self._step(weights, state.biases, self._batch(number)) for number in range(total)]
         # One transfer at the end: the device never waits for the host.
         fetched = jax.device_get(sums)
         nats, weight = (math.fsum(float(pair[i]) for pair in fetched) for i in (0, 1))

@@ -31,7 +31,7 @@ from training.profile import WARMUP_STEPS, ProfiledWindow
 from training.report import ConsoleMode, Reporter
 from training.resolve import Resolved, resolve
 from training.sample import encode_prompt, sample_text
-from training.state import TrainState, abstract_state, init_state, state_shardings
+from training.state import TrainState, abstract_state, init_state, place_copies, state_shardings
 from training.step import Batch, make_train_step
 from training.stragglers import HostWatch
 from training.summary import summarize
@@ -246,13 +246,13 @@ class Trainer:
             with self.goodput.bucket("restore"):
                 shardings = state_shardings(definition, optimizer, resolved.placement)
                 abstract = abstract_state(definition, optimizer, shardings)
-                state, manifest = self.store.restore(abstract, step=found.step)
+                state, manifest = self.store.restore(abstract.saved, step=found.step)
                 start = data.step_of_state(manifest.data_state, self.corpus.train, self.config.data)
                 assert start == found.step, f"data at step {start} in the checkpoint of step {found.step}"
                 self.reporter.say(f"resumed from {found.path} after step {start}")
                 self.reporter.resume(start)
                 self.goodput.resumed(start)
-                return state, start
+                return place_copies(definition, state, shardings), start
         with self.goodput.bucket("compile"):
             self.goodput.resumed(0)
             state = init_state(definition, optimizer, self.config.seed, resolved.placement)
@@ -382,7 +382,7 @@ class Trainer:
         metrics = {"loss": self.losses[step]}
         if self.evaluation is not None and self.evaluated_at == step:
             metrics["eval_loss"] = self.evaluation.loss
-        self.store.save(step, state, data_state=self.loader.state(), metrics=metrics)
+        self.store.save(step, state.saved, data_state=self.loader.state(), metrics=metrics)
 
     def close(self) -> None:
         self.profile.close(**self.captured_facts())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from model.execution import Execution
@@ -19,6 +21,7 @@ from quantization.rules import ProductRules
 from training.config import TrainRun
 from training.optimizer import make_optimizer
 from training.schedule import make_schedule
+from training.state import named_shardings
 from training.step import StepSpec
 
 
@@ -45,7 +48,9 @@ def resolve(run: TrainRun, devices: Sequence[jax.Device]) -> Resolved:
     placement = Placement(make_mesh(run.mesh, devices), run.rules)
     check_placement(run, placement)
     rules, delayed = ProductRules(run.precision.products), run.precision.scaling == "delayed"
-    definition = Definition(run.model, run.layers.scan, run.precision.param, rules=rules, delayed=delayed)
+    definition = Definition(
+        run.model, run.layers.scan, run.precision.param, rules=rules, delayed=delayed, copy_dtype=copy_dtype(run)
+    )
     selection = select_kernels(
         definition,
         attention=run.kernels.attention,
@@ -77,8 +82,27 @@ def resolve(run: TrainRun, devices: Sequence[jax.Device]) -> Resolved:
         schedule=make_schedule(run.optimizer.schedule, run.steps),
         selection=selection,
         compiler_options=compiler_options(run.xla_options, devices[0].platform),
-        choices=(where, *selection.reasons),
+        choices=(where, *describe_copies(definition, placement), *selection.reasons),
     )
+
+
+def copy_dtype(run: TrainRun) -> str | None:
+    """Of the copies of matrices that the optimizer keeps for products; None where a cast would save no bytes."""
+    stored, used = (jnp.dtype(dtype).itemsize for dtype in (run.precision.param, run.precision.compute))
+    return run.precision.compute if used < stored and run.optimizer.compute_copy else None
+
+
+def describe_copies(definition: Definition, placement: Placement) -> list[str]:
+    """One line for the log; none where there are no copies."""
+    if definition.copy_dtype is None:
+        return []
+    abstract, logical = definition.copies
+    shards = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)), abstract, named_shardings(logical, placement))
+    size = sum(jax.tree.leaves(shards)) * jnp.dtype(definition.copy_dtype).itemsize
+    return [
+        f"weights: the optimizer keeps a copy in {definition.copy_dtype}, {size / 2**30:.2f} GiB on each device; "
+        "without it (optimizer.compute_copy) each step casts them"
+    ]
 
 
 def check_placement(run: TrainRun, placement: Placement) -> None:

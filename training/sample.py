@@ -25,11 +25,12 @@ def sample_text(resolved: Resolved, state: TrainState, tokenizer: Tokenizer) -> 
     spec = dataclasses.replace(
         resolved.spec, execution=dataclasses.replace(resolved.spec.execution, placement=None, remat="none")
     )
+    weights = state.weights
     tokens = np.full((1, length), tokenizer.end_id, np.int32)
     tokens[0, : len(prompt)] = prompt
     for count in range(len(prompt), len(prompt) + config.tokens):
         key = jax.random.fold_in(jax.random.key(resolved.run.seed), count)
-        token = int(next_token(state.params, state.biases, tokens, count - 1, key, spec=spec, config=config))
+        token = int(next_token(weights, state.biases, tokens, count - 1, key, spec=spec, config=config))
         if token == tokenizer.end_id:
             break
         tokens[0, count] = token
@@ -49,9 +50,9 @@ def encode_prompt(run: TrainRun, tokenizer: Tokenizer) -> list[int]:
     return prompt
 
 
-def _next_token(params, biases, tokens_BT, last, key, *, spec: StepSpec, config: SampleConfig) -> jax.Array:
+def _next_token(weights, biases, tokens_BT, last, key, *, spec: StepSpec, config: SampleConfig) -> jax.Array:
     """Token after index `last`, int32 scalar."""
-    model = spec.definition.bind(params, biases)
+    model = spec.definition.bind(weights, biases)
     positions_BT = jnp.arange(tokens_BT.shape[1])[None, :]
     output = model(tokens_BT, positions_BT, None, spec.execution)
     hidden_B1D = jax.lax.dynamic_slice_in_dim(output.hidden_BTD, last, 1, axis=1)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 
 from model.transformer import Definition, Tree
 from parallel.sharding import Placement
@@ -27,6 +28,39 @@ class TrainState:
     opt_state: Any
     magnitudes: Tree = dataclasses.field(default_factory=dict)
     """Of the operands of FP8 products in the last steps; empty without delayed scaling."""
+    copies: Tree = dataclasses.field(default_factory=dict)
+    """Of matrices, cast for products by the update that wrote the matrices, so that no step reads those to cast them.
+    Made from `params`: never saved. Empty without `Definition.copy_dtype`."""
+
+    @property
+    def weights(self) -> Tree:
+        """The parameters as a forward pass takes them: the copies where there are any."""
+        return with_copies(self.params, self.copies)
+
+    @property
+    def saved(self) -> TrainState:
+        """What a checkpoint holds."""
+        return dataclasses.replace(self, copies={})
+
+
+def with_copies(params: Tree, copies: Tree) -> Tree:
+    """`params`, or their shapes, with those of `copies` in their places."""
+    flat = traverse_util.flatten_dict(params) | traverse_util.flatten_dict(copies)
+    return traverse_util.unflatten_dict(flat)
+
+
+def copies_of(definition: Definition, params: Tree) -> Tree:
+    """`TrainState.copies` of these parameters."""
+    flat, wanted = traverse_util.flatten_dict(params), traverse_util.flatten_dict(definition.copies[0])
+    return traverse_util.unflatten_dict({path: flat[path].astype(copy.dtype) for path, copy in wanted.items()})
+
+
+def place_copies(definition: Definition, state: TrainState, shardings: TrainState) -> TrainState:
+    """`state` with copies of its parameters, where it shall have them: what neither init nor a restore gives."""
+    if not shardings.copies:
+        return state
+    copies = jax.jit(lambda params: copies_of(definition, params), out_shardings=shardings.copies)(state.params)
+    return dataclasses.replace(state, copies=copies)
 
 
 def init_state(
@@ -42,14 +76,14 @@ def init_state(
 
     placed = (shardings.step, shardings.bad_step, shardings.opt_state, shardings.magnitudes)
     step, bad_step, opt_state, magnitudes = jax.jit(rest, out_shardings=placed)(params)
-    return TrainState(step, bad_step, params, biases, opt_state, magnitudes)
+    return place_copies(definition, TrainState(step, bad_step, params, biases, opt_state, magnitudes), shardings)
 
 
 def _shapes(definition: Definition, optimizer: optax.GradientTransformation) -> TrainState:
     params, biases = definition.abstract
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     opt_state = jax.eval_shape(optimizer.init, params)
-    return TrainState(scalar, scalar, params, biases, opt_state, definition.magnitudes[0])
+    return TrainState(scalar, scalar, params, biases, opt_state, definition.magnitudes[0], definition.copies[0])
 
 
 def state_shardings(
@@ -57,17 +91,19 @@ def state_shardings(
 ) -> TrainState:
     """A NamedSharding for each leaf of the state: parameters by their logical axes, optimizer moments likewise."""
     params, biases = (named_shardings(tree, placement) for tree in definition.logical)
-    magnitudes = named_shardings(definition.magnitudes[1], placement)
+    magnitudes, copies = (named_shardings(tree[1], placement) for tree in (definition.magnitudes, definition.copies))
     abstract = _shapes(definition, optimizer)
     scalar = placement.sharding()
     opt_state = optimizer_state_shardings(abstract.opt_state, abstract.params, params, scalar)
-    return TrainState(scalar, scalar, params, biases, opt_state, magnitudes)
+    return TrainState(scalar, scalar, params, biases, opt_state, magnitudes, copies)
 
 
-def abstract_params(definition: Definition, placement: Placement) -> tuple[Tree, Tree]:
-    """(params, biases) as ShapeDtypeStructs with shardings."""
+def abstract_weights(definition: Definition, placement: Placement) -> tuple[Tree, Tree]:
+    """(weights, biases) as ShapeDtypeStructs with shardings."""
+    (params, biases), (copies, _) = definition.abstract, definition.copies
     shardings = tuple(named_shardings(tree, placement) for tree in definition.logical)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), definition.abstract, shardings)
+    described = (with_copies(params, copies), biases)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), described, shardings)
 
 
 def named_shardings(logical: Tree, placement: Placement) -> Tree:

@@ -15,7 +15,7 @@ from model.execution import Execution
 from model.transformer import Definition, Tree
 from training.config import LossConfig
 from training.loss import cross_entropy
-from training.state import TrainState
+from training.state import TrainState, copies_of
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -49,11 +49,11 @@ def make_train_step(
         total_weight = jnp.maximum(batch["weights"].sum(), 1.0)
 
         def microstep(carry: Carry, micro: Batch) -> tuple[Carry, Metrics]:
-            def loss(params: Tree, magnitudes: Tree) -> tuple[jax.Array, Metrics]:
-                return objective(params, state.biases, micro, total_weight, spec, magnitudes)
+            def loss(weights: Tree, magnitudes: Tree) -> tuple[jax.Array, Metrics]:
+                return objective(weights, state.biases, micro, total_weight, spec, magnitudes)
 
             gradient_fn = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-            (_, metrics), (gradient, magnitudes) = gradient_fn(state.params, state.magnitudes)
+            (_, metrics), (gradient, magnitudes) = gradient_fn(state.weights, state.magnitudes)
             total = jax.tree.map(lambda sum_, g: sum_ + g.astype(gradient_dtype), carry[0], gradient)
             # The gradient of magnitudes is what they become, with this step's: the largest of any microbatch.
             return (total, jax.tree.map(jnp.maximum, carry[1], magnitudes)), metrics
@@ -67,17 +67,17 @@ def make_train_step(
 
 
 def make_eval_step(spec: StepSpec) -> Callable[[Tree, Tree, Batch], tuple[jax.Array, jax.Array]]:
-    """eval(params, biases, batch) -> (sum of nats, sum of weights), float32 scalars."""
+    """eval(weights, biases, batch) -> (sum of nats, sum of weights), float32 scalars."""
 
-    def step(params: Tree, biases: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        _, metrics = objective(params, biases, batch, jnp.float32(1.0), spec)
+    def step(weights: Tree, biases: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        _, metrics = objective(weights, biases, batch, jnp.float32(1.0), spec)
         return metrics["loss_sum"], metrics["weight_sum"]
 
     return step
 
 
 def objective(
-    params: Tree,
+    weights: Tree,
     biases: Tree,
     batch: Batch,
     total_weight: jax.Array,
@@ -86,10 +86,11 @@ def objective(
 ) -> tuple[jax.Array, Metrics]:
     """This microbatch's share of the loss, and sums to add up over microbatches (router terms are averaged).
 
-    Without `magnitudes`, as in evaluation, products in few bits have scales by their own operands.
+    `weights`: the parameters, or `TrainState.weights`: what is cast already is not cast again. Without `magnitudes`, as
+    in evaluation, products in few bits have scales by their own operands.
     """
     config, execution = spec.definition.config, spec.execution
-    model = spec.definition.bind(params, biases, magnitudes)
+    model = spec.definition.bind(weights, biases, magnitudes)
     output = model(batch["tokens"], batch["positions"], batch.get("segments"), execution)
     with jax.named_scope("cross_entropy"):
         sums = cross_entropy(
@@ -160,7 +161,8 @@ def _update(
     }
     report |= _moe_report(definition.config, metrics)
     step = state.step + good.astype(jnp.int32)
-    return TrainState(step, bad_step, *kept), report
+    # Of what is kept, so that a step that is not finite leaves the copies too.
+    return TrainState(step, bad_step, *kept, copies_of(definition, kept[0])), report
 
 
 def _moe_report(config: ModelConfig, metrics: Metrics) -> Metrics:
