@@ -21,12 +21,40 @@ class Order(NamedTuple):
     per_token: int
 
 
+_BLOCK = 256
+"""Assignments, or sums, that are compared with each other in one step."""
+
+
 def sort_by_expert(experts_NA: jax.Array, num_experts: int) -> Order:
+    """Order of what experts, all in [0, num_experts), are assigned.
+
+    By counting: an assignment's place is that of the first one of its expert in its block, and how many of that expert
+    the block has before it. A sort would be six launches on a GPU, which end what is launched together besides.
+    """
     experts_M = experts_NA.reshape(-1)
-    sorted_M = jnp.argsort(experts_M, stable=True)
-    place_M = jnp.zeros_like(sorted_M).at[sorted_M].set(jnp.arange(sorted_M.size, dtype=sorted_M.dtype))
-    group_sizes = jnp.zeros(num_experts, jnp.int32).at[experts_M].add(1)
-    return Order(sorted_M, place_M, group_sizes, experts_NA.shape[1])
+    M = experts_M.size
+    # Padding is no expert's.
+    experts_XB = jnp.pad(experts_M, (0, -M % _BLOCK), constant_values=num_experts).reshape(-1, _BLOCK)
+    counts_EX = jnp.sum(experts_XB == jnp.arange(num_experts)[:, None, None], axis=2, dtype=jnp.int32)
+    first_EX = _sums_before(counts_EX.reshape(-1)).reshape(counts_EX.shape)
+    same_XBB = (experts_XB[:, :, None] == experts_XB[:, None, :]) & jnp.tri(_BLOCK, k=-1, dtype=bool)
+    within_XB = jnp.sum(same_XBB, axis=2, dtype=jnp.int32)
+    place_XB = jnp.take_along_axis(first_EX.T, experts_XB, axis=1, mode="clip") + within_XB
+    place_M = place_XB.reshape(-1)[:M]
+    index_M = jnp.arange(M, dtype=jnp.int32)
+    sorted_M = jnp.zeros_like(index_M).at[place_M].set(index_M, unique_indices=True)
+    return Order(sorted_M, place_M, counts_EX.sum(axis=1, dtype=jnp.int32), experts_NA.shape[1])
+
+
+def _sums_before(x_L: jax.Array) -> jax.Array:
+    """Sum of the elements before each. Written out, since XLA makes as many launches of a cumulative sum as it has
+    levels of two."""
+    if x_L.size <= 4 * _BLOCK:
+        return jnp.sum(jnp.where(jnp.tri(x_L.size, k=-1, dtype=bool), x_L, 0), axis=1, dtype=x_L.dtype)
+    x_XB = jnp.pad(x_L, (0, -x_L.size % _BLOCK)).reshape(-1, _BLOCK)
+    within_XB = jnp.sum(jnp.where(jnp.tri(_BLOCK, k=-1, dtype=bool), x_XB[:, None], 0), axis=2, dtype=x_L.dtype)
+    before_X = _sums_before(x_XB.sum(axis=1, dtype=x_L.dtype))
+    return (before_X[:, None] + within_XB).reshape(-1)[: x_L.size]
 
 
 def expand(x_ND: jax.Array, order: Order) -> jax.Array:

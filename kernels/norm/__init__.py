@@ -1,0 +1,134 @@
+"""A residual sum and its RMSNorm."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from kernels.norm import reference, tiles
+from kernels.target import Target, default_target
+
+Impl = Literal["auto", "reference", "xla", "pallas"]
+
+
+@dataclasses.dataclass(frozen=True)
+class NormCase:
+    """The static facts of one call: dtype, number and length of the rows (of one shard, where sharded), and whether the
+    kernel adds a residual to them."""
+
+    dtype: str
+    num_rows: int
+    width: int
+    added: bool
+
+
+def supports(impl: Impl, case: NormCase, target: Target) -> str | None:
+    """Why `impl` can't compute `case` on `target`; None where it can. Raises ValueError for an unknown name."""
+    match impl:
+        case "reference" | "xla":
+            return None
+        case "pallas":
+            return tiles.unsupported(case, target)
+        case _:
+            raise ValueError(f"add_rms_norm impl={impl!r} is unknown; choose one of {', '.join(get_args(Impl))}")
+
+
+def choose(impl: Impl, case: NormCase, target: Target) -> tuple[Impl, str]:
+    """Concrete implementation and the reason for it. Raises ValueError for a named one that can't run."""
+    if impl == "auto":
+        if target.platform != "gpu":
+            return "xla", f"the only implementation for {target.platform}"
+        return "xla", "pallas has not been measured"
+    reason = supports(impl, case, target)
+    if reason is not None:
+        raise ValueError(f"add_rms_norm impl={impl!r} can't run: {reason}; set the norm impl to 'auto' or 'xla'")
+    return impl, "asked for by name"
+
+
+def add_rms_norm(
+    x: jax.Array,
+    residual: jax.Array | None,
+    scale: jax.Array,
+    *,
+    epsilon: float,
+    offset: float = 0.0,
+    uses: int = 1,
+    impl: Impl = "auto",
+    target: Target | None = None,
+) -> tuple[jax.Array, ...]:
+    """(sum, normed): x + residual, rounded to their dtype, and sum / rms(sum) · (scale + offset) over the last axis.
+
+    The norm is taken in float32 and rounded once. What reads x after the norm should read this sum, without a residual
+    too: so the gradients of both meet in one pass.
+
+    Args:
+      x: [..., D], float; residual: the same, or None for the norm of x itself. scale: [D], float.
+      epsilon: added to the mean square. offset: 1 for a scale that is stored as its distance from 1.
+      uses: how many readers the normed rows have. They are returned so many times, and with "pallas" the gradients of
+        the readers are added up in float32 as they are read, which is a pass less.
+      impl: "auto", "xla" (as "reference") or "pallas" (Hopper); a named one that can't run raises.
+      target: device kind; None for the default device.
+
+    Raises ValueError for shapes or dtypes that disagree and for an `impl` that is unknown or can't run.
+    """
+    _check(x, residual, scale, uses)
+    case = NormCase(jnp.dtype(x.dtype).name, math.prod(x.shape[:-1]), x.shape[-1], residual is not None)
+    if impl in ("auto", "pallas"):
+        target = default_target() if target is None else target
+    impl, _ = choose(impl, case, target)
+    with jax.named_scope("rms_norm"):
+        if impl == "pallas" and case.num_rows:
+            rows = [None if array is None else array.reshape(case.num_rows, case.width) for array in (x, residual)]
+            results = _add_rms_norm(_Statics(epsilon, offset, uses, case.added), *rows, scale)
+            return tuple(result.reshape(x.shape) for result in results)
+        total, normed = reference.add_rms_norm(x, residual, scale, epsilon=epsilon, offset=offset)
+        return total, *(normed,) * uses
+
+
+def _check(x, residual, scale, uses: int) -> None:
+    given = f"x {x.dtype}{list(x.shape)}, residual {None if residual is None else (residual.dtype, residual.shape)}"
+    given = f"{given}, scale {list(scale.shape)}"
+    if x.ndim < 1 or scale.shape != x.shape[-1:]:
+        raise ValueError(f"add_rms_norm of {given}: needs x [..., D] and scale [D]")
+    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
+        raise ValueError(f"add_rms_norm of {given}: x and residual need one shape and one dtype")
+    if uses < 1:
+        raise ValueError(f"add_rms_norm: uses={uses}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Statics:
+    epsilon: float
+    offset: float
+    uses: int
+    added: bool
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _add_rms_norm(statics: _Statics, x, residual, scale):
+    return _forward(statics, x, residual, scale)[0]
+
+
+def _forward(statics: _Statics, x, residual, scale):
+    # Not at import: Pallas's modules take half a second.
+    from kernels.norm import gpu
+
+    total, normed, rstd = gpu.forward(x, residual, scale, epsilon=statics.epsilon, offset=statics.offset)
+    total = x if total is None else total
+    return (total, *(normed,) * statics.uses), (total, rstd, scale)
+
+
+def _backward(statics: _Statics, saved, gradients):
+    from kernels.norm import gpu
+
+    (total, rstd, scale), (d_total, *d_normed) = saved, gradients
+    dx, d_scale = gpu.backward(total, rstd, scale, tuple(d_normed), d_total, offset=statics.offset)
+    return dx, dx if statics.added else None, d_scale.astype(scale.dtype)
+
+
+_add_rms_norm.defvjp(_forward, _backward)
