@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from kernels.cross_entropy import Impl, cross_entropy_rows, statistics
+from kernels.target import Target
 from parallel.sharding import Placement
 
 
@@ -52,6 +54,8 @@ class _Settings:
     accumulate_dtype: jnp.dtype
     hidden_dtype: jnp.dtype
     head_dtype: jnp.dtype
+    impl: Impl
+    target: Target | None
 
     @property
     def sharded(self) -> bool:
@@ -77,6 +81,8 @@ def cross_entropy(
     chunk_tokens: int,
     z_loss_coef: float = 0.0,
     accumulate_dtype: jax.typing.DTypeLike = jnp.float32,
+    impl: Impl = "xla",
+    target: Target | None = None,
 ) -> LossSums:
     """Weighted sums of -log softmax(logits)[target], where logits = hidden @ head, soft-capped if `soft_cap` is set.
 
@@ -86,6 +92,7 @@ def cross_entropy(
     gradient of `head` is rounded to its dtype only at the end, so a float32 head keeps a float32 gradient.
     With a placement, each device handles its rows of the batch and its part of the vocabulary, and the head's gradient
     is summed over devices once, after the last chunk. B and V must divide over their mesh axes; T is not sharded.
+    impl, target: of the logits' gradient, as `kernels.cross_entropy` describes them; evaluation has none.
     """
     assert chunk_tokens > 0, chunk_tokens
     settings = _Settings(
@@ -96,6 +103,8 @@ def cross_entropy(
         jnp.dtype(accumulate_dtype),
         hidden_BTD.dtype,
         head_DV.dtype,
+        impl,
+        target,
     )
     if settings.sharded:
         assert not placement.axes("sequence"), "the sequence axis is sharded"
@@ -208,20 +217,27 @@ def _chunk(settings, with_gradients, head_DV, carry, tokens):
     hidden_CD, targets_C, weights_C = tokens
     sums, dhead_DV = carry
     logits_CV = _logits(settings, hidden_CD, head_DV)
-    lse_C, target_logit_C, max_C, is_target_CV = _statistics(settings, logits_CV, targets_C)
+    if with_gradients:
+        rows, dlogits_CV = cross_entropy_rows(
+            logits_CV,
+            targets_C,
+            weights_C,
+            z_loss_coef=settings.z_loss_coef,
+            soft_cap=settings.soft_cap,
+            axes=settings.vocab_axes,
+            dtype=hidden_CD.dtype,
+            impl=settings.impl,
+            target=settings.target,
+        )
+    else:
+        rows = statistics(logits_CV, targets_C, settings.vocab_axes)
     sums = _Sums(
-        sums.loss + jnp.sum(weights_C * (lse_C - target_logit_C)),
-        sums.z_loss + jnp.sum(weights_C * jnp.square(lse_C)),
-        sums.correct + jnp.sum(weights_C * (target_logit_C >= max_C)),
+        sums.loss + jnp.sum(weights_C * (rows.lse_C - rows.target_logit_C)),
+        sums.z_loss + jnp.sum(weights_C * jnp.square(rows.lse_C)),
+        sums.correct + jnp.sum(weights_C * (rows.target_logit_C >= rows.max_C)),
     )
     if not with_gradients:
         return (sums, None), None
-    # d(loss + z_loss_coef·z_loss) / d logit = weight·(softmax·(1 + 2·z·lse) - one_hot), and through cap·tanh(x / cap).
-    softmax_CV = jnp.exp(logits_CV - lse_C[:, None])
-    dlogits_CV = softmax_CV * (1 + 2 * settings.z_loss_coef * lse_C)[:, None] - is_target_CV
-    if settings.soft_cap is not None:
-        dlogits_CV *= 1 - jnp.square(logits_CV / settings.soft_cap)
-    dlogits_CV = (weights_C[:, None] * dlogits_CV).astype(hidden_CD.dtype)
     product = functools.partial(jnp.einsum, preferred_element_type=settings.accumulate_dtype)
     dhidden_CD = jax.lax.psum(product("cv,dv->cd", dlogits_CV, head_DV), settings.vocab_axes)
     dhead_DV += product("cd,cv->dv", hidden_CD, dlogits_CV)
@@ -233,17 +249,3 @@ def _logits(settings: _Settings, hidden_CD: jax.Array, head_DV: jax.Array) -> ja
     if settings.soft_cap is None:
         return logits_CV
     return settings.soft_cap * jnp.tanh(logits_CV / settings.soft_cap)
-
-
-def _statistics(settings, logits_CV, targets_C):
-    """logsumexp, target's logit and maximum over the whole vocabulary [C]; which local entry is the target [C, V]."""
-    axes, V = settings.vocab_axes, logits_CV.shape[1]
-    first = V * jax.lax.axis_index(axes) if axes else 0
-    local_C = targets_C - first
-    is_here_C = (local_C >= 0) & (local_C < V)
-    max_C = jax.lax.pmax(jnp.max(logits_CV, axis=1), axes) if axes else jnp.max(logits_CV, axis=1)
-    sum_C = jnp.sum(jnp.exp(logits_CV - max_C[:, None]), axis=1)
-    picked_C = jnp.take_along_axis(logits_CV, jnp.clip(local_C, 0, V - 1)[:, None], axis=1)[:, 0]
-    sum_C, target_logit_C = jax.lax.psum((sum_C, jnp.where(is_here_C, picked_C, 0)), axes)
-    is_target_CV = local_C[:, None] == jnp.arange(V, dtype=local_C.dtype)
-    return max_C + jnp.log(sum_C), target_logit_C, max_C, is_target_CV

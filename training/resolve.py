@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kernels import cross_entropy
+from kernels.target import Target
 from model.execution import Execution
 from model.placement import check_model_placement
 from model.selection import Selection, select_kernels
@@ -72,18 +74,38 @@ def resolve(run: TrainRun, devices: Sequence[jax.Device]) -> Resolved:
         quantized_matmul=selection.quantized_matmul,
         remat=run.layers.remat,
     )
+    loss, reason = choose_cross_entropy(run, definition, placement, selection.target)
     mesh = " × ".join(f"{axis} {size}" for axis, size in placement.mesh.shape.items() if size > 1)
     where = f"mesh: {mesh or 'one device'} ({devices[0].device_kind})"
     return Resolved(
         run=run,
         placement=placement,
-        spec=StepSpec(definition, execution, run.loss, run.accumulation),
+        spec=StepSpec(definition, execution, run.loss, run.accumulation, loss),
         optimizer=make_optimizer(run.optimizer, run.steps, definition.logical[0]),
         schedule=make_schedule(run.optimizer.schedule, run.steps),
         selection=selection,
         compiler_options=compiler_options(run.xla_options, devices[0].platform),
-        choices=(where, *describe_copies(definition, placement), *selection.reasons),
+        choices=(
+            where,
+            *describe_copies(definition, placement),
+            *selection.reasons,
+            f"cross-entropy: {loss}, {reason}",
+        ),
     )
+
+
+def choose_cross_entropy(
+    run: TrainRun, definition: Definition, placement: Placement, target: Target
+) -> tuple[cross_entropy.Impl, str]:
+    """Implementation of the loss's softmax, and the reason. Raises ValueError for a named one that can't run."""
+    shards = placement.size("act_vocab")
+    case = cross_entropy.CrossEntropyCase(
+        "float32",
+        definition.config.vocab_size // shards,
+        sharded=shards > 1,
+        soft_cap=definition.config.final_soft_cap is not None,
+    )
+    return cross_entropy.choose(run.kernels.cross_entropy, case, target)
 
 
 def copy_dtype(run: TrainRun) -> str | None:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kernels.cross_entropy import Impl as CrossEntropyImpl
 from model.config import ModelConfig
 from model.execution import Execution
 from model.transformer import Definition, Tree
@@ -31,6 +32,8 @@ class StepSpec:
     execution: Execution
     loss: LossConfig
     accumulation: int = 1
+    cross_entropy: CrossEntropyImpl = "xla"
+    """Implementation of the loss's softmax and its gradient."""
 
 
 def make_train_step(
@@ -102,6 +105,8 @@ def objective(
             soft_cap=config.final_soft_cap,
             z_loss_coef=spec.loss.z_loss_coef,
             chunk_tokens=spec.loss.chunk_tokens,
+            impl=spec.cross_entropy,
+            target=spec.execution.target,
         )
     value = (sums.loss_sum + spec.loss.z_loss_coef * sums.z_loss_sum) / total_weight
     metrics = {"loss_sum": sums.loss_sum, "weight_sum": sums.weight_sum, "correct_sum": sums.correct_sum}

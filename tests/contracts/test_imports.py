@@ -22,7 +22,16 @@ ROWS: dict[str, tuple[str, ...]] = {
     "perf": ("model.config",),
     "data": ("parallel",),
     "checkpoint": ("parallel", "model", "quantization"),
-    "training": ("parallel", "model", "quantization", "data", "checkpoint", "perf"),
+    "training": (
+        "parallel",
+        "kernels.cross_entropy",
+        "kernels.target",
+        "model",
+        "quantization",
+        "data",
+        "checkpoint",
+        "perf",
+    ),
     "serving": ("parallel", "model", "quantization", "checkpoint", "perf"),
     # Data only: the modules that define a run's dataclasses.
     "configs": (
