@@ -42,7 +42,9 @@ class TrainState:
     """Bytes per parameter that a train step keeps and moves, beside the weights in compute precision.
 
     `first_moment` and `second_moment`: of AdamW. `clip`: gradients are read once more for their global norm. `muon`:
-    hidden matrices keep no second moment (the traffic of its Newton-Schulz products is not counted).
+    hidden matrices keep no second moment (the traffic of its Newton-Schulz products is not counted). `copies`: the
+    optimizer writes matrices in compute precision too, where that is narrower; without, each step casts them all, as
+    our steps did when perf/step_rates.py was fitted to them.
     """
 
     parameter: int = 4
@@ -51,6 +53,7 @@ class TrainState:
     second_moment: int = 4
     clip: bool = True
     muon: bool = False
+    copies: bool = True
 
     def kept(self, config: ModelConfig) -> int:
         """Bytes of parameters, gradients and moments."""
@@ -104,6 +107,11 @@ def hidden_parameters(config: ModelConfig) -> int:
     """Weights of matrices inside the layers but the routers: those that Muon takes."""
     linears = (op for layer in range(config.num_layers) for op in layer_linears(config, layer) if op.op != "router")
     return sum(op.inputs * op.outputs * op.copies for op in linears)
+
+
+def product_parameters(config: ModelConfig) -> int:
+    """Weights that products take in the compute precision alone: `hidden_parameters`, and a head of its own."""
+    return hidden_parameters(config) + (0 if config.tie_embeddings else config.embed_dim * config.vocab_size)
 
 
 class Bytes(NamedTuple):
@@ -250,11 +258,13 @@ class _Step:
     def update(self) -> Iterator[Op]:
         work, parameters = self.work, count_params(self.config).total
         kernels = sum(len(layer_linears(self.config, layer)) for layer in range(self.config.num_layers)) + 2
-        compute_bytes = work.weights.bits // 8
-        if work.state.parameter != compute_bytes:
+        compute_bytes, state = work.weights.bits // 8, work.state.update(self.config)
+        if work.state.copies and compute_bytes < work.state.parameter:
+            state += compute_bytes * product_parameters(self.config)
+        elif compute_bytes != work.state.parameter:
             moved = Bytes(state=parameters * (work.state.parameter + compute_bytes))
             yield Op("cast_weights", "-", 1, "compute", 0, 0, moved, kernels)
-        yield Op("optimizer", "-", 1, "compute", 0, 0, Bytes(state=work.state.update(self.config)), kernels)
+        yield Op("optimizer", "-", 1, "compute", 0, 0, Bytes(state=state), kernels)
 
     # Layers.
 

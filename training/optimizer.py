@@ -71,9 +71,6 @@ class OptimizerConfig:
     """Global norm that gradients are scaled down to; None for no clipping."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """Stored format of the first moment (AdamW) and the momentum (Muon). The second moment is float32."""
-    compute_copy: bool = True
-    """Also write matrices in precision.compute, where that is narrower than precision.param, for the next step to read
-    instead of casting them. Memory: a copy of them. The bits of a run are the same."""
     muon: MuonConfig = dataclasses.field(default_factory=MuonConfig)
     """Settings of Muon; ignored with adamw."""
 

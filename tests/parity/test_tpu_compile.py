@@ -19,6 +19,7 @@ from benchmarks.tpu_memory import CASES
 from parallel.mesh import MeshConfig, make_mesh
 from parallel.topology import tpu_devices
 from perf.flops import count_params
+from perf.operations import product_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = {
@@ -60,11 +61,12 @@ def test_train_step_compiles_and_fits(name):
 
 
 def check_memory(record):
-    """Parameters and two moments, float32 each, are all split over the shards."""
-    mesh = record["mesh"]
-    params = count_params(configs.load(record["config"]).train().model).total
+    """Parameters and two moments, float32 each, are all split over the shards, and the matrices' copy in bfloat16."""
+    mesh, run = record["mesh"], configs.load(record["config"]).train()
     shards = mesh.get("fsdp", 1) * mesh.get("expert", 1)
-    assert record["state_gib"] == pytest.approx(12 * params / shards / 2**30, rel=0.01)
+    copies = 2 * product_parameters(run.model) if run.precision.compute == "bfloat16" else 0
+    state = 12 * count_params(run.model).total + copies
+    assert record["state_gib"] == pytest.approx(state / shards / 2**30, rel=0.01)
     assert record["peak_gib"] > record["state_gib"]
 
 
@@ -94,8 +96,10 @@ def check_experts(record, found):
     gathers = [c for c in found if c.kind == "all-gather" and any(kernel <= set(dims) for _, dims in c.shapes)]
     assert gathers
     local = model.moe.num_experts // mesh["expert"] * model.embed_dim * model.moe.mlp_dim
+    compute = {"bfloat16": "bf16", "float32": "f32"}[configs.load(record["config"]).train().precision.compute]
     for gather in gathers:
         assert gather.group_size == mesh["fsdp"]
+        assert {dtype for dtype, dims in gather.shapes if kernel <= set(dims)} == {compute}
         assert all(math.prod(dims) == local for _, dims in gather.shapes if kernel <= set(dims))
 
 

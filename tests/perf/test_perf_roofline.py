@@ -147,22 +147,29 @@ def test_a_train_step_moves_its_state():
     parameters = count_params(model).total
     work = Work("train", 2, 8, BF16, CACHE["bf16"])
     ops = {op.name: op for op in operations(model, work)}
-    # Parameter and two moments both ways, the gradient for the norm and for the update; 4 bytes each.
-    assert ops["optimizer"].bytes.state == 4 * parameters * (2 * 3 + 2)
-    assert ops["cast_weights"].bytes.state == (4 + 2) * parameters
+    hidden = 2 * (16 * (32 + 16 + 16) + 32 * 16 + 3 * 16 * 32)
+    # Parameter and two moments both ways, the gradient for the norm and for the update; 4 bytes each. And the matrices
+    # and the head in the precision of products.
+    state = 4 * parameters * (2 * 3 + 2)
+    assert ops["optimizer"].bytes.state == state + 2 * (hidden + 16 * 64)
+    tied = operations(tiny.dense(tie_embeddings=True), work)[-1]
+    assert tied.bytes.state == 4 * (parameters - 16 * 64) * (2 * 3 + 2) + 2 * hidden
     # Every parameter's gradient is written once.
-    written = sum(op.bytes.state for op in ops.values() if op.name not in ("optimizer", "cast_weights"))
+    written = sum(op.bytes.state for op in ops.values() if op.name != "optimizer")
     assert written == 4 * parameters
     # Forward, and in the backward pass for the inputs' gradient.
     assert ops["down"].bytes.weights == 2 * 2 * 2 * 16 * 32
     assert ops["down"].kernels == 2 * 3
     muon = TrainState(muon=True)
-    hidden = 2 * (16 * (32 + 16 + 16) + 32 * 16 + 3 * 16 * 32)
     assert TrainState().kept(model) - muon.kept(model) == 4 * hidden
     assert TrainState().update(model) - muon.update(model) == 2 * 4 * hidden
-    assert "cast_weights" not in {
-        op.name for op in operations(model, dataclasses.replace(work, weights=WEIGHTS["fp32"]))
-    }
+    # Parameters as products take them have no copy; wider products cast them at each step.
+    wide = dataclasses.replace(work, weights=WEIGHTS["fp32"])
+    (same,) = (op for op in operations(model, wide) if op.name in ("optimizer", "cast_weights"))
+    assert same.bytes.state == state
+    narrow = dataclasses.replace(wide, state=TrainState(parameter=2))
+    (cast,) = (op for op in operations(model, narrow) if op.name == "cast_weights")
+    assert cast.bytes.state == (2 + 4) * parameters
 
 
 # Worked examples.
