@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from parallel.mesh import MeshConfig, make_mesh
 from parallel.sharding import Placement
 from quantization.rules import ProductRules
 from tests.model.tiny import VOCAB, dense, execution, moe, packed_batch
-from tests.training.runs import DENSE, run_of
+from tests.training.runs import DENSE, losses_of, prepare, records_of, run_dir, run_of, train_here
 from training.config import LossConfig
 from training.diagnose import find_non_finite
 from training.optimizer import MuonConfig, OptimizerConfig, make_optimizer
@@ -31,7 +32,7 @@ ROUTED = {"shared_mlp_dim": 16, "load_balance_coef": 0.02, "router_bias": True, 
 MODELS = {
     "dense": dense(num_layers=1, qkv_bias=True, mlp_bias=True, qk_norm=True),
     "tied": dense(num_layers=1, tie_embeddings=True),
-    "moe": moe(num_layers=1, **ROUTED),
+    "moe": moe(num_layers=1, load_balance_coef=0.02),
     "mixed": moe(num_layers=3, num_dense_layers=1, **ROUTED),
 }
 SCHEDULE = ScheduleConfig(kind="constant", peak_lr=0.01, warmup_steps=0)
@@ -52,21 +53,19 @@ class Case:
 
 
 UNROLLED = Case("tied", scan=False)
-DENSE_PARTS = Case("dense", accumulation=2, remat="full")
-SHARDED = Case("moe", MeshConfig(fsdp=2, expert=2))
-CASES = {
-    "dense": DENSE_PARTS,
-    "sharded moe": SHARDED,
-    **{
-        name: pytest.param(case, marks=pytest.mark.slow)
-        for name, case in {
-            "tied, unrolled": UNROLLED,
-            "moe, muon": Case("mixed", optimizer="muon", remat="dots", accumulation=2),
-            "fsdp, tensor": Case("dense", MeshConfig(fsdp=2, tensor=2)),
-            "fp8": Case("dense", fp8="delayed"),
-        }.items()
-    },
+PARTS = Case("moe", accumulation=2, remat="full")
+SHARDED = Case("dense", MeshConfig(fsdp=2, tensor=2))
+SLOW = {
+    "tied, unrolled": UNROLLED,
+    "scanned moe, muon": Case("mixed", optimizer="muon", remat="dots", accumulation=2),
+    "experts over devices": Case("mixed", MeshConfig(fsdp=2, expert=2)),
+    "fp8": Case("dense", fp8="delayed"),
 }
+CASES = [
+    pytest.param(PARTS, id="moe in parts"),
+    pytest.param(SHARDED, id="sharded"),
+    *(pytest.param(case, id=name, marks=pytest.mark.slow) for name, case in SLOW.items()),
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +128,7 @@ def assert_copied(run: Training, state: TrainState) -> None:
         np.testing.assert_array_equal(copy, params[path].astype(jnp.bfloat16), str(path))
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_the_same_bits_with_copies_and_without(case):
     run, plain = training(case, "bfloat16"), training(case, None)
     assert_copied(run, run.state)
@@ -174,7 +173,7 @@ def test_a_step_casts_no_matrix():
 
 
 def test_a_step_that_is_not_finite_leaves_the_copies():
-    run = training(DENSE_PARTS, "bfloat16")
+    run = training(PARTS, "bfloat16")
     good, _ = steps(run, 1)
     batch = run.batch
     after, _ = run.step(good, batch | {"weights": batch["weights"] * np.nan})
@@ -214,13 +213,13 @@ def test_a_restored_state_goes_on_to_the_bit(tmp_path, before):
 
 
 def test_evaluation_takes_the_copies():
-    run = training(DENSE_PARTS, "bfloat16")
+    run = training(PARTS, "bfloat16")
     abstract = abstract_weights(run.definition, run.placement)
     describe = functools.partial(jax.tree.map, lambda x: (x.shape, x.dtype, x.sharding))
     assert describe((run.state.weights, run.state.biases)) == describe(abstract)
     evaluate = jax.jit(make_eval_step(run.spec), compiler_options=EXACT)
     loss_sum, weight = evaluate(run.state.weights, run.state.biases, run.batch)
-    _, (metrics,) = steps(training(DENSE_PARTS, None), 1)
+    _, (metrics,) = steps(training(PARTS, None), 1)
     assert float(loss_sum / weight) == pytest.approx(metrics["loss"], rel=1e-5)
     zero = jax.tree.map(jnp.zeros_like, run.state.copies)
     nothing, _ = evaluate(dataclasses.replace(run.state, copies=zero).weights, run.state.biases, run.batch)
@@ -242,3 +241,14 @@ def test_when_there_are_copies():
     for other in (wide, narrow):
         assert other.spec.definition.copies == ({}, {})
         assert not any(line.startswith("weights: ") for line in other.choices)
+
+
+def test_a_resumed_run_trains_evaluates_and_samples_with_copies(tmp_path):
+    settings = prepare(tmp_path, DENSE | {"precision.compute": "bfloat16", "steps": 4, "checkpoint.every": 2})
+    settings |= {"sample.tokens": 2}
+    whole, losses = train_here(settings), losses_of(settings)
+    shutil.rmtree(run_dir(settings) / "checkpoints" / "step_0000000004")
+    resumed = train_here(settings)
+    assert [record["step"] for record in records_of(settings)] == [1, 2, 3, 4, 3, 4]
+    assert losses_of(settings) == losses
+    assert resumed["eval_loss"] == whole["eval_loss"]
