@@ -123,6 +123,7 @@ def measure(program: Program, steps: int) -> dict[str, Any]:
         "choices": list(resolved.choices),
         "compile_seconds": round(program.compile_seconds, 1),
         "step_ms_median": seconds * 1e3,
+        "step_ms_mean": statistics.fmean(times[2:]) * 1e3,
         "step_ms_min": min(times[2:]) * 1e3,
         "step_ms_max": max(times[2:]) * 1e3,
         "tokens_per_second": book.tokens / seconds,

@@ -1,8 +1,8 @@
-"""Softmax, its logsumexp and its gradient on Hopper, of logits that are read from memory once.
+"""Softmax, its logsumexp and its gradient on Hopper, of logits that are read from memory once, or twice.
 
-A warpgroup takes a row: it reads it in chunks with a running maximum and sum, and then again to write the gradient.
-What all rows in flight hold (132 processors, a few rows each, of 128 KB with 32,000 words) lies in the second-level
-cache of 50 MB meanwhile. XLA reads the logits three times, for the maximum, the sum and the gradient.
+XLA reads them three times: for the maximum, for the sum, and for the gradient. Here a row that fits stays in shared
+memory, where the copies of the next one arrive as its parts become free. A longer one is read twice, with a running
+maximum and sum first.
 """
 
 from __future__ import annotations
@@ -18,75 +18,179 @@ from jax import lax
 
 from kernels import hopper
 from kernels.cross_entropy.reference import Rows
+from kernels.hopper_chip import NUM_PROCESSORS, SHARED_BYTES
 
-THREADS = 128
-_CHUNK = 4096
-"""Logits of a row that are in registers at a time: 32 of each thread."""
+LANES = 128
+"""Threads of a warpgroup; and logits of a line of shared memory, since copies are of at most 256 numbers along an
+axis."""
+_LINES = 32
+"""Of a chunk of a row: 32 logits of each thread."""
+_COMPILER = plgpu.CompilerParams(approx_math=True)
 
 
-@functools.partial(jax.jit, static_argnames=("z_loss_coef", "dtype", "chunk", "interpret"))
+@functools.partial(jax.jit, static_argnames=("z_loss_coef", "dtype", "lines", "resident", "interpret"))
 def rows_and_gradient(
-    logits_CV, targets_C, weights_C, *, z_loss_coef: float, dtype, chunk: int = _CHUNK, interpret: Any = None
+    logits_CV,
+    targets_C,
+    weights_C,
+    *,
+    z_loss_coef: float,
+    dtype,
+    lines: int = _LINES,
+    resident: bool | None = None,
+    interpret: Any = None,
 ) -> tuple[Rows, jax.Array]:
-    """Float32 logits, V a multiple of 128; as `cross_entropy_rows` describes it. `interpret`: parameters of Pallas's
-    interpreter."""
+    """Float32 logits, V a multiple of 128; as `cross_entropy_rows` describes it.
+
+    `lines`: of a chunk. `resident`: rows stay in shared memory; None where they fit. `interpret`: parameters of
+    Pallas's interpreter.
+    """
     num_rows, length = logits_CV.shape
-    full, rest = divmod(length, chunk)
-
-    def body(logits_ref, targets_ref, weights_ref, gradient_ref, lse_ref, target_logit_ref, max_ref):
-        row = lax.axis_index("row")
-
-        def load(start, size):
-            layout = plgpu.Layout.WG_STRIDED((size,), vec_size=_vector(size))
-            return plgpu.load(logits_ref.at[row, pl.ds(start, size)], layout=layout, optimized=False)
-
-        def in_chunks(step, carry):
-            carry = lax.fori_loop(0, full, lambda i, carry: step(i * chunk, chunk, carry), carry) if full else carry
-            return step(full * chunk, rest, carry) if rest else carry
-
-        def gather(start, size, carry):
-            highest, total = carry
-            x = load(start, size)
-            new = jnp.maximum(highest, jnp.max(x))
-            shrink = jnp.exp2((highest - new) * hopper.LOG2_E)
-            return new, total * shrink + jnp.sum(jnp.exp2((x - new) * hopper.LOG2_E))
-
-        highest, total = in_chunks(gather, (jnp.float32(hopper.LOWEST), jnp.float32(0)))
-        lse = highest + jnp.log(total)
-        weight, target = weights_ref[row], targets_ref[row]
-        factor = weight * (1 + 2 * z_loss_coef * lse)
-
-        def scatter(start, size, carry):
-            softmax = jnp.exp2((load(start, size) - lse) * hopper.LOG2_E)
-            gradient_ref[row, pl.ds(start, size)] = (softmax * factor).astype(dtype)
-            return carry
-
-        in_chunks(scatter, ())
-        here = (target >= 0) & (target < length)
-        target_logit = logits_ref[row, jnp.clip(target, 0, length - 1)]
-
-        @pl.when(here)
-        def _():
-            softmax = jnp.exp2((target_logit - lse) * hopper.LOG2_E)
-            gradient_ref[row, target] = (softmax * factor - weight).astype(dtype)
-
-        lse_ref[row], max_ref[row] = lse, highest
-        target_logit_ref[row] = jnp.where(here, target_logit, 0.0)
-
+    whole, rest = divmod(length // LANES, lines)
+    # Chunks of a row, in lines of logits: (first, how many).
+    chunks = [(i * lines, lines) for i in range(whole)] + ([(whole * lines, rest)] if rest else [])
+    # What is left is for reductions and barriers.
+    fitting = (SHARED_BYTES - 4096) // (lines * LANES * 4)
+    resident = len(chunks) < fitting if resident is None else resident
+    # More chunks than a row has: some of the next one's arrive while this one is read.
+    buffers = min(fitting, 2 * len(chunks))
     one = jax.ShapeDtypeStruct((num_rows,), jnp.float32)
+    shape = (num_rows, length // LANES, LANES)
     run = plgpu.kernel(
-        body,
-        out_type=[jax.ShapeDtypeStruct((num_rows, length), jnp.dtype(dtype)), one, one, one],
+        functools.partial(_resident if resident else _streamed, chunks, z_loss_coef),
+        out_type=[jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), one, one, one],
+        scratch_types=[
+            plgpu.SMEM((buffers, lines, LANES), jnp.float32),
+            plgpu.Barrier(num_barriers=buffers),
+        ]
+        if resident
+        else [],
         kernel_name="cross_entropy_rows",
-        grid=(num_rows,),
-        grid_names=("row",),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        grid=(min(num_rows, NUM_PROCESSORS) if resident else num_rows,),
+        grid_names=("program",),
+        compiler_params=_COMPILER,
         interpret=interpret,
     )
-    gradient, *statistics = run(logits_CV, targets_C.astype(jnp.int32), weights_C)
-    return Rows(*statistics), gradient
+    gradient, *statistics = run(logits_CV.reshape(shape), targets_C.astype(jnp.int32), weights_C)
+    return Rows(*statistics), gradient.reshape(num_rows, length)
 
 
-def _vector(size: int) -> int:
-    """Logits that a thread reads at a time: 16 bytes where a chunk's length allows it."""
-    return next(width for width in (4, 2, 1) if size % (width * THREADS) == 0)
+def _resident(chunks, z_loss_coef, logits_ref, targets_ref, weights_ref, gradient_ref, *refs) -> None:
+    """Rows of a program, each in shared memory while it is read three times there."""
+    *statistics_refs, ring, arrived = refs
+    program, num_rows = lax.axis_index("program"), logits_ref.shape[0]
+    programs, buffers = min(num_rows, NUM_PROCESSORS), ring.shape[0]
+    mine = hopper.floor(num_rows - program + programs - 1, programs)
+
+    def fetch(turn, i, ahead):
+        """Starts the copy of what is `ahead` chunks after chunk i of row `turn`, if the program has so many rows."""
+        later, i = turn + (i + ahead) // len(chunks), (i + ahead) % len(chunks)
+        first, count = chunks[i]
+
+        @pl.when(later < mine)
+        def _():
+            buffer = hopper.remainder(later * len(chunks) + i, buffers)
+            source = logits_ref.at[program + later * programs, pl.ds(first, count)]
+            plgpu.copy_gmem_to_smem(source, ring.at[buffer, pl.ds(0, count)], arrived.at[buffer])
+
+    for i in range(buffers):
+        fetch(0, 0, i)
+
+    @pl.loop(0, mine)
+    def _(turn):
+        row = program + turn * programs
+
+        def read(i):
+            buffer, (_, count) = hopper.remainder(turn * len(chunks) + i, buffers), chunks[i]
+            return _load(ring.at[buffer, pl.ds(0, count)])
+
+        # By places within a chunk until the end, where threads meet; the last chunk, which may be shorter, apart.
+        highest = None
+        for i in range(len(chunks)):
+            plgpu.barrier_wait(arrived.at[hopper.remainder(turn * len(chunks) + i, buffers)])
+            if i < len(chunks) - 1:
+                highest = read(i) if highest is None else jnp.maximum(highest, read(i))
+        last = jnp.max(read(len(chunks) - 1))
+        highest = last if highest is None else jnp.maximum(last, jnp.max(highest))
+        total = None
+        for i in range(len(chunks) - 1):
+            terms = _powers(read(i), highest)
+            total = terms if total is None else total + terms
+        last = jnp.sum(_powers(read(len(chunks) - 1), highest))
+        total = last if total is None else last + jnp.sum(total)
+
+        def write(put):
+            for i, lines in enumerate(chunks):
+                put(pl.ds(*lines), read(i))
+                # All threads have read what the copy writes over.
+                plgpu.commit_smem()
+                fetch(turn, i, buffers)
+
+        refs = (logits_ref, targets_ref, weights_ref, gradient_ref, *statistics_refs)
+        _finish(z_loss_coef, row, highest, total, write, *refs)
+
+
+def _streamed(chunks, z_loss_coef, logits_ref, targets_ref, weights_ref, gradient_ref, *statistics_refs) -> None:
+    """One row, read twice."""
+    row, (_, lines) = lax.axis_index("program"), chunks[0]
+    whole = sum(count == lines for _, count in chunks)
+
+    def read(first, count):
+        return _load(logits_ref.at[row, pl.ds(first, count)])
+
+    def in_chunks(step, carry):
+        carry = lax.fori_loop(0, whole, lambda i, carry: step(i * lines, lines, carry), carry)
+        return step(*chunks[-1], carry) if whole < len(chunks) else carry
+
+    def gather(first, count, carry):
+        highest, total = carry
+        x = read(first, count)
+        new = jnp.maximum(highest, jnp.max(x))
+        return new, total * _powers(highest, new) + jnp.sum(_powers(x, new))
+
+    highest, total = in_chunks(gather, (jnp.float32(hopper.LOWEST), jnp.float32(0)))
+
+    def write(put):
+        in_chunks(lambda first, count, _: put(pl.ds(first, count), read(first, count)), None)
+
+    refs = (logits_ref, targets_ref, weights_ref, gradient_ref, *statistics_refs)
+    _finish(z_loss_coef, row, highest, total, write, *refs)
+
+
+def _finish(
+    z_loss_coef, row, highest, total, write, logits_ref, targets_ref, weights_ref, gradient_ref, lse_ref, *others
+) -> None:
+    """`write(put)` calls put(lines, logits) for all chunks of the row."""
+    target_logit_ref, max_ref = others
+    lse = highest + jnp.log(total)
+    weight, target = weights_ref[row], targets_ref[row]
+    factor = weight * (1 + 2 * z_loss_coef * lse)
+
+    def put(lines, logits):
+        gradient_ref[row, lines] = (_powers(logits, lse) * factor).astype(gradient_ref.dtype)
+
+    write(put)
+    length = logits_ref.shape[1] * LANES
+    here = (target >= 0) & (target < length)
+    target = jnp.clip(target, 0, length - 1)
+    line, lane = hopper.floor(target, LANES), hopper.remainder(target, LANES)
+    target_logit = logits_ref[row, line, lane]
+
+    # After the row, between barriers of the warpgroup.
+    @pl.when(here)
+    def _():
+        gradient_ref[row, line, lane] = (_powers(target_logit, lse) * factor - weight).astype(gradient_ref.dtype)
+
+    lse_ref[row], max_ref[row] = lse, highest
+    target_logit_ref[row] = jnp.where(here, target_logit, 0.0)
+
+
+def _load(ref) -> jax.Array:
+    """[lines, 128], 16 bytes to a thread at a time where their number allows it."""
+    per_thread = ref.shape[0]
+    vector = next(width for width in (4, 2, 1) if per_thread % width == 0)
+    return plgpu.load(ref, layout=plgpu.Layout.WG_STRIDED(ref.shape, vec_size=vector), optimized=False)
+
+
+def _powers(x, highest) -> jax.Array:
+    return jnp.exp2((x - highest) * hopper.LOG2_E)

@@ -19,10 +19,10 @@ BOUND = 4e-6
 
 @pytest.fixture
 def pallas(monkeypatch, execution):
-    """`run` of an op whose kernel is interpreted, with its races looked for, or compiled; in chunks of 512 logits."""
+    """`run` of an op whose kernel is interpreted, with its races looked for, or compiled; in chunks of four lines."""
     from kernels.cross_entropy import gpu
 
-    rows_and_gradient = functools.partial(gpu.rows_and_gradient, chunk=512, interpret=execution.interpret())
+    rows_and_gradient = functools.partial(gpu.rows_and_gradient, lines=4, interpret=execution.interpret())
     monkeypatch.setattr(gpu, "rows_and_gradient", rows_and_gradient)
     yield functools.partial(execution.run, impl="pallas", target=H100)
     execution.assert_no_races()
@@ -74,6 +74,11 @@ def test_xla(dtype):
 def test_kernel(pallas, length, dtype):
     arrays = draw(5, length)
     assert_close(pallas(cross_entropy_rows, *arrays, z_loss_coef=Z_LOSS, dtype=dtype), arrays, dtype)
+
+
+def test_more_rows_than_programs(pallas):
+    arrays = draw(140, 640)
+    assert_close(pallas(cross_entropy_rows, *arrays, z_loss_coef=Z_LOSS, dtype="bfloat16"), arrays, "bfloat16")
 
 
 def test_far_logits_do_not_overflow_and_bad_ones_show(pallas):
