@@ -17,7 +17,7 @@ from model.layers import RMSNorm, project, residual_stddev
 from model.parameter import Creator, normal, zeros
 from model.products import magnitudes_of
 from model.rope import Rotation, rotate
-from model.rounded import Activations, rows_format
+from model.rounded import Activations, readers, rows_format
 from parallel.sharding import constrain, map_shards
 
 
@@ -54,34 +54,51 @@ class Attention(nnx.Module):
         """Dtype that what is read may be quantised to already."""
         return rows_format(self.qkv if self.joined else self.query)
 
+    @property
+    def num_reads(self) -> int:
+        """How many products read what comes."""
+        return 1 if self.joined else 3
+
     @jax.named_scope("attention")
     def __call__(
-        self, x_BTD: Activations, rotation: Rotation, segments_BT: jax.Array | None, execution: Execution
+        self,
+        x_BTD: Activations | tuple[jax.Array, ...],
+        rotation: Rotation,
+        segments_BT: jax.Array | None,
+        execution: Execution,
     ) -> jax.Array:
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, rotation, execution)
         return self._output(self._attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, execution), execution)
 
     @jax.named_scope("attention")
     def extend(
-        self, x_BTD: Activations, rotation: Rotation, pages: LayerPages, rows: PagedRows, execution: Execution
+        self,
+        x_BTD: Activations | tuple[jax.Array, ...],
+        rotation: Rotation,
+        pages: LayerPages,
+        rows: PagedRows,
+        execution: Execution,
     ) -> tuple[jax.Array, LayerPages]:
         """As a call, for tokens that follow those in `pages`; and the pages with their keys and values."""
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, rotation, execution)
-        if x_BTD.shape[1] > 1:
+        if k_BTKH.shape[1] > 1:
             k_BTKH, v_BTKH = _harmless_unseen(k_BTKH, v_BTKH)
         o_BTNH, pages = self._attend_pages(q_BTNH, k_BTKH, v_BTKH, pages, rows, execution)
         return self._output(o_BTNH, execution, flat=True), pages
 
-    def _project(self, x_BTD: Activations, rotation: Rotation, execution: Execution) -> tuple[jax.Array, ...]:
+    def _project(
+        self, x_BTD: Activations | tuple[jax.Array, ...], rotation: Rotation, execution: Execution
+    ) -> tuple[jax.Array, ...]:
         """Queries, keys and values, normed and rotated."""
+        reads = readers(x_BTD, self.num_reads)
         if self.joined:
             N, K = self.config.num_heads, self.config.num_kv_heads
-            joined = self._heads("qkv", x_BTD, self.qkv, self.qkv_bias, execution)
+            joined = self._heads("qkv", *reads, self.qkv, self.qkv_bias, execution)
             q_BTNH, k_BTKH, v_BTKH = jnp.split(joined, (N, N + K), axis=2)
         else:
-            q_BTNH = self._heads("query", x_BTD, self.query, self.query_bias, execution)
-            k_BTKH = self._heads("key", x_BTD, self.key, self.key_bias, execution)
-            v_BTKH = self._heads("value", x_BTD, self.value, self.value_bias, execution)
+            q_BTNH = self._heads("query", reads[0], self.query, self.query_bias, execution)
+            k_BTKH = self._heads("key", reads[1], self.key, self.key_bias, execution)
+            v_BTKH = self._heads("value", reads[2], self.value, self.value_bias, execution)
         if self.query_norm is not None:
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         q_BTNH, k_BTKH = rotate(q_BTNH, rotation), rotate(k_BTKH, rotation)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels.norm import NormCase, add_rms_norm, choose
+from kernels.target import default_target
 from model.config import Activation, ModelConfig
 from model.execution import Execution
 from model.parameter import Creator, Magnitudes, normal, ones, zeros
 from model.products import magnitudes_of, multiply, multiply_rounded
-from model.rounded import Activations, Rounded, gate_rounded, norm_rounded, rows_format
-from parallel.sharding import constrain
+from model.rounded import Activations, Rounded, gate_rounded, norm_rounded, readers, rows_format
+from parallel.sharding import constrain, map_shards
 from quantization.qarray import QArray
+
+_ROWS = ("batch", "sequence", "act_embed")
 
 
 class RMSNorm(nnx.Module):
@@ -23,15 +29,41 @@ class RMSNorm(nnx.Module):
         self.offset = 1.0 if config.norm_zero_centered else 0.0
         self.scale = create("scale", (width,), ("norm",), zeros if config.norm_zero_centered else ones)
 
-    @jax.named_scope("rms_norm")
     def __call__(self, x: jax.Array) -> jax.Array:
-        # fp32: a bfloat16 sum of squares loses the small terms, and this error multiplies the whole residual stream.
-        # XLA's own launches: a Hopper kernel of the residual sum and its norm in one launch gained nothing (8
-        # layers of llama3-8b on an H100, ms of decode with it and without: 1.662 and 1.661 for 1 row, 1.699 and 1.691
-        # for 8, 2.403 and 2.401 for 128, 3.142 and 3.125 for 256). The factor taken after the product slows that.
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        return (wide * (self.scale[...].astype(jnp.float32) + self.offset)).astype(x.dtype)
+        return add_rms_norm(x, None, self.scale[...], **self._how, impl="xla")[1]
+
+    def add(
+        self, x_BTD: jax.Array, residual_BTD: jax.Array | None, uses: int, execution: Execution
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """x + residual, or x without one, and its norm once for each of its readers, as `add_rms_norm` has them. What
+        reads x later should read this sum."""
+        impl = self._choose(x_BTD, residual_BTD, uses, execution)
+        op = functools.partial(add_rms_norm, **self._how, uses=uses, impl=impl, target=execution.target)
+        # XLA spreads its own steps over the mesh.
+        placement = execution.placement if impl == "pallas" else None
+        run = map_shards(op, placement, (_ROWS, _ROWS, ("norm",)), (_ROWS,) * (1 + uses))
+        total_BTD, *normed = run(x_BTD, residual_BTD, self.scale[...])
+        return total_BTD, tuple(normed)
+
+    def _choose(self, x_BTD: jax.Array, residual_BTD: jax.Array | None, uses: int, execution: Execution) -> str:
+        """Concrete implementation for what a device has of the rows."""
+        placement, num_rows = execution.placement, x_BTD.shape[0] * x_BTD.shape[1]
+        if placement is not None:
+            if placement.axes("act_embed"):
+                if execution.norm == "pallas":
+                    axes = placement.rules.act_embed
+                    raise ValueError(
+                        f"norm impl='pallas' needs whole rows, and rules.act_embed={axes} splits them; set it to None, "
+                        "or the norm impl to 'auto'"
+                    )
+                return "xla"
+            num_rows //= placement.size("batch") * placement.size("sequence")
+        case = NormCase(x_BTD.dtype.name, num_rows, x_BTD.shape[-1], residual_BTD is not None, uses)
+        return choose(execution.norm, case, default_target() if execution.target is None else execution.target)[0]
+
+    @property
+    def _how(self) -> dict[str, float]:
+        return {"epsilon": self.epsilon, "offset": self.offset}
 
     @jax.named_scope("rms_norm")
     def into(self, x_BTD: jax.Array, dtype: str | None, execution: Execution) -> Activations:
@@ -39,8 +71,7 @@ class RMSNorm(nnx.Module):
         if dtype is None or (execution.placement is not None and execution.placement.axes("act_embed")):
             return self(x_BTD)
         # The gain as it is held: to widen it would be a launch of its own before the kernel's.
-        how = {"epsilon": self.epsilon, "offset": self.offset, "dtype": dtype}
-        return norm_rounded(x_BTD, self.scale[...], **how, execution=execution)
+        return norm_rounded(x_BTD, self.scale[...], **self._how, dtype=dtype, execution=execution)
 
 
 class Embedding(nnx.Module):
@@ -96,18 +127,24 @@ class MLP(nnx.Module):
         """Dtype that what is read may be quantised to already."""
         return rows_format(self.gate_up if self.joined else self.up)
 
+    @property
+    def num_reads(self) -> int:
+        """How many products read what comes."""
+        return 2 if self.gated and not self.joined else 1
+
     @jax.named_scope("mlp")
-    def __call__(self, x_BTD: Activations, execution: Execution) -> jax.Array:
+    def __call__(self, x_BTD: Activations | tuple[jax.Array, ...], execution: Execution) -> jax.Array:
         hidden_BTF = self._hidden(self._project(x_BTD, execution), execution)
         magnitudes = self.magnitudes.get("down")
         y_BTD = project("btf,fd->btd", hidden_BTF, self.down, self.down_bias, execution, magnitudes)
         return constrain(y_BTD, execution.placement, "batch", "sequence", "act_embed")
 
-    def _project(self, x_BTD: Activations, execution: Execution) -> tuple[jax.Array, ...]:
+    def _project(self, x_BTD: Activations | tuple[jax.Array, ...], execution: Execution) -> tuple[jax.Array, ...]:
         """Gate and up, both in one array where they are joined; up alone where there is no gate."""
+        reads = iter(readers(x_BTD, self.num_reads))
 
         def product(name: str, kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
-            return project("btd,df->btf", x_BTD, kernel, bias, execution, self.magnitudes.get(name))
+            return project("btd,df->btf", next(reads), kernel, bias, execution, self.magnitudes.get(name))
 
         if self.joined:
             return (product("gate_up", self.gate_up, self.gate_up_bias),)

@@ -262,6 +262,11 @@ class MoE(nnx.Module):
         """None: the router reads what comes as it is, in float32."""
         return None
 
+    @property
+    def num_reads(self) -> int:
+        """One: XLA adds up what the router and the experts give back as it gathers the experts' rows."""
+        return 1
+
     @jax.named_scope("moe")
     def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, execution: Execution) -> tuple[jax.Array, MoEMetrics]:
         routing, metrics = self.router(x_BTD, valid_BT)

@@ -40,6 +40,12 @@ Activations = jax.Array | Rounded
 _ROWS = ("batch", "sequence")
 
 
+def readers(x: Activations | tuple[jax.Array, ...], count: int) -> tuple[Activations, ...]:
+    """What each of `count` products reads: one activation, or copies of it whose gradients are to come apart."""
+    assert not isinstance(x, tuple) or len(x) == count, f"{len(x)} copies for {count} readers"
+    return x if isinstance(x, tuple) else (x,) * count
+
+
 def rows_format(kernel: nnx.Param) -> str | None:
     """Dtype that the product with a kernel rounds its rows to as they come; None where it rounds none of them so."""
     return kernel.get_metadata("format").activation if isinstance(kernel.get_value(), QArray) else None

@@ -83,33 +83,51 @@ class Layer(nnx.Module):
         segments_BT: jax.Array | None,
         execution: Execution,
     ) -> tuple[jax.Array, MoEMetrics | None]:
-        h_BTD = self._input("attention_norm", x_BTD, self.attention, execution)
-        y_BTD = self.attention(h_BTD, rotation[self.is_local], segments_BT, execution)
+        x_BTD, h_BTD = self._read("attention_norm", x_BTD, None, self.attention, execution)
+        y_BTD = self._norm(
+            "attention_post_norm", self.attention(h_BTD, rotation[self.is_local], segments_BT, execution)
+        )
         valid_BT = jnp.ones(x_BTD.shape[:2], jnp.float32) if segments_BT is None else segments_BT > 0
-        return self._feed_forward(x_BTD + self._norm("attention_post_norm", y_BTD), valid_BT, execution)
+        return self._feed_forward(x_BTD, y_BTD, valid_BT, execution)
 
     def extend(
         self, x_BTD: jax.Array, rotation: dict[bool, Rotation], pages: LayerPages, rows: PagedRows, execution: Execution
     ) -> tuple[jax.Array, MoEMetrics | None, LayerPages]:
         """As a call, for tokens that follow those in `pages`; and the pages with their keys and values."""
-        h_BTD = self._input("attention_norm", x_BTD, self.attention, execution)
+        x_BTD, h_BTD = self._read("attention_norm", x_BTD, None, self.attention, execution)
         y_BTD, pages = self.attention.extend(h_BTD, rotation[self.is_local], pages, rows, execution)
-        x_BTD = x_BTD + self._norm("attention_post_norm", y_BTD)
-        return *self._feed_forward(x_BTD, rows.valid(x_BTD.shape[1]), execution), pages
+        y_BTD = self._norm("attention_post_norm", y_BTD)
+        return *self._feed_forward(x_BTD, y_BTD, rows.valid(x_BTD.shape[1]), execution), pages
 
     def _feed_forward(
-        self, x_BTD: jax.Array, valid_BT: jax.Array, execution: Execution
+        self, x_BTD: jax.Array, residual_BTD: jax.Array, valid_BT: jax.Array, execution: Execution
     ) -> tuple[jax.Array, MoEMetrics | None]:
-        h_BTD, metrics = self._input("mlp_norm", x_BTD, self.mlp, execution), None
+        """Of x + residual."""
+        x_BTD, h_BTD = self._read("mlp_norm", x_BTD, residual_BTD, self.mlp, execution)
+        metrics = None
         if self.is_moe:
             y_BTD, metrics = self.mlp(h_BTD, valid_BT.astype(jnp.float32), execution)
         else:
             y_BTD = self.mlp(h_BTD, execution)
         return x_BTD + self._norm("mlp_post_norm", y_BTD), metrics
 
-    def _input(self, name: str, x_BTD: jax.Array, block: Attention | MLP | MoE, execution: Execution) -> Activations:
-        """What a block reads: normed, and quantised with it where the block takes it so."""
-        return self.norms[name].into(x_BTD, block.rows_format, execution) if name in self.norms else x_BTD
+    def _read(
+        self,
+        name: str,
+        x_BTD: jax.Array,
+        residual_BTD: jax.Array | None,
+        block: Attention | MLP | MoE,
+        execution: Execution,
+    ) -> tuple[jax.Array, Activations | tuple[jax.Array, ...]]:
+        """x + residual, or x without one, and what a block reads of it: normed, for each product that reads it or
+        quantised where the block takes it so."""
+        if name in self.norms and block.rows_format is None:
+            x_BTD, normed = self.norms[name].add(x_BTD, residual_BTD, block.num_reads, execution)
+            return x_BTD, normed if len(normed) > 1 else normed[0]
+        x_BTD = x_BTD if residual_BTD is None else x_BTD + residual_BTD
+        if name not in self.norms:
+            return x_BTD, x_BTD
+        return x_BTD, self.norms[name].into(x_BTD, block.rows_format, execution)
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
         return self.norms[name](x) if name in self.norms else x

@@ -12,5 +12,7 @@ def add_rms_norm(x, residual, scale, *, epsilon: float, offset: float) -> tuple[
     # fp32: a bfloat16 sum of squares loses the small terms, and this error multiplies the whole residual stream.
     wide = total.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
-    # The factor taken after the product slows a decode step down.
+    # XLA's own launches in decode: a Hopper kernel of both in one launch gained nothing (8 layers of llama3-8b on an
+    # H100, ms with it and without: 1.662 and 1.661 for 1 row, 1.699 and 1.691 for 8, 2.403 and 2.401 for 128, 3.142 and
+    # 3.125 for 256). The factor taken after the product slows that.
     return total, (wide * (scale.astype(jnp.float32) + offset)).astype(x.dtype)

@@ -170,10 +170,20 @@ def test_what_is_chosen(monkeypatch):
     assert supports("pallas", CASE, H100) is None and supports("xla", CASE, Target("cpu")) is None
     assert choose("auto", CASE, Target("tpu"))[0] == choose("auto", CASE, Target("cpu"))[0] == "xla"
     assert choose("pallas", CASE, H100)[0] == "pallas"
+    assert supports("pallas", dataclasses.replace(CASE, width=8192, uses=4), H100) is None
+    for changes, impl in (
+        ({}, "pallas"),
+        ({"num_rows": 8192, "width": 4096, "added": False}, "pallas"),
+        ({"num_rows": 8191}, "xla"),
+        ({"width": 512}, "xla"),
+        ({"width": 8192}, "xla"),
+    ):
+        assert choose("auto", dataclasses.replace(CASE, **changes), H100)[0] == impl
     for changes, words in (
         ({"width": 1000}, "multiple of 512"),
         ({"width": 8704}, "up to 8192"),
         ({"dtype": "float32"}, "not float32"),
+        ({"width": 8192, "uses": 6}, "uses=6 readers"),
     ):
         case = dataclasses.replace(CASE, **changes)
         assert words in supports("pallas", case, H100) and choose("auto", case, H100)[0] == "xla"

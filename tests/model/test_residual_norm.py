@@ -1,0 +1,114 @@
+"""The residual stream through `add_rms_norm`'s kernels, with plain arithmetic in their place: what is added, read and
+differentiated where, on one device and on a mesh."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.norm import reference
+from kernels.target import Target
+from model.rounded import readers
+from model.transformer import Definition
+from parallel.mesh import MeshConfig, make_mesh
+from parallel.sharding import Placement, ShardingRules
+from tests.model.tiny import COMPILE_FAST, assert_close, dense, execution, moe, packed_batch, random_params
+
+H100 = Target("gpu", (9, 0))
+MODELS = {
+    "dense": dense(),
+    "moe": moe(),
+    "zero-centered, both": dense(norm_zero_centered=True, norm_placement="both"),
+    "post": dense(norm_placement="post"),
+}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the kernels are called with: (with a residual, gradients of readers)."""
+    monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", (0, 11, 2))
+    monkeypatch.setattr("kernels.norm.tiles.unsupported", lambda case, target: None)
+    made = []
+
+    def forward(x, residual, scale, *, epsilon, offset):
+        made.append((residual is not None, x.shape[0]))
+        total, normed = reference.add_rms_norm(x, residual, scale, epsilon=epsilon, offset=offset)
+        rstd = jax.lax.rsqrt(jnp.mean(total * total, axis=-1) + epsilon)
+        return (None if residual is None else total), normed, rstd
+
+    def backward(x, rstd, scale, d_normed, d_sum, *, offset):
+        made.append(len(d_normed))
+        hat, dy = x * rstd[:, None], sum(d_normed)
+        g = dy * (scale + offset)
+        dx = rstd[:, None] * (g - hat * jnp.mean(g * hat, axis=-1, keepdims=True)) + d_sum
+        return dx, jnp.sum(dy * hat, axis=0)
+
+    from kernels.norm import gpu
+
+    monkeypatch.setattr(gpu, "forward", forward)
+    monkeypatch.setattr(gpu, "backward", backward)
+    return made
+
+
+def gradients(config, run, placement=None, scan=False):
+    """Of a sum of the hidden states, by every parameter; and the hidden states."""
+    definition = Definition(config, scan)
+    params, biases = random_params(definition)
+    batch = packed_batch(4, 8)
+    run = dataclasses.replace(run, placement=placement)
+
+    def loss(params):
+        model = definition.bind(params, biases)
+        hidden = model(batch["tokens"], batch["positions"], batch["segments"], run).hidden_BTD
+        return jnp.sum(hidden * jnp.cos(jnp.arange(hidden.size).reshape(hidden.shape))), hidden
+
+    grad = jax.jit(jax.grad(loss, has_aux=True), compiler_options=COMPILE_FAST)
+    return grad(jax.tree.map(jnp.asarray, params))
+
+
+@pytest.mark.parametrize(
+    ("model", "remat", "scan"),
+    [("dense", "none", False), ("moe", "full", True), ("zero-centered, both", "dots", False), ("post", "none", False)],
+)
+def test_gradients_are_those_of_xla(calls, model, remat, scan):
+    config = MODELS[model]
+    run = execution(config, remat=remat, target=H100)
+    want = gradients(config, dataclasses.replace(run, norm="xla"), scan=scan)
+    assert not calls
+    got = gradients(config, dataclasses.replace(run, norm="pallas"), scan=scan)
+    assert_close(got, want, 1e-5)
+    if model == "dense":
+        # A layer reads its input three times and the sum with attention's output twice.
+        assert calls == [(False, 32), (True, 32)] * 2 + [2, 3] * 2
+    assert bool(calls) == (model != "post")
+
+
+def test_on_a_mesh_each_device_has_its_rows(calls):
+    config = MODELS["moe"]
+    placement = Placement(make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4]))
+    run = execution(config, norm="pallas", target=H100)
+    want = gradients(config, dataclasses.replace(run, norm="xla"))
+    got = gradients(config, run, placement)
+    assert (True, 16) in calls and 3 in calls
+    assert_close(got, want, 1e-4)
+
+
+def test_rows_in_parts_are_no_kernels(calls):
+    config = MODELS["dense"]
+    rules = ShardingRules(act_embed="tensor", act_mlp=None, act_heads=None, act_vocab=None)
+    placement = Placement(make_mesh(MeshConfig(fsdp=1, tensor=2), jax.devices()[:2]), rules)
+    with pytest.raises(ValueError, match=r"act_embed=tensor splits them"):
+        gradients(config, execution(config, norm="pallas", target=H100), placement)
+    got = gradients(config, execution(config, target=H100), placement)
+    assert not calls
+    assert_close(got, gradients(config, execution(config, norm="xla")), 1e-4)
+
+
+def test_copies_are_as_many_as_readers():
+    x = jnp.ones(3)
+    assert readers(x, 3) == (x,) * 3 and readers((x, x), 2) == (x, x)
+    with pytest.raises(AssertionError, match="2 copies for 3 readers"):
+        readers((x, x), 3)
+    np.testing.assert_array_equal(readers(x, 1)[0], x)
