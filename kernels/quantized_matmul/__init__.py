@@ -93,10 +93,6 @@ def choose(impl: Impl, case: QuantizedCase, target: Target) -> tuple[Impl, str]:
 
 
 # Of what `choose` says of Hopper: an H100 80GB HBM3, jax 0.11.2, 2026-11-23.
-# Rows up to which a weight in fragments is multiplied as it is, by the bits of its elements. int8 of 8192 x 28672 takes
-# 302 us at 256 rows (widened first 312) and 641 at 512 (472); int4 with groups of 128 515 at 512 (879), the most that
-# was measured.
-_MOST_ROWS_NARROW = {8: 256, 4: 512}
 # 4096 x 14336 in FP8 takes XLA 31.5 us at 16 rows and pallas 39, at 64 rows 31.7 and 30.3; in int8 29.4 and 30.6, 38.8
 # and 28.5.
 _FEW_ROWS = 32
@@ -105,10 +101,14 @@ _FEW_ROWS = 32
 def _choose_on_hopper(case: QuantizedCase) -> tuple[Impl, str]:
     """What was measured fastest, of a case that pallas takes."""
     if case.weight_only:
-        most = _MOST_ROWS_NARROW[4 if case.w_dtype == "int4" else 8]
-        if case.num_rows > most:
-            return "xla", f"of more than {most} rows the weight is widened first: faster on an H100"
-        return "pallas", f"fastest measured on an H100 up to {most} rows (of one: int8 2.8 TB/s, int4 2.5, XLA 2.1)"
+        from kernels.quantized_matmul.weight_only_tiles import MOST_ROWS_NARROW, widened_first
+
+        most = MOST_ROWS_NARROW[case.w_dtype]
+        if not widened_first(case):
+            return "pallas", f"fastest measured on an H100 up to {most} rows (of one: int8 2.8 TB/s, int4 2.5, XLA 2.1)"
+        if case.w_dtype == "int4":
+            return "pallas", f"of more than {most} rows widened first, by a kernel: 1.5 ms of 2,048 rows, XLA 2.4"
+        return "xla", f"of more than {most} rows the weight is widened first: faster on an H100"
     if case.scales_outside and case.num_rows <= _FEW_ROWS:
         return "xla", f"fastest measured on an H100 up to {_FEW_ROWS} rows"
     return "pallas", "fastest measured on an H100 (8192 cubed: FP8 1,380 TFLOP/s, int8 1,440; XLA 1,210 and 1,190)"

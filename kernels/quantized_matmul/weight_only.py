@@ -8,7 +8,8 @@ elements of the next products, and no thread needs another's.
 A warpgroup walks down some columns of the weight, while the copies of the next rows are under way. Several warpgroups
 share a processor, so that one widens while another multiplies or waits. They are blocks of threads of their own; where
 there are too few columns for that, they are of one block, share its rows out among them and add up their sums in order.
-Of still fewer columns the rows are cut into parts, which a second program adds up, in order too.
+Of still fewer columns the rows are cut into parts, which a second program adds up, in order too. Of many rows of x the
+weight is widened in device memory first (`widening`), and XLA multiplies it.
 
 A group's scale multiplies its sums, in float32, and not the weight, which stays exact. A zero point is taken away there
 as well: times the sum of x's elements, which is one more product, with ones.
@@ -28,8 +29,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels import hopper
+from kernels.quantized_matmul import widening
 from kernels.quantized_matmul.weight_only_fragments import fragment
-from kernels.quantized_matmul.weight_only_tiles import TILE, Tiles, choose_tiles
+from kernels.quantized_matmul.weight_only_tiles import TILE, Tiles, choose_tiles, widened_first
 from quantization.qarray import QArray
 
 # Without the barriers that Pallas would put around every load, store and copy: `commit_smem` in each step lies between
@@ -112,7 +114,10 @@ def quantized_matmul(x: jax.Array, w: QArray, bias: jax.Array | None, out_dtype)
     """[M, N] of x [M, K] and w [K, N] in fragments, as `kernels.quantized_matmul.quantized_matmul` has it."""
     from kernels.quantized_matmul import case_of
 
-    return product(x, w, bias, out_dtype=jnp.dtype(out_dtype), tiles=choose_tiles(case_of(x, w, bias, out_dtype)))
+    case = case_of(x, w, bias, out_dtype)
+    if widened_first(case):
+        return widening.product(x, w, bias, jnp.dtype(out_dtype))
+    return product(x, w, bias, out_dtype=jnp.dtype(out_dtype), tiles=choose_tiles(case))
 
 
 # A jit of its own, so that a model's layers are built once.

@@ -36,7 +36,7 @@ def plain_products(monkeypatch: pytest.MonkeyPatch, execution: Execution) -> Non
     )
 
 
-def plain_fragments(monkeypatch: pytest.MonkeyPatch, execution: Execution) -> None:
+def plain_fragments(monkeypatch: pytest.MonkeyPatch, execution: Execution, *modules) -> None:
     """Puts plain products where weights of few bits are widened in registers, and multiplied from there."""
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
@@ -60,3 +60,5 @@ def plain_fragments(monkeypatch: pytest.MonkeyPatch, execution: Execution) -> No
         return tuple(results)
 
     execution.put_plainly(monkeypatch, weight_only, fragment=fragment, products=products)
+    for module in modules:
+        execution.put_plainly(monkeypatch, module, fragment=fragment)
