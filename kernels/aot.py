@@ -251,7 +251,7 @@ def _shared_bytes(
     if isinstance(case, QuantizedCase):
         from kernels.quantized_matmul import tiles as product_tiles
 
-        return product_tiles.shared_bytes(product_tiles.choose_tiles(case))
+        return product_tiles.shared_bytes(product_tiles.choose_tiles(case), case.scales_outside)
     if isinstance(case, GroupedProductCase):
         return _grouped_shared_bytes(case)
     if isinstance(case, GradientsCase):

@@ -21,6 +21,7 @@ from kernels.grouped_matmul import persistent
 from kernels.grouped_matmul.persistent import Tile, rows_from
 from kernels.grouped_matmul.scaled_tiles import DEPTH, choose_scaled_tiles
 from kernels.grouped_matmul.tiles import ROW_ALIGNMENT, WIDTH
+from kernels.quantized_matmul.tiles import SCALES_LINE, STRETCH
 from quantization.qarray import QArray
 
 _ROWS = 64
@@ -45,16 +46,27 @@ class _Product(persistent.Kernel):
     def num_steps(self) -> int:
         return -(-self.in_dim // DEPTH)
 
+    @property
+    def scaled_columns(self) -> int:
+        """Columns of a tile that share a scale in every step."""
+        columns = self.tiles.columns
+        return columns if self.outside or self.w_columns % columns == 0 or self.w_columns >= self.out_dim else WIDTH
+
     def copy(self, tile: Tile, step, inputs, buffers, arrived) -> None:
-        (x, w), depth = inputs, pl.ds(step * DEPTH, DEPTH)
-        plgpu.copy_gmem_to_smem(x.at[rows_from(tile.row, self.tiles.rows), depth], buffers[0], arrived)
-        columns = pl.ds(tile.column, self.tiles.columns)
+        x, w, x_scales, w_scales = inputs
+        rows, columns = rows_from(tile.row, self.tiles.rows), pl.ds(tile.column, self.tiles.columns)
+        depth = pl.ds(step * DEPTH, DEPTH)
+        plgpu.copy_gmem_to_smem(x.at[rows, depth], buffers[0], arrived)
         plgpu.copy_gmem_to_smem(w.at[tile.group, columns, depth], buffers[1], arrived)
+        if not self.outside:
+            plgpu.copy_gmem_to_smem(x_scales.at[step, rows], buffers[2], arrived)
+            stretches = pl.ds(hopper.floor(tile.column, STRETCH), SCALES_LINE)
+            plgpu.copy_gmem_to_smem(w_scales.at[tile.group, step, stretches], buffers[3], arrived)
 
 
 class _Inputs(NamedTuple):
-    """x [M, K], w [E, N, K]; outside: x_scales [M], w_scales [E, N]; else x_scales [K / 128, M], w_scales
-    [E, N / .., K / 128], float32, vectors of whole tiles."""
+    """x [M, K], w [E, N, K]; scales in float32, outside: [M] and [E, N], vectors of whole tiles; else [K / 128, M] and
+    [E, K / 128, N / 16]."""
 
     x: Any
     w: Any
@@ -64,7 +76,7 @@ class _Inputs(NamedTuple):
 
 
 class _Shared(NamedTuple):
-    """As `persistent.Shared`."""
+    """As `persistent.Shared`; in the ring are a step's scales too, where they change along K."""
 
     sizes: Any
     ring: tuple[Any, Any]
@@ -83,19 +95,19 @@ def product(x: QArray, w: QArray, group_sizes, out_dtype=jnp.bfloat16, *, tiles=
     """
     (M, K), (E, _, N) = x.shape, w.shape
     outside = x.scales.shape[1] == 1 and w.scales.shape[1] == 1
-    tiles = choose_scaled_tiles(outside) if tiles is None else tiles
+    tiles = choose_scaled_tiles(outside, N) if tiles is None else tiles
     # Copies fill shared memory by eight rows.
     rows = -(-M // ROW_ALIGNMENT) * ROW_ALIGNMENT
     x_scales = jnp.repeat(x.scales, x.block[0], axis=0)
-    # Vectors are read straight into registers, in whole tiles, the last of which may begin at the last row.
-    beyond = [(0, rows - M + tiles.rows)]
     if outside:
-        x_scales = jnp.pad(x_scales[:, 0], beyond)
+        # Vectors are read straight into registers, in whole tiles, the last of which may begin at the last row.
+        x_scales = jnp.pad(x_scales[:, 0], (0, rows - M + tiles.rows))
         w_scales = jnp.repeat(w.scales[:, 0], w.block[2], axis=1)
         w_scales = jnp.pad(w_scales, ((0, 0), (0, -N % tiles.columns)))
     else:
-        x_scales = jnp.pad(_per_step(x_scales.T, x.block[1], 0), [(0, 0), *beyond])
-        w_scales = jnp.swapaxes(_per_step(w.scales, w.block[1], 1), 1, 2)
+        x_scales = jnp.pad(_per_step(x_scales.T, x.block[1], 0), [(0, 0), (0, rows - M)])
+        w_scales = jnp.repeat(_per_step(w.scales, w.block[1], 1), w.block[2] // STRETCH, axis=2)
+        w_scales = jnp.pad(w_scales, ((0, 0), (0, 0), (0, -w_scales.shape[2] % SCALES_LINE)))
     values = jnp.pad(x.values, ((0, rows - M), (0, 0))) if rows > M else x.values
     sizes = jnp.pad(group_sizes.astype(jnp.int32), (0, -E % 4))
     kernel = _Product(E, rows, K, N, tiles, w.block[2], outside)
@@ -128,37 +140,43 @@ def _scratch(kernel: _Product, dtype, out_dtype, sizes_shape) -> _Shared:
         return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(128)))
 
     buffers = kernel.tiles.num_buffers
+    scales = (
+        () if kernel.outside else tuple(plgpu.SMEM((buffers, n), jnp.float32) for n in (kernel.tiles.rows, SCALES_LINE))
+    )
     outputs = (2, 2, WIDTH, WIDTH)
     return _Shared(
         sizes=plgpu.SMEM(sizes_shape, jnp.int32),
-        ring=tuple(tiled((buffers, *shape), dtype, DEPTH) for shape in kernel.shapes),
+        ring=(*(tiled((buffers, *shape), dtype, DEPTH) for shape in kernel.shapes), *scales),
         out=persistent.in_one_place(tiled(outputs, out_dtype, WIDTH), plgpu.SMEM(outputs, out_dtype)),
         sizes_arrived=plgpu.Barrier(num_barriers=1),
-        arrived=plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
+        arrived=plgpu.Barrier(num_arrivals=2 + len(scales), num_barriers=buffers),
         free=plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
     )
 
 
 def _body(kernel: _Product, inputs: _Inputs, out_ref, shared: _Shared) -> None:
     compute = functools.partial(_compute, kernel, inputs, out_ref, shared)
-    persistent.share_out(kernel, (inputs.x, inputs.w), inputs.sizes, shared, compute)
+    arrays = inputs.x, inputs.w, inputs.x_scales, inputs.w_scales
+    persistent.share_out(kernel, arrays, inputs.sizes, shared, compute)
 
 
 def _compute(kernel: _Product, inputs: _Inputs, out_ref, shared: _Shared, tile: Tile, start) -> None:
-    warpgroup = lax.axis_index("warpgroup")
+    warpgroup, width = lax.axis_index("warpgroup"), kernel.scaled_columns
     multiply = _multiply if kernel.outside else _multiply_scaled
-    zeros = plgpu.layout_cast(jnp.zeros((_ROWS, kernel.tiles.columns), jnp.float32), hopper.MATRIX)
-    y = lax.cond(
+    zeros = plgpu.layout_cast(jnp.zeros((_ROWS, width), jnp.float32), hopper.MATRIX)
+    parts = lax.cond(
         tile.steps > 0,
         lambda: multiply(kernel, warpgroup, inputs, shared, tile, start),
-        lambda: zeros,
+        lambda: [zeros] * (kernel.tiles.columns // width),
     )
-    persistent.store(kernel, warpgroup, out_ref, shared, tile, y.astype(out_ref.dtype))
+    for i, part in enumerate(parts):
+        values, turn = part.astype(out_ref.dtype), i * (width // WIDTH)
+        persistent.store(kernel, warpgroup, out_ref, shared, tile, values, offset=i * width, turn=turn)
 
 
 def _operands(warpgroup, shared: _Shared, count):
     """(buffer, the warpgroup's x, w) of a step, when they are there."""
-    x, w = shared.ring
+    x, w = shared.ring[:2]
     buffer = hopper.remainder(count, x.shape[0])
     plgpu.barrier_wait(shared.arrived.at[buffer])
     return buffer, x.at[buffer, pl.ds(warpgroup * _ROWS, _ROWS)], w.at[buffer].T
@@ -186,46 +204,50 @@ def _multiply(kernel: _Product, warpgroup, inputs: _Inputs, shared: _Shared, til
         sums = acc[...].astype(jnp.float32)
         return sums * hopper.along(x_scales, sums.shape, 0) * hopper.along(w_scales, sums.shape, 1)
 
-    return pl.run_scoped(accumulate, plgpu.ACC((_ROWS, kernel.tiles.columns), exact))
+    return [pl.run_scoped(accumulate, plgpu.ACC((_ROWS, kernel.tiles.columns), exact))]
 
 
 def _multiply_scaled(kernel: _Product, warpgroup, inputs: _Inputs, shared: _Shared, tile: Tile, start):
-    """The sums of a warpgroup's rows, scaled step by step."""
+    """The sums of a warpgroup's rows, scaled step by step, of groups of columns."""
     exact = jnp.int32 if inputs.x.dtype == jnp.int8 else jnp.float32
-    rows, chain = pl.ds(tile.row + warpgroup * _ROWS, _ROWS), kernel.tiles.chain
-    block = jnp.minimum(hopper.floor(tile.column, kernel.w_columns), inputs.w_scales.shape[1] - 1)
+    columns, width = kernel.tiles.columns, kernel.scaled_columns
+    (x, w, x_scales, w_scales), rows = shared.ring, pl.ds(warpgroup * _ROWS, _ROWS)
+
+    def buffer_of(k):
+        return hopper.remainder(start + k, x.shape[0])
+
+    def arrive(k):
+        plgpu.barrier_wait(shared.arrived.at[buffer_of(k)])
 
     def scales_of(k):
-        x_scales = plgpu.load(inputs.x_scales.at[k, rows], layout=hopper.ROWS, optimized=False)
-        return x_scales, inputs.w_scales[tile.group, block, k]
+        of_rows = plgpu.load(x_scales.at[buffer_of(k), rows], layout=hopper.ROWS, optimized=False)
+        return of_rows, [w_scales[buffer_of(k), column // STRETCH] for column in range(0, columns, width)]
 
-    def add(total, sums, scales):
-        x_scales, w_scale = scales
-        return total + sums.astype(jnp.float32) * hopper.along(x_scales * w_scale, sums.shape, 0)
+    def add(totals, sums, of_rows, of_columns):
+        parts = [sums[:, i * width : (i + 1) * width] for i in range(len(totals))] if len(totals) > 1 else [sums]
+        return [
+            total + part.astype(jnp.float32) * hopper.along(of_rows * scale, part.shape, 0)
+            for total, part, scale in zip(totals, parts, of_columns, strict=True)
+        ]
 
-    def step(k, total, scales, before):
-        # A step ahead, since they come from device memory.
-        following = scales_of(jnp.minimum(k + 1, kernel.num_steps - 1))
-        buffer, x_smem, w_smem = _operands(warpgroup, shared, start + k)
+    def step(k, carry):
+        """(totals, scales of step k) to those of the next one."""
+        (totals, scales), buffer = carry, buffer_of(k)
 
         def multiply(acc):
-            plgpu.wgmma(acc, x_smem, w_smem)
-            # Added while the product runs.
-            added = add(total, *before) if before else total
-            return acc[...], added
+            plgpu.wgmma(acc, x.at[buffer, rows], w.at[buffer].T)
+            # While the product runs, what the next one waits for.
+            following = jnp.minimum(k + 1, kernel.num_steps - 1)
+            pl.when(k + 1 < kernel.num_steps)(lambda: arrive(following))
+            scales_after = scales_of(following)
+            # Between the last read of the buffer's scales and the copies that fill it again.
+            plgpu.commit_smem()
+            return acc[...], scales_after
 
-        sums, added = pl.run_scoped(multiply, plgpu.ACC((_ROWS, kernel.tiles.columns), exact))
+        sums, following = pl.run_scoped(multiply, plgpu.ACC((_ROWS, columns), exact))
         plgpu.barrier_arrive(shared.free.at[buffer])
-        return added, following, (sums, scales)
+        return add(totals, sums, *scales), following
 
-    def steps(first, length: int, carry):
-        (total, scales), before = carry, ()
-        for i in range(length):
-            total, scales, before = step(first + i, total, scales, before)
-        return add(total, *before), scales
-
-    zeros = plgpu.layout_cast(jnp.zeros((_ROWS, kernel.tiles.columns), jnp.float32), hopper.MATRIX)
-    whole, left = divmod(kernel.num_steps, chain)
-    carry = lax.fori_loop(0, whole, lambda k, carry: steps(k * chain, chain, carry), (zeros, scales_of(0)))
-    total, _ = steps(kernel.num_steps - left, left, carry) if left else carry
-    return total
+    arrive(0)
+    zeros = plgpu.layout_cast(jnp.zeros((_ROWS, width), jnp.float32), hopper.MATRIX)
+    return lax.fori_loop(0, kernel.num_steps, step, ([zeros] * (columns // width), scales_of(0)))[0]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from kernels import hopper_chip
 from kernels.grouped_matmul.tiles import MAX_GROUPS, WIDTH
+from kernels.quantized_matmul.tiles import SCALES_LINE
 from kernels.target import Target
 
 if TYPE_CHECKING:
@@ -20,32 +21,35 @@ DTYPES = ("int8", "float8_e4m3fn", "float8_e5m2")
 @dataclasses.dataclass(frozen=True)
 class ScaledTiles:
     """rows, columns: of the output, of one block of threads, whose two warpgroups have half of the rows each;
-    num_buffers: steps of 128 in shared memory; panel: as in `tiles.Tiles`; chain: as in
-    `kernels.quantized_matmul.tiles.Tiles`."""
+    num_buffers: steps of 128 in shared memory; panel: as in `tiles.Tiles`."""
 
     rows: int
     columns: int
     num_buffers: int
     panel: int
-    chain: int = 4
 
     split = "rows"
 
 
-def choose_scaled_tiles(outside: bool) -> ScaledTiles:
+def choose_scaled_tiles(outside: bool, out_dim: int) -> ScaledTiles:
     """`outside`: no scale changes along K. Where one does, two sums of a tile are in registers.
 
     TFLOP/s of 16384 x 4096 x 14336, 8 groups, on an H100 (jax 0.11.2, 2026-11-23), two runs of some. FP8, (rows,
-    columns, num_buffers, panel): as here 1318, (128, 256, 4, 8) 1290, (128, 128, 6, 16) 1039. In blocks, (num_buffers,
-    panel, chain): as here 970, 1045; (5, 4, 4) 1051, (4, 8, 4) 1039, (5, 8, 2) 1026, (6, 8, 4) 985, (6, 16, 2) 935,
-    (6, 16, 4) 928, (6, 8, 1) 824, (6, 16, 3) 573: ptxas waits for products between there.
+    columns, num_buffers, panel): as here 1318, (128, 256, 4, 8) 1290, (128, 128, 6, 16) 1039. In blocks, (columns,
+    num_buffers, panel): as here 1120, 1118; (192, 4, 8) 1079, (128, 5, 8) 971, and 909 where products of four steps
+    follow each other without a wait. Two programs that share the copies of x, in a cluster: 1097.
     """
-    return ScaledTiles(128, 256, 4, 16) if outside else ScaledTiles(128, 128, 5, 8)
+    if outside:
+        return ScaledTiles(128, 256, 4, 16)
+    # As `kernels.quantized_matmul.tiles` counts them: the narrower a product, the less it hides.
+    columns = min((192, 128), key=lambda columns: -(-out_dim // columns) * (columns + 128))
+    return ScaledTiles(128, columns, 4 if columns == 192 else 5, 16)
 
 
-def shared_bytes(tiles: ScaledTiles) -> int:
+def shared_bytes(tiles: ScaledTiles, outside: bool) -> int:
     """Shared memory of a block of threads: the ring, two pieces of output of each warpgroup, sizes and barriers."""
-    ring = tiles.num_buffers * (tiles.rows + tiles.columns) * DEPTH
+    scales = 0 if outside else 4 * (tiles.rows + SCALES_LINE)
+    ring = tiles.num_buffers * ((tiles.rows + tiles.columns) * DEPTH + scales)
     return ring + 2 * 2 * WIDTH * WIDTH * 2 + 4 * MAX_GROUPS + 1024
 
 

@@ -31,6 +31,8 @@ from kernels.quantized_matmul.tiles import (
     OUT_BYTES,
     OUT_COLUMNS,
     SCALED_COLUMNS,
+    SCALES_LINE,
+    STRETCH,
     WARPGROUP_ROWS,
     Tiles,
     choose_tiles,
@@ -76,7 +78,7 @@ class _Statics:
 
 
 class _Inputs(NamedTuple):
-    """x [M, K], w [N, K]; outside: x_scales [M], w_scales [N]; else x_scales [K / 128, M], w_scales [N / .., K / 128].
+    """x [M, K], w [N, K]; outside: x_scales [M], w_scales [N]; else x_scales [K / 128, M], w_scales [K / 128, N / 16].
     bias [N] or None. All but the first two float32, and vectors of whole tiles."""
 
     x: Any
@@ -88,11 +90,14 @@ class _Inputs(NamedTuple):
 
 class _Shared(NamedTuple):
     """Shared memory of a block of threads: the ring of buffers, each warpgroup's pieces of results, and the barriers.
+    Scales are in the ring where they change along K: from device memory, a step ahead, products would wait for them.
     `arrived`: the copies are there. `free`: all warpgroups, of the whole cluster, are done with a buffer. `led`: the
     first warpgroup is ahead as far as it shall be; None where none is."""
 
     x: Any
     w: Any
+    x_scales: Any
+    w_scales: Any
     out: Any
     arrived: Any
     free: Any
@@ -133,7 +138,8 @@ def product(x: QArray, w: QArray, bias: jax.Array | None, out_dtype, tiles: Tile
         w_scales = _filled(jnp.repeat(w.scales[0], w.block[1]), tiles.columns)
     else:
         x_scales = _filled(_per_block(x_scales.T, x.block[1]), tiles.rows * tiles.cluster)
-        w_scales = _per_block(w.scales, w.block[0]).T
+        w_scales = jnp.repeat(_per_block(w.scales, w.block[0]), -(-w.block[1] // STRETCH), axis=1)
+        w_scales = _filled(w_scales, SCALES_LINE)
     bias = None if bias is None else _filled(bias.astype(jnp.float32), tiles.columns)
     y = _call(statics, _Inputs(x_values, w_values, x_scales, w_scales, bias), out_dtype, interpret)
     return y[:M, :N]
@@ -179,7 +185,7 @@ def _call(statics: _Statics, inputs: _Inputs, out_dtype, interpret) -> jax.Array
 
 
 def _scratch(statics: _Statics, inputs: _Inputs, out_dtype) -> _Shared:
-    tiles, buffers = statics.tiles, statics.tiles.num_buffers
+    tiles, buffers, outside = statics.tiles, statics.tiles.num_buffers, statics.outside
 
     def tiled(*shape, dtype):
         transforms = (
@@ -193,8 +199,10 @@ def _scratch(statics: _Statics, inputs: _Inputs, out_dtype) -> _Shared:
     return _Shared(
         x=tiled(buffers, tiles.rows, BLOCK, dtype=inputs.x.dtype),
         w=tiled(buffers, tiles.columns, BLOCK, dtype=inputs.w.dtype),
+        x_scales=None if outside else plgpu.SMEM((buffers, tiles.rows), jnp.float32),
+        w_scales=None if outside else plgpu.SMEM((buffers, SCALES_LINE), jnp.float32),
         out=tiled(tiles.num_warpgroups, NUM_OUTS, WARPGROUP_ROWS, piece_columns(out_dtype), dtype=out_dtype),
-        arrived=plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
+        arrived=plgpu.Barrier(num_arrivals=2 if outside else 4, num_barriers=buffers),
         free=plgpu.ClusterBarrier(collective_axes=("tile",), **free) if together else plgpu.Barrier(**free),
         led=plgpu.Barrier(num_arrivals=1, num_barriers=1) if tiles.lead else None,
     )
@@ -250,6 +258,10 @@ def _copy_all(statics: _Statics, rounds, inputs: _Inputs, shared: _Shared) -> No
             plgpu.copy_gmem_to_smem(inputs.x.at[rows, block], shared.x.at[buffer], arrived)
             together = {"collective_axes": ("tile",)} if statics.tiles.cluster > 1 else {}
             plgpu.copy_gmem_to_smem(inputs.w.at[columns, block], shared.w.at[buffer], arrived, **together)
+            if not statics.outside:
+                plgpu.copy_gmem_to_smem(inputs.x_scales.at[step, rows], shared.x_scales.at[buffer], arrived)
+                stretches = pl.ds(hopper.floor(tile.column, STRETCH), SCALES_LINE)
+                plgpu.copy_gmem_to_smem(inputs.w_scales.at[step, stretches], shared.w_scales.at[buffer], arrived)
 
         lax.fori_loop(0, statics.steps, copy, None)
 
@@ -262,7 +274,7 @@ def _copy_all(statics: _Statics, rounds, inputs: _Inputs, shared: _Shared) -> No
 
 def _operands(tile: _Tile, step, warpgroup, shared: _Shared):
     """(buffer, the warpgroup's x, w) of one block along K, when they are there."""
-    buffer = hopper.remainder(tile.start + step, shared.x.shape[0])
+    buffer = _buffer_of(tile, step, shared)
     plgpu.barrier_wait(shared.arrived.at[buffer])
     rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
     return buffer, shared.x.at[buffer, rows], shared.w.at[buffer].T
@@ -308,22 +320,31 @@ def _multiply_scaled(statics: _Statics, tile: _Tile, warpgroup, inputs: _Inputs,
     """One warpgroup's rows of a tile whose scales change along K. Totals, as scales of w, are of groups of columns."""
     tiles, width = statics.tiles, statics.scaled_columns
     exact = jnp.int32 if inputs.x.dtype == jnp.int8 else jnp.float32
-    scales_of = functools.partial(_scales_of, statics, tile, warpgroup, inputs)
+
+    def arrive(k):
+        """Waits for the copies of block k."""
+        plgpu.barrier_wait(shared.arrived.at[_buffer_of(tile, k, shared)])
+
+    def scales_of(k):
+        return _scales_of(statics, warpgroup, shared, _buffer_of(tile, k, shared))
 
     def step(k, totals, scales, before):
         """(totals with the sums of the block `before`, the next block's scales, this one's sums and scales)."""
-        # A block ahead, since they come from device memory.
-        following = scales_of(jnp.minimum(k + 1, statics.steps - 1))
-        buffer, x_smem, w_smem = _operands(tile, k, warpgroup, shared)
+        buffer, rows = _buffer_of(tile, k, shared), pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
         def multiply(acc):
-            plgpu.wgmma(acc, x_smem, w_smem)
+            plgpu.wgmma(acc, shared.x.at[buffer, rows], shared.w.at[buffer].T)
             _lead(statics, tile.start + k, warpgroup, shared)
-            # Added while the product runs.
+            # While the product runs: the sums before it, and what the next one waits for.
             added = _add(totals, *before) if before else totals
-            return acc[...], added
+            following = jnp.minimum(k + 1, statics.steps - 1)
+            pl.when(k + 1 < statics.steps)(lambda: arrive(following))
+            scales_after = scales_of(following)
+            # Between the last read of the buffer's scales and the copies that fill it again.
+            plgpu.commit_smem()
+            return acc[...], added, scales_after
 
-        sums, added = pl.run_scoped(multiply, plgpu.ACC((WARPGROUP_ROWS, tiles.columns), exact))
+        sums, added, following = pl.run_scoped(multiply, plgpu.ACC((WARPGROUP_ROWS, tiles.columns), exact))
         plgpu.barrier_arrive(shared.free.at[buffer])
         return added, following, (sums, scales)
 
@@ -333,22 +354,27 @@ def _multiply_scaled(statics: _Statics, tile: _Tile, warpgroup, inputs: _Inputs,
             totals, scales, before = step(first + i, totals, scales, before)
         return _add(totals, *before), scales
 
+    arrive(0)
     zeros = jnp.zeros((WARPGROUP_ROWS, width), jnp.float32)
-    carry = [plgpu.layout_cast(zeros, hopper.MATRIX) for _ in range(0, tiles.columns, width)], scales_of(0)
+    totals = [plgpu.layout_cast(zeros, hopper.MATRIX) for _ in range(0, tiles.columns, width)]
+    carry = totals, scales_of(0)
     whole, left = divmod(statics.steps, tiles.chain)
     carry = lax.fori_loop(0, whole, lambda k, carry: chain(k * tiles.chain, tiles.chain, carry), carry)
     totals, _ = chain(statics.steps - left, left, carry) if left else carry
     _store(statics, tile, warpgroup, totals, inputs, out_ref, shared)
 
 
-def _scales_of(statics: _Statics, tile: _Tile, warpgroup, inputs: _Inputs, k) -> tuple[jax.Array, list[jax.Array]]:
-    """Of block k along K: x's, of the warpgroup's rows, and w's, of each group of columns."""
-    x_scales = plgpu.load(inputs.x_scales.at[k, _rows(tile, warpgroup)], layout=hopper.ROWS, optimized=False)
-    # Past the last column, any.
-    last = inputs.w_scales.shape[0] - 1
+def _buffer_of(tile: _Tile, k, shared: _Shared):
+    """Where the tile's block k along K lies in the ring."""
+    return hopper.remainder(tile.start + k, shared.x.shape[0])
+
+
+def _scales_of(statics: _Statics, warpgroup, shared: _Shared, buffer) -> tuple[jax.Array, list[jax.Array]]:
+    """Of a buffer: x's, of the warpgroup's rows, and w's, of each group of columns."""
+    rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+    x_scales = plgpu.load(shared.x_scales.at[buffer, rows], layout=hopper.ROWS, optimized=False)
     groups = range(0, statics.tiles.columns, statics.scaled_columns)
-    blocks = [jnp.minimum(hopper.floor(tile.column + group, statics.w_columns), last) for group in groups]
-    return x_scales, [inputs.w_scales[block, k] for block in blocks]
+    return x_scales, [shared.w_scales[buffer, group // STRETCH] for group in groups]
 
 
 def _add(totals: list[jax.Array], sums, scales: tuple[jax.Array, list[jax.Array]]) -> list[jax.Array]:

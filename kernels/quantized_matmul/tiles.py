@@ -20,13 +20,14 @@ WARPGROUP_ROWS = 64
 BLOCK = 128
 # Columns that have one scale in a block-scaled tile.
 SCALED_COLUMNS = 64
+# Columns of a weight for which a kernel reads one scale where scales change along K, and how many scales a copy takes:
+# it begins at a multiple of 16 bytes wherever a tile does, and fills 128.
+STRETCH, SCALES_LINE = 16, 32
 # Bytes of a row of the pieces in which results go out through shared memory, and how many pieces are under way.
 OUT_BYTES, NUM_OUTS = 128, 2
 # Columns of a piece of 16-bit results; of 32-bit results there are two pieces in it.
 OUT_COLUMNS = 64
 PAIRS = ("int8", "float8_e4m3fn", "float8_e5m2")
-# From which a third warpgroup was measured to be faster where scales change along K.
-_MANY_ROWS = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,33 +70,35 @@ def choose_tiles(case: QuantizedCase) -> Tiles:
     (256, 4, 1, 8, 0)                             1252  1359
     (192, 4, 2, 8, 0)                             1223  1432
     (128, 6, 2, 8, 0)                             1252  1253
-    In blocks of 128 (num_warpgroups, num_buffers, cluster, chain), columns 128: (3, 4, 1, 2) 1133, (2, 6, 2, 3) 1037
-    and 961, (3, 4, 1, 1) 962, (2, 6, 1, 2) 943, (2, 6, 2, 2) 824; of 4096 x 14336 x 4096 (2, 6, 2, 2) 947,
-    (2, 6, 2, 3) 903, (3, 4, 1, 1) 850.
+    In blocks of 128, (num_warpgroups, columns, num_buffers, cluster, chain), one after the other on a chip that slows
+    down under load (scales of rows, in tiles of 256: 1479 at first, 1310 later): (2, 192, 4, 2, 1) 1242 and 1142,
+    (3, 128, 4, 2, 1) 1221 and 1111, (2, 128, 5, 2, 8) 750. Where a block is waited for when the one before is done:
+    (2, 192, 4, 2, 1) 1130 and 1084, (2, 128, 5, 2, 2) 1014, (2, 128, 5, 2, 1) 859.
     """
-    if not case.scales_outside and case.num_rows >= _MANY_ROWS and case.out_dim % 128 == 0:
-        return Tiles(3, 128, 4, 1, 8, 2)
+    outside = case.scales_outside
     # Two sums of a tile whose scales change along K are in registers at a time, and three while they are chained.
-    columns = (256, 128, 64) if case.scales_outside else (128, 64)
+    columns = (256, 128, 64) if outside else (192, 128, 64)
     # Two tiles, one below the other, wait for each other's buffers: not where there is one.
     cluster = 2 if case.num_rows > 2 * WARPGROUP_ROWS else 1
-    chain, lead = 1 if case.scales_outside else 2, 2 if case.scales_outside and case.x_dtype == "int8" else 0
-    options = [Tiles(2, width, 2, cluster, 8, chain) for width in columns]
+    options = [Tiles(2, width, 2, cluster, 8, 1 if outside or width > 128 else 2) for width in columns]
     best = min(options, key=lambda tiles: _columns_in_turn(case, tiles))
     fitting = [dataclasses.replace(best, num_buffers=number) for number in range(2, 9)]
-    most = max((tiles for tiles in fitting if shared_bytes(tiles) <= SHARED_BYTES), key=lambda tiles: tiles.num_buffers)
-    return dataclasses.replace(most, lead=lead)
+    fitting = [tiles for tiles in fitting if shared_bytes(tiles, outside) <= SHARED_BYTES]
+    return dataclasses.replace(fitting[-1], lead=2 if outside and case.x_dtype == "int8" else 0)
 
 
 def _columns_in_turn(case: QuantizedCase, tiles: Tiles) -> int:
-    """That one processor computes, one tile after the other, with as many as 32 for the start and end of each."""
+    """That one processor computes, one tile after the other, with as many as 32 for the start and end of each; 128 in
+    blocks, whose scaling a narrow product does not hide."""
     clusters = -(-case.num_rows // (tiles.rows * tiles.cluster)) * -(-case.out_dim // tiles.columns)
-    return -(-clusters // (NUM_PROCESSORS // tiles.cluster)) * (tiles.columns + 32)
+    more = 32 if case.scales_outside else 128
+    return -(-clusters // (NUM_PROCESSORS // tiles.cluster)) * (tiles.columns + more)
 
 
-def shared_bytes(tiles: Tiles) -> int:
+def shared_bytes(tiles: Tiles, outside: bool) -> int:
     """Shared memory of one block of threads: the buffers, pieces of results, and barriers."""
-    buffers = tiles.num_buffers * (tiles.rows + tiles.columns) * BLOCK
+    scales = 0 if outside else 4 * (tiles.rows + SCALES_LINE)
+    buffers = tiles.num_buffers * ((tiles.rows + tiles.columns) * BLOCK + scales)
     return buffers + NUM_OUTS * tiles.rows * OUT_BYTES + 16 * tiles.num_buffers + 256
 
 

@@ -75,32 +75,32 @@ def test_rows_quantised_on_the_way(impl, activation, block):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "x_block", "w_block", "sizes"),
+    ("dtype", "blocks", "sizes", "columns", "tiles"),
     [
-        ("float8_e4m3fn", (1, 128), (1, 128, 128), (37, 0, 90)),
-        ("int8", (1, None), (1, None, 1), (130, 1, 0)),
+        ("float8_e4m3fn", ((1, 128), (1, 128, 128)), (37, 0, 90), 128, ScaledTiles(128, 128, 2, 1)),
+        # A tile's columns are of two blocks, and the last one's are not all there.
+        ("float8_e4m3fn", ((1, 128), (1, 128, 128)), (8, 131, 0), 256, ScaledTiles(128, 192, 3, 2)),
+        ("int8", ((1, None), (1, None, 1)), (130, 1, 0), 128, ScaledTiles(128, 128, 2, 1)),
     ],
 )
-def test_the_hopper_kernel(execution, dtype, x_block, w_block, sizes, monkeypatch):
+def test_the_hopper_kernel(execution, dtype, blocks, sizes, columns, tiles, monkeypatch):
     from kernels.grouped_matmul import gpu_scaled, persistent
 
     monkeypatch.setattr(persistent, "NUM_PROCESSORS", 2)
     # The interpreter takes two warpgroups' parts of what shares memory for one.
     execution.put_plainly(monkeypatch, persistent, in_one_place=lambda *arrays: arrays)
-    x, w = arrays(139, 384, 192, 3)
+    x, w = arrays(139, 384, columns, 3)
     # Rows of no group may hold anything.
     x = x.at[sum(sizes) :].set(jnp.nan)
-    x, w = quantize(x, dtype, x_block), quantize(w[..., :128], dtype, w_block, layout="columns")
-    # Two blocks along K follow each other, and the third is left.
-    tiles = ScaledTiles(128, 128, 2, 1, 2)
+    x, w = quantize(x, dtype, blocks[0]), quantize(w, dtype, blocks[1], layout="columns")
     y = execution.kernel(gpu_scaled.product, x, w, jnp.asarray(sizes, jnp.int32), tiles=tiles)
     magnitudes = by_loop(*(np.abs(np.asarray(a.dequantize(), np.float64)) for a in (x, w)), sizes)
     assert_rounded_once(y, by_loop(x, w, sizes), 0 if dtype == "int8" else execution.float8_error * magnitudes)
 
 
 def test_tiles_fit_shared_memory():
-    for outside in (True, False):
-        assert scaled_tiles.shared_bytes(choose_scaled_tiles(outside)) <= 227 * 1024
+    for outside, out_dim in ((True, 64), (False, 64), (False, 14336)):
+        assert scaled_tiles.shared_bytes(choose_scaled_tiles(outside, out_dim), outside) <= 227 * 1024
 
 
 @pytest.mark.parametrize(
