@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.norm import reference
+from kernels.norm import NormCase, choose, reference
 from kernels.target import Target
+from model import attention, layers
 from model.rounded import readers
 from model.transformer import Definition
 from parallel.mesh import MeshConfig, make_mesh
@@ -72,8 +73,10 @@ def gradients(config, run, placement=None, scan=False):
     ("model", "remat", "scan"),
     [("dense", "none", False), ("moe", "full", True), ("zero-centered, both", "dots", False), ("post", "none", False)],
 )
-def test_gradients_are_those_of_xla(calls, model, remat, scan):
-    config = MODELS[model]
+def test_gradients_are_those_of_xla(calls, monkeypatch, model, remat, scan):
+    config, apart = MODELS[model], []
+    for module in (attention, layers):
+        monkeypatch.setattr(module, "readers", lambda x, count: apart.append(isinstance(x, tuple)) or readers(x, count))
     run = execution(config, remat=remat, target=H100)
     want = gradients(config, dataclasses.replace(run, norm="xla"), scan=scan)
     assert not calls
@@ -81,17 +84,19 @@ def test_gradients_are_those_of_xla(calls, model, remat, scan):
     assert_close(got, want, 1e-5)
     if model == "dense":
         # A layer reads its input three times and the sum with attention's output twice.
-        assert calls == [(False, 32), (True, 32)] * 2 + [2, 3] * 2
+        assert calls == [(False, 32), (True, 32)] * 2 + [2, 3] * 2 and all(apart)
     assert bool(calls) == (model != "post")
 
 
-def test_on_a_mesh_each_device_has_its_rows(calls):
-    config = MODELS["moe"]
+def test_on_a_mesh_each_device_has_its_rows(calls, monkeypatch):
+    config, chosen = MODELS["moe"], []
+    monkeypatch.setattr(layers, "choose", lambda impl, case, target: chosen.append(case) or choose(impl, case, target))
     placement = Placement(make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4]))
     run = execution(config, norm="pallas", target=H100)
     want = gradients(config, dataclasses.replace(run, norm="xla"))
     got = gradients(config, run, placement)
     assert (True, 16) in calls and 3 in calls
+    assert NormCase("float32", 16, config.embed_dim, True, 1) in chosen
     assert_close(got, want, 1e-4)
 
 
