@@ -23,15 +23,31 @@ class Order(NamedTuple):
 
 _BLOCK = 256
 """Assignments, or sums, that are compared with each other in one step."""
+_MOST_COMPARED = 2**24
+"""Assignments times experts, up to which they are counted. 32,768 for 8 experts take an H100 20 us, 131,072 for 128
+take it 45 us."""
 
 
 def sort_by_expert(experts_NA: jax.Array, num_experts: int) -> Order:
     """Order of what experts, all in [0, num_experts), are assigned.
 
     By counting: an assignment's place is that of the first one of its expert in its block, and how many of that expert
-    the block has before it. A sort would be six launches on a GPU, which end what is launched together besides.
+    the block has before it. A sort would be six launches on a GPU, which end what is launched together besides; its
+    work doesn't grow with the experts.
     """
     experts_M = experts_NA.reshape(-1)
+    counted = experts_M.size * num_experts <= _MOST_COMPARED
+    return Order(*(_counted if counted else _sorted)(experts_M, num_experts), experts_NA.shape[1])
+
+
+def _sorted(experts_M: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    sorted_M = jnp.argsort(experts_M, stable=True)
+    index_M = jnp.arange(sorted_M.size, dtype=sorted_M.dtype)
+    place_M = jnp.zeros_like(sorted_M).at[sorted_M].set(index_M, unique_indices=True)
+    return sorted_M, place_M, jnp.zeros(num_experts, jnp.int32).at[experts_M].add(1)
+
+
+def _counted(experts_M: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     M = experts_M.size
     # Padding is no expert's.
     experts_XB = jnp.pad(experts_M, (0, -M % _BLOCK), constant_values=num_experts).reshape(-1, _BLOCK)
@@ -43,7 +59,7 @@ def sort_by_expert(experts_NA: jax.Array, num_experts: int) -> Order:
     place_M = place_XB.reshape(-1)[:M]
     index_M = jnp.arange(M, dtype=jnp.int32)
     sorted_M = jnp.zeros_like(index_M).at[place_M].set(index_M, unique_indices=True)
-    return Order(sorted_M, place_M, counts_EX.sum(axis=1, dtype=jnp.int32), experts_NA.shape[1])
+    return sorted_M, place_M, counts_EX.sum(axis=1, dtype=jnp.int32)
 
 
 def _sums_before(x_L: jax.Array) -> jax.Array:

@@ -104,29 +104,23 @@ class _Rows:
 # A jit of its own each, so that a model's layers are built once.
 @functools.partial(jax.jit, static_argnames=("epsilon", "offset", "tiles", "interpret"))
 def forward(x, residual, scale, *, epsilon: float, offset: float, tiles: Tiles | None = None, interpret=None):
-    """(sum, normed, rstd): x [M, D] and `residual`, or None, added; the norm of the sum; and 1 / rms, float32 [M].
+    """(sum, normed, rstd): x and `residual` [M, D] added; the norm of the sum; and 1 / rms, float32 [M].
 
-    The sum is None without `residual`. `tiles`: None for the choice of `choose_tiles`. `interpret`: parameters of
-    Pallas's interpreter, of tests.
+    `tiles`: None for the choice of `choose_tiles`. `interpret`: parameters of Pallas's interpreter, of tests.
     """
     num_rows, width = x.shape
-    added = residual is not None
-    tiles = choose_tiles(num_rows, width, 1 + added, x.dtype.itemsize) if tiles is None else tiles
+    tiles = choose_tiles(num_rows, width, 2, x.dtype.itemsize) if tiles is None else tiles
     kernel = _Rows(width, num_rows, tiles)
 
-    def body(*refs):
-        scale_ref, inputs = refs[0], refs[1 : 2 + added]
-        *outs, rstd_ref, ring, arrived = refs[2 + added :]
+    def body(scale_ref, x_ref, residual_ref, sum_ref, normed_ref, rstd_ref, ring, arrived):
         gain = kernel.read(scale_ref, offset)
 
         def compute(row, buffers, carry, released):
-            pieces = [kernel.read(buffer) for buffer in buffers]
+            x_pieces, residual_pieces = map(kernel.read, buffers)
 
             def summed(i):
-                if not added:
-                    return pieces[0][i]()
                 # As if it had been written and read again.
-                return (pieces[0][i]() + pieces[1][i]()).astype(x.dtype).astype(jnp.float32)
+                return (x_pieces[i]() + residual_pieces[i]()).astype(x.dtype).astype(jnp.float32)
 
             if tiles.in_registers:
                 released()
@@ -134,32 +128,30 @@ def forward(x, residual, scale, *, epsilon: float, offset: float, tiles: Tiles |
             for i, lines in enumerate(kernel.lines):
                 wide = summed(i)
                 squares = squares + wide * wide
-                if added:
-                    outs[0][row, lines] = wide.astype(x.dtype)
+                sum_ref[row, lines] = wide.astype(x.dtype)
             rstd = lax.rsqrt(jnp.sum(squares) * (1 / width) + epsilon)
             for i, lines in enumerate(kernel.lines):
-                outs[-1][row, lines] = (summed(i) * rstd * gain[i]()).astype(x.dtype)
+                normed_ref[row, lines] = (summed(i) * rstd * gain[i]()).astype(x.dtype)
             rstd_ref[row] = rstd
             if not tiles.in_registers:
                 released()
             return carry
 
-        kernel.walk(inputs, ring, arrived, compute, ())
+        kernel.walk((x_ref, residual_ref), ring, arrived, compute, ())
 
     whole = jax.ShapeDtypeStruct((num_rows, width // LINE, LINE), x.dtype)
-    outs = [whole] * (1 + added) + [jax.ShapeDtypeStruct((num_rows,), jnp.float32)]
-    rows = [kernel.lined(array) for array in (x, residual) if array is not None]
-    *outs, rstd = kernel.call(body, [kernel.lined(scale)], rows, outs, "add_rms_norm", interpret)
-    *total, normed = (out.reshape(num_rows, width) for out in outs)
-    return (total[0] if added else None), normed, rstd
+    outs = [whole, whole, jax.ShapeDtypeStruct((num_rows,), jnp.float32)]
+    rows = [kernel.lined(x), kernel.lined(residual)]
+    total, normed, rstd = kernel.call(body, [kernel.lined(scale)], rows, outs, "add_rms_norm", interpret)
+    return total.reshape(num_rows, width), normed.reshape(num_rows, width), rstd
 
 
 @functools.partial(jax.jit, static_argnames=("offset", "tiles", "interpret"))
 def backward(x, rstd, scale, d_normed, d_sum, *, offset: float, tiles: Tiles | None = None, interpret=None):
     """(dx, dscale): of the sum x [M, D] that was normed, its `rstd` [M], the gradients of the normed rows, a tuple of
-    [M, D] that are added up, and that of the sum, or None. dscale is float32 [D]; other arguments as of `forward`."""
+    [M, D] that are added up, and that of the sum. dscale is float32 [D]; other arguments as of `forward`."""
     num_rows, width = x.shape
-    num_inputs = 1 + len(d_normed) + (d_sum is not None)
+    num_inputs = 2 + len(d_normed)
     tiles = choose_tiles(num_rows, width, num_inputs, x.dtype.itemsize) if tiles is None else tiles
     kernel = _Rows(width, num_rows, tiles)
 
@@ -170,7 +162,7 @@ def backward(x, rstd, scale, d_normed, d_sum, *, offset: float, tiles: Tiles | N
         def compute(row, buffers, totals, released):
             rstd = rstd_ref[row]
             pieces = [kernel.read(buffer) for buffer in buffers]
-            x, dy = pieces[0], pieces[1 : 1 + len(d_normed)]
+            x, dy = pieces[0], pieces[1:-1]
 
             def gradient(i):
                 return functools.reduce(jnp.add, [one[i]() for one in dy])
@@ -185,9 +177,7 @@ def backward(x, rstd, scale, d_normed, d_sum, *, offset: float, tiles: Tiles | N
             for i, lines in enumerate(kernel.lines):
                 normed, dy_piece = x[i]() * rstd, gradient(i)
                 totals[i] = totals[i] + dy_piece * normed
-                dx = (dy_piece * gain[i]() - normed * mean) * rstd
-                if d_sum is not None:
-                    dx = dx + pieces[-1][i]()
+                dx = (dy_piece * gain[i]() - normed * mean) * rstd + pieces[-1][i]()
                 dx_ref[row, lines] = dx.astype(dx_ref.dtype)
             if not tiles.in_registers:
                 released()
@@ -201,6 +191,6 @@ def backward(x, rstd, scale, d_normed, d_sum, *, offset: float, tiles: Tiles | N
         jax.ShapeDtypeStruct((num_rows, width // LINE, LINE), x.dtype),
         jax.ShapeDtypeStruct((tiles.num_programs, width // LINE, LINE), jnp.float32),
     ]
-    rows = [kernel.lined(array) for array in (x, *d_normed, d_sum) if array is not None]
+    rows = [kernel.lined(array) for array in (x, *d_normed, d_sum)]
     dx, parts = kernel.call(body, [kernel.lined(scale), rstd], rows, outs, "add_rms_norm_gradient", interpret)
     return dx.reshape(num_rows, width), parts.reshape(tiles.num_programs, width).sum(axis=0)

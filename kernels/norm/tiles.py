@@ -33,10 +33,10 @@ class Tiles:
 
 
 def choose_tiles(num_rows: int, width: int, num_inputs: int, itemsize: int) -> Tiles:
-    """As many blocks as registers allow, and 2 to 4 buffers of each: on an H100, sums of 8192 rows of 4096 and their
-    norms take 106 us with 4 blocks and 3 buffers, 109 with 2 and 4, 122 with 1 and 8."""
+    """4 blocks on a processor, 8 of short rows and 2 of long ones, and 2 to 4 buffers of each: on an H100, sums of 8192
+    rows of 4096 and their norms take 106 us with 4 blocks and 3 buffers, 109 with 2 and 4, 122 with 1 and 8."""
     row_bytes = num_inputs * width * itemsize
-    per_processor = 8 if width <= 1024 else 4 if width <= 4096 else 2
+    per_processor = 2 if width > 4096 else 8 if num_inputs * width <= 2048 else 4
     while per_processor > 1 and 2 * per_processor * row_bytes > _IN_FLIGHT:
         per_processor -= 1
     buffers = max(2, min(4, _IN_FLIGHT // (per_processor * row_bytes)))

@@ -139,7 +139,7 @@ def test_rows_are_shared_out(execution, num_rows, chosen):
 def test_what_is_not_finite_stays_in_its_row(pallas):
     x = draw((4, 512), 0).at[1, 5].set(jnp.nan).at[2, 7].set(jnp.inf)
     x = x.at[3].set(0)
-    total, normed = pallas(add_rms_norm, x, None, jnp.ones(512), epsilon=EPSILON)
+    total, normed = pallas(add_rms_norm, x, jnp.zeros_like(x), jnp.ones(512), epsilon=EPSILON)
     finite = np.isfinite(wide(normed)).all(1)
     assert finite.tolist() == [True, False, False, True] and (wide(normed)[3] == 0).all()
     np.testing.assert_array_equal(wide(total), wide(x))

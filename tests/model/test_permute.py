@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model import permute
 from model.permute import Order, sort_by_expert
 
 
@@ -38,6 +39,15 @@ def test_as_a_stable_sort(data):
 def test_one_expert_has_all(num_experts):
     experts_NA = jnp.full((300, 1), num_experts - 1, jnp.int32)
     assert_sorted(sort_by_expert(experts_NA, num_experts), experts_NA, num_experts)
+
+
+def test_too_many_to_compare_are_sorted(monkeypatch):
+    experts_NA = jnp.asarray(np.random.default_rng(0).integers(0, 7, (90, 2)), jnp.int32)
+    monkeypatch.setattr(permute, "_MOST_COMPARED", 90 * 2 * 7)
+    assert " sort[" not in str(jax.make_jaxpr(lambda experts: sort_by_expert(experts, 7)[:3])(experts_NA))
+    monkeypatch.setattr(permute, "_MOST_COMPARED", 90 * 2 * 7 - 1)
+    assert " sort[" in str(jax.make_jaxpr(lambda experts: sort_by_expert(experts, 7)[:3])(experts_NA))
+    assert_sorted(sort_by_expert(experts_NA, 7), experts_NA, 7)
 
 
 def test_no_assignments():
