@@ -30,6 +30,8 @@ from kernels.cross_entropy import CrossEntropyCase
 from kernels.grouped_matmul import GroupedCase
 from kernels.grouped_matmul import tiles as grouped_tiles
 from kernels.grouped_matmul.quantized import QuantizedGroupedCase
+from kernels.norm import NormCase
+from kernels.norm import tiles as norm_tiles
 from kernels.paged_attention import PagedAttentionCase, tiles
 from kernels.quantized_matmul import QuantizedCase
 from kernels.quantized_matmul.activations import ActivationCase
@@ -173,6 +175,9 @@ CASES = {
     "grouped product, 256 groups": GroupedProductCase("product", GroupedCase("bfloat16", 4096, 256, 7168, 2048)),
     "cross-entropy": CrossEntropyCase("float32", 32_000),
     "cross-entropy, read twice": CrossEntropyCase("float32", 128_256),
+    "residual norm": NormCase("bfloat16", 16384, 1024, True, uses=3),
+    "residual norm, wide, ragged": NormCase("float16", 1001, norm_tiles.MAX_WIDTH, True, uses=2),
+    "residual norm, 512s": NormCase("bfloat16", 8192, 2560, False),
     "norm, quantised": ActivationCase("bfloat16", "float8_e4m3fn", 8192, 4096, gated=False),
     "gate, quantised, wide": ActivationCase("float16", "int8", 8192, 16384, gated=True),
     "gate, quantised, joined": ActivationCase("bfloat16", "int8", 8192, 14336, gated=True, joined=True),
@@ -231,8 +236,13 @@ def _shared_bytes(
     | QuantizedCase
     | ActivationCase
     | GroupedProductCase
-    | CrossEntropyCase,
+    | CrossEntropyCase
+    | NormCase,
 ) -> int:
+    if isinstance(case, NormCase):
+        # Back: it reads the most.
+        chosen = norm_tiles.choose_tiles(case.num_rows, case.width, case.uses + 2, 2)
+        return norm_tiles.shared_bytes(chosen, case.width, case.uses + 2, 2)
     if isinstance(case, CrossEntropyCase):
         from kernels.cross_entropy import gpu
 
@@ -301,6 +311,8 @@ def _compile_all() -> None:
                 _compile_product(case, mesh)
             case ActivationCase():
                 _compile_activation(case, mesh)
+            case NormCase():
+                _compile_norm(case, mesh)
             case CrossEntropyCase():
                 _compile_cross_entropy(case, mesh)
             case GroupedProductCase():
@@ -485,6 +497,25 @@ def _compile_cross_entropy(case: CrossEntropyCase, mesh: jax.sharding.Mesh) -> N
     run = jax.jit(gpu.rows_and_gradient, static_argnames=("z_loss_coef", "dtype"))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = run.trace(logits, targets, weights, z_loss_coef=1e-4, dtype=jnp.dtype("bfloat16"))
+        lowered = traced.lower(lowering_platforms=("cuda",))
+    lowered.compile()
+
+
+def _compile_norm(case: NormCase, mesh: jax.sharding.Mesh) -> None:
+    """Both directions."""
+    from kernels.norm import add_rms_norm
+
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    x = jax.ShapeDtypeStruct((case.num_rows, case.width), jnp.dtype(case.dtype), sharding=whole)
+    scale = jax.ShapeDtypeStruct((case.width,), jnp.float32, sharding=whole)
+    how = {"epsilon": 1e-6, "offset": 1.0, "uses": case.uses, "impl": "pallas", "target": Target("gpu", (9, 0))}
+
+    def both(x, scale, residual):
+        results, pull = jax.vjp(lambda x, scale: add_rms_norm(x, residual, scale, **how), x, scale)
+        return pull(results)
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        traced = jax.jit(both).trace(x, scale, x if case.added else None)
         lowered = traced.lower(lowering_platforms=("cuda",))
     lowered.compile()
 
