@@ -24,8 +24,8 @@ class Order(NamedTuple):
 _BLOCK = 256
 """Assignments, or sums, that are compared with each other in one step."""
 _MOST_COMPARED = 2**24
-"""Assignments times experts, up to which they are counted. 32,768 for 8 experts take an H100 20 us, 131,072 for 128
-take it 45 us."""
+"""Assignments times experts, up to which they are counted. On an H100 32,768 for 8 experts take 25 us, sorted 114;
+131,072 for 128 take 46 us, sorted 104."""
 
 
 def sort_by_expert(experts_NA: jax.Array, num_experts: int) -> Order:

@@ -9,9 +9,11 @@ import jax
 
 from kernels import attention as attention_op
 from kernels import grouped_matmul as grouped_op
+from kernels import norm as norm_op
 from kernels import paged_attention as paged_op
 from kernels import quantized_matmul as quantized_op
 from kernels.attention import xla as attention_xla
+from kernels.norm import NormCase
 from kernels.quantized_matmul import activations as activations_op
 from kernels.quantized_matmul.activations import ActivationCase
 from kernels.quantized_matmul.training import HISTORY
@@ -80,6 +82,10 @@ def select_kernels(
     grouped, reason = _select_grouped(config, grouped_matmul, dtype, tokens, placement, target)
     if config.moe is not None and config.moe.dispatch == "dropless":
         reasons.append(f"grouped product: {grouped}, {reason}")
+    if config.norm_placement != "post":
+        # Layers choose by themselves, the same.
+        case = NormCase(dtype, tokens // placement.size("sequence"), config.embed_dim, added=True)
+        reasons.append("residual sums and their norms: {}, {}".format(*norm_op.choose("auto", case, target)))
     quantized, lines = _select_rounded(definition, quantized_matmul, dtype, tokens, placement, target)
     return Selection(tuple(chosen), grouped, quantized, tuple(dict.fromkeys([*reasons, *lines])), target)
 
