@@ -12,6 +12,7 @@ from kernels.norm import NormCase, choose, reference
 from kernels.target import Target
 from model import attention, layers
 from model.rounded import readers
+from model.selection import select_kernels
 from model.transformer import Definition
 from parallel.mesh import MeshConfig, make_mesh
 from parallel.sharding import Placement, ShardingRules
@@ -116,3 +117,20 @@ def test_copies_are_as_many_as_readers():
     with pytest.raises(AssertionError, match="2 copies for 3 readers"):
         readers((x, x), 3)
     np.testing.assert_array_equal(readers(x, 1)[0], x)
+
+
+@pytest.mark.parametrize(("model", "said"), [("dense", True), ("post", False)])
+def test_the_log_says_what_norms_run_on(model, said):
+    placement = Placement(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]))
+    selection = select_kernels(
+        Definition(MODELS[model], False),
+        **dict.fromkeys(("attention", "grouped_matmul", "quantized_matmul"), "auto"),
+        dtype="float32",
+        rows=2,
+        sequence_length=8,
+        segments=False,
+        placement=placement,
+        device=jax.devices()[0],
+    )
+    line = "residual sums and their norms: xla, the only implementation for cpu"
+    assert (line in selection.reasons) == said
