@@ -101,13 +101,16 @@ _FEW_ROWS = 32
 def _choose_on_hopper(case: QuantizedCase) -> tuple[Impl, str]:
     """What was measured fastest, of a case that pallas takes."""
     if case.weight_only:
-        from kernels.quantized_matmul.weight_only_tiles import MOST_ROWS_NARROW, widened_first
+        from kernels.quantized_matmul.weight_only_tiles import LEAST_ROWS_WIDENED, MOST_ROWS_NARROW, widened_first
 
-        most = MOST_ROWS_NARROW[case.w_dtype]
+        most, least = MOST_ROWS_NARROW[case.w_dtype], LEAST_ROWS_WIDENED.get(case.w_dtype)
         if not widened_first(case):
             return "pallas", f"fastest measured on an H100 up to {most} rows (of one: int8 2.8 TB/s, int4 2.5, XLA 2.1)"
-        if case.w_dtype == "int4":
-            return "pallas", f"of more than {most} rows widened first, by a kernel: 1.5 ms of 2,048 rows, XLA 2.4"
+        if least is not None and case.num_rows >= least:
+            return (
+                "pallas",
+                "many rows: a kernel widens the weight first (2,048: int4 1.5 ms, int8 1.7; XLA 2.4 and 1.9)",
+            )
         return "xla", f"of more than {most} rows the weight is widened first: faster on an H100"
     if case.scales_outside and case.num_rows <= _FEW_ROWS:
         return "xla", f"fastest measured on an H100 up to {_FEW_ROWS} rows"

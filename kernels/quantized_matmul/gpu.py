@@ -328,39 +328,30 @@ def _multiply_scaled(statics: _Statics, tile: _Tile, warpgroup, inputs: _Inputs,
     def scales_of(k):
         return _scales_of(statics, warpgroup, shared, _buffer_of(tile, k, shared))
 
-    def step(k, totals, scales, before):
-        """(totals with the sums of the block `before`, the next block's scales, this one's sums and scales)."""
-        buffer, rows = _buffer_of(tile, k, shared), pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+    def step(k, carry):
+        """(totals, scales of block k) to those of the next one."""
+        (totals, scales), buffer = carry, _buffer_of(tile, k, shared)
+        rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
         def multiply(acc):
             plgpu.wgmma(acc, shared.x.at[buffer, rows], shared.w.at[buffer].T)
             _lead(statics, tile.start + k, warpgroup, shared)
-            # While the product runs: the sums before it, and what the next one waits for.
-            added = _add(totals, *before) if before else totals
+            # While the product runs, what the next one waits for.
             following = jnp.minimum(k + 1, statics.steps - 1)
             pl.when(k + 1 < statics.steps)(lambda: arrive(following))
             scales_after = scales_of(following)
             # Between the last read of the buffer's scales and the copies that fill it again.
             plgpu.commit_smem()
-            return acc[...], added, scales_after
+            return acc[...], scales_after
 
-        sums, added, following = pl.run_scoped(multiply, plgpu.ACC((WARPGROUP_ROWS, tiles.columns), exact))
+        sums, scales_after = pl.run_scoped(multiply, plgpu.ACC((WARPGROUP_ROWS, tiles.columns), exact))
         plgpu.barrier_arrive(shared.free.at[buffer])
-        return added, following, (sums, scales)
-
-    def chain(first, length: int, carry):
-        (totals, scales), before = carry, ()
-        for i in range(length):
-            totals, scales, before = step(first + i, totals, scales, before)
-        return _add(totals, *before), scales
+        return _add(totals, sums, scales), scales_after
 
     arrive(0)
-    zeros = jnp.zeros((WARPGROUP_ROWS, width), jnp.float32)
-    totals = [plgpu.layout_cast(zeros, hopper.MATRIX) for _ in range(0, tiles.columns, width)]
-    carry = totals, scales_of(0)
-    whole, left = divmod(statics.steps, tiles.chain)
-    carry = lax.fori_loop(0, whole, lambda k, carry: chain(k * tiles.chain, tiles.chain, carry), carry)
-    totals, _ = chain(statics.steps - left, left, carry) if left else carry
+    zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, width), jnp.float32), hopper.MATRIX)
+    carry = [zeros] * (tiles.columns // width), scales_of(0)
+    totals, _ = lax.fori_loop(0, statics.steps, step, carry)
     _store(statics, tile, warpgroup, totals, inputs, out_ref, shared)
 
 

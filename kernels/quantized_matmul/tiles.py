@@ -34,17 +34,14 @@ PAIRS = ("int8", "float8_e4m3fn", "float8_e5m2")
 class Tiles:
     """num_warpgroups: those that multiply, with 64 rows each; columns: of a tile; num_buffers: blocks of x and of w in
     shared memory; cluster: tiles along M that read a block of w together, once; group: clusters along M that are
-    computed with the same columns before the next ones. chain: where scales change along K, products of that many
-    blocks follow each other, the sums of one added to the total while the next one runs; the last one's wait for it.
-    (Chained without end, ptxas would wait for every second product: it doesn't see across a loop's end that sums are
-    there.) lead: blocks along K that the first warpgroup is ahead of the others."""
+    computed with the same columns before the next ones; lead: blocks along K that the first warpgroup is ahead of the
+    others."""
 
     num_warpgroups: int
     columns: int
     num_buffers: int
     cluster: int
     group: int
-    chain: int = 1
     lead: int = 0
 
     @property
@@ -70,17 +67,20 @@ def choose_tiles(case: QuantizedCase) -> Tiles:
     (256, 4, 1, 8, 0)                             1252  1359
     (192, 4, 2, 8, 0)                             1223  1432
     (128, 6, 2, 8, 0)                             1252  1253
-    In blocks of 128, (num_warpgroups, columns, num_buffers, cluster, chain), one after the other on a chip that slows
-    down under load (scales of rows, in tiles of 256: 1479 at first, 1310 later): (2, 192, 4, 2, 1) 1242 and 1142,
-    (3, 128, 4, 2, 1) 1221 and 1111, (2, 128, 5, 2, 8) 750. Where a block is waited for when the one before is done:
-    (2, 192, 4, 2, 1) 1130 and 1084, (2, 128, 5, 2, 2) 1014, (2, 128, 5, 2, 1) 859.
+    In blocks of 128, (num_warpgroups, columns, num_buffers, cluster), on a chip that slows down under load, after a
+    pause and later: (2, 192, 4, 2) 1277 and 1130, where scales of rows, in tiles of 256, have 1285 and 1225; in another
+    run 1242 and 1142, (3, 128, 4, 2) 1221 and 1111. With a wait for a block only when the one before is done
+    (2, 192, 4, 2) 1130 and 1084, (2, 128, 5, 2) 859. As products of 128 and of 64 columns, the first one's sums added
+    while the second runs, 1140 later: what is left is not that wait. Eight blocks' products of 128 columns begun ahead
+    of the sums before them 750: ptxas moves sums from registers to others. Of 512 x 4096 x 14336 (2, 192, 4, 2) 769,
+    (2, 128, 5, 2) 728.
     """
     outside = case.scales_outside
-    # Two sums of a tile whose scales change along K are in registers at a time, and three while they are chained.
+    # Two sums of a tile whose scales change along K are in registers at a time.
     columns = (256, 128, 64) if outside else (192, 128, 64)
     # Two tiles, one below the other, wait for each other's buffers: not where there is one.
     cluster = 2 if case.num_rows > 2 * WARPGROUP_ROWS else 1
-    options = [Tiles(2, width, 2, cluster, 8, 1 if outside or width > 128 else 2) for width in columns]
+    options = [Tiles(2, width, 2, cluster, 8) for width in columns]
     best = min(options, key=lambda tiles: _columns_in_turn(case, tiles))
     fitting = [dataclasses.replace(best, num_buffers=number) for number in range(2, 9)]
     fitting = [tiles for tiles in fitting if shared_bytes(tiles, outside) <= SHARED_BYTES]

@@ -26,8 +26,10 @@ MAX_PARTS = 8
 MOST_ROWS_NARROW = {"int4": 512, "int8": 256, "float8_e4m3fn": 256, "float8_e5m2": 256}
 """Rows of x up to which a weight is multiplied as it is; of more it is widened first, in device memory. Microseconds of
 8192 x 28672 on an H100 (jax 0.11.2, 2026-11-23), as it is, widened by XLA, and widened by `widening`. int8: of 256 rows
-302, 312; of 512 641, 472; of 1,024 -, 942, 920; of 2,048 -, 1722, -. int4 in groups of 128: of 512 515, 879; of 1,024
--, -, 881; of 2,048 -, 2372, 1542."""
+302, 312; of 512 641, 472; of 1,024 -, 942, 920; of 2,048 -, 1895, 1661 and 1755. int4 in groups of 128: of 512 515,
+879; of 1,024 -, -, 881; of 2,048 -, 2372, 1542."""
+LEAST_ROWS_WIDENED = {"int4": 513, "int8": 1024}
+"""Rows of x from which `widening` was measured to be faster than XLA."""
 
 
 @dataclasses.dataclass(frozen=True)

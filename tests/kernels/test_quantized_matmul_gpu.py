@@ -33,25 +33,25 @@ CASES = {
         shape=(300, 200, 200), dtype="int8", blocks=ROW, tiles=Tiles(2, 128, 2, 2, 2), out="float32", bias=True, some=4
     ),
     "fp8, odd widths, one tile, fewer steps than buffers": dict(
-        shape=(37, 100, 77), dtype=F8, blocks=TENSOR, tiles=Tiles(2, 128, 3, 1, 8, 1, 2), out="bfloat16"
+        shape=(37, 100, 77), dtype=F8, blocks=TENSOR, tiles=Tiles(2, 128, 3, 1, 8, 2), out="bfloat16"
     ),
     "both fp8 types, scales of blocks": dict(
-        shape=(136, 384, 256), dtype=F5, w_dtype=F8, blocks=BLOCK, tiles=Tiles(2, 128, 2, 1, 8, 2, 1), out="float32"
+        shape=(136, 384, 256), dtype=F5, w_dtype=F8, blocks=BLOCK, tiles=Tiles(2, 128, 2, 1, 8, 1), out="float32"
     ),
     "three warpgroups, tiles across blocks of columns, clusters": dict(
         shape=(200, 256, 384), dtype=F8, blocks=BLOCK, tiles=Tiles(3, 192, 3, 2, 8), out="float16", bias=True, some=2
     ),
     "int8, clusters, the first warpgroup ahead, several tiles of few steps": dict(
-        shape=(300, 130, 200), dtype="int8", blocks=ROW, tiles=Tiles(2, 128, 3, 2, 2, 1, 2), out="bfloat16", some=4
+        shape=(300, 130, 200), dtype="int8", blocks=ROW, tiles=Tiles(2, 128, 3, 2, 2, 2), out="bfloat16", some=4
     ),
-    "three warpgroups, chains of two, an odd number of blocks": dict(
-        shape=(250, 640, 128), dtype=F8, blocks=BLOCK, tiles=Tiles(3, 128, 4, 1, 8, 2), out="bfloat16"
+    "three warpgroups, one block of columns": dict(
+        shape=(250, 640, 128), dtype=F8, blocks=BLOCK, tiles=Tiles(3, 128, 4, 1, 8), out="bfloat16"
     ),
     "int8, scales of rows and of blocks of a whole width": dict(
         shape=(16, 256, 96),
         dtype="int8",
         blocks=((1, None), (128, None)),
-        tiles=Tiles(2, 128, 2, 1, 8, 3),
+        tiles=Tiles(2, 128, 2, 1, 8),
         out="float32",
     ),
 }

@@ -165,8 +165,11 @@ def test_what_is_supported():
     assert "32, 64, 128 or all rows" in reason(w_block=(256, 1))
     assert "zero points for 32, 64 or 128 rows" in reason(w_block=(8192, 1), zero_points=True)
     assert "not float64" in reason(out_dtype="float64")
-    for dtype, block, most, of_more in (("int4", 128, 512, "pallas"), ("int8", 8192, 256, "xla")):
-        for num_rows, impl in ((1, "pallas"), (most, "pallas"), (most + 1, of_more)):
+    takes = {"int4": [(512, "pallas"), (513, "pallas")], "int8": [(256, "pallas"), (257, "xla"), (1024, "pallas")]}
+    takes["float8_e4m3fn"] = [(256, "pallas"), (257, "xla"), (4096, "xla")]
+    for dtype, limits in takes.items():
+        block = 128 if dtype == "int4" else 8192
+        for num_rows, impl in ((1, "pallas"), *limits):
             fields = {"w_dtype": dtype, "w_block": (block, 1), "num_rows": num_rows}
             assert choose("auto", dataclasses.replace(CASE, **fields), H100)[0] == impl
 
