@@ -13,11 +13,13 @@ from tests.kernels.interpreter import plain_fragments
 
 @pytest.fixture
 def widening(monkeypatch, execution):
-    """The kernel's module, as the interpreter can run it, on a chip of one processor."""
+    """The kernel's module, as the interpreter can run it, on a chip of one processor with room for two blocks of threads
+    at most: each has more steps than buffers."""
     from kernels.quantized_matmul import widening
 
     plain_fragments(monkeypatch, execution, widening)
     monkeypatch.setattr(widening, "NUM_PROCESSORS", 1)
+    monkeypatch.setattr(widening, "SHARED_BYTES", 100 * 1024)
     return widening
 
 
