@@ -147,6 +147,8 @@ CASES = {
             ("int4, 1 row, narrow", "int4", 1, 4096, 128, False, True),
             ("int4, zero points", "int4", 16, 28672, 32, True, False),
             ("int4, 100 rows", "int4", 100, 4096, 64, False, True),
+            ("int4, widened", "int4", 2048, 28672, 32, True, False),
+            ("int8, widened", "int8", 2048, 28672, 8192, False, False),
         )
     },
     **{
@@ -255,8 +257,10 @@ def _shared_bytes(
 
         return weight_only_tiles.shared_bytes(case, weight_only_tiles.choose_tiles(case))
     if isinstance(case, QuantizedCase) and case.weight_only:
-        from kernels.quantized_matmul import weight_only_tiles
+        from kernels.quantized_matmul import weight_only_tiles, widening
 
+        if weight_only_tiles.widened_first(case):
+            return widening.shared_bytes(case)
         return weight_only_tiles.shared_bytes(case, weight_only_tiles.choose_tiles(case))
     if isinstance(case, QuantizedCase):
         from kernels.quantized_matmul import tiles as product_tiles
@@ -447,6 +451,7 @@ def _compile_multiply(multiply: Callable, operands, out_dtype: str, mesh: jax.sh
 
 def _compile_weight_only(case: QuantizedCase, mesh: jax.sharding.Mesh) -> None:
     from kernels.quantized_matmul import weight_only
+    from kernels.quantized_matmul.weight_only_tiles import widened_first
     from quantization.qarray import QArray, to_fragments
 
     M, K, N = case.num_rows, case.in_dim, case.out_dim
@@ -457,7 +462,18 @@ def _compile_weight_only(case: QuantizedCase, mesh: jax.sharding.Mesh) -> None:
     )
     rows = QArray(jax.ShapeDtypeStruct((K, N), jnp.dtype(case.w_dtype)), scales, scales if case.zero_points else None)
     operands = x, jax.eval_shape(to_fragments, rows), bias if case.bias else None
-    _compile_multiply(weight_only.quantized_matmul, operands, case.out_dtype, mesh)
+    multiply = weight_only.quantized_matmul
+    if widened_first(case):
+        # The product is XLA's, which tries its own ways of it on a GPU.
+        multiply = _widen
+    _compile_multiply(multiply, operands, case.out_dtype, mesh)
+
+
+def _widen(x, w, bias, out_dtype) -> jax.Array:
+    from kernels.quantized_matmul import widening
+
+    del bias, out_dtype
+    return widening.widened(w, x.dtype)
 
 
 def _compile_grouped_weight_only(case: QuantizedGroupedCase, mesh: jax.sharding.Mesh) -> None:

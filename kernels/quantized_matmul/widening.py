@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -23,6 +23,9 @@ from kernels.hopper_chip import NUM_PROCESSORS, SHARED_BYTES
 from kernels.quantized_matmul.weight_only_fragments import fragment
 from kernels.quantized_matmul.weight_only_tiles import TILE
 from quantization.qarray import QArray
+
+if TYPE_CHECKING:
+    from kernels.quantized_matmul import QuantizedCase
 
 # Rows of the weight in one buffer, and buffers of a block of threads.
 _DEPTH, _NUM_BUFFERS = 128, 3
@@ -78,6 +81,12 @@ class _Statics:
     @property
     def pieces(self) -> int:
         return self.depth // self.width
+
+
+def shared_bytes(case: QuantizedCase) -> int:
+    """Shared memory of one block of threads."""
+    w_dtype, dtype = jnp.dtype(case.w_dtype), jnp.dtype(case.x_dtype)
+    return _Statics(case.in_dim, case.out_dim, case.w_block[0], w_dtype, dtype).shared_bytes
 
 
 def product(x: jax.Array, w: QArray, bias: jax.Array | None, out_dtype, interpret=None) -> jax.Array:

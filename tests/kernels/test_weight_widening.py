@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels.quantized_matmul import QuantizedCase
 from quantization.qarray import quantize, to_fragments
 from tests.kernels.interpreter import plain_fragments
 
@@ -14,7 +15,7 @@ from tests.kernels.interpreter import plain_fragments
 @pytest.fixture
 def widening(monkeypatch, execution):
     """The kernel's module, as the interpreter can run it, on a chip of one processor with room for two blocks of threads
-    at most: each has more steps than buffers."""
+    or one: each has more steps than buffers."""
     from kernels.quantized_matmul import widening
 
     plain_fragments(monkeypatch, execution, widening)
@@ -62,5 +63,6 @@ def test_many_rows_are_multiplied_by_what_was_widened(execution, widening, monke
 def test_what_a_block_of_threads_has_fits(widening):
     from kernels.hopper_chip import SHARED_BYTES
 
-    for dtype in (jnp.int4, jnp.int8):
-        assert widening._Statics(8192, 28672, 128, dtype, jnp.bfloat16).shared_bytes + 1024 <= SHARED_BYTES // 3
+    for dtype in ("int4", "int8"):
+        case = QuantizedCase("bfloat16", dtype, 2048, 8192, 28672, None, (128, 1), "fragments")
+        assert widening.shared_bytes(case) + 1024 <= SHARED_BYTES // 3
