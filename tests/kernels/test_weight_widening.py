@@ -14,8 +14,8 @@ from tests.kernels.interpreter import plain_fragments
 
 @pytest.fixture
 def widening(monkeypatch, execution):
-    """The kernel's module, as the interpreter can run it, on a chip of one processor with room for two blocks of threads
-    or one: each has more steps than buffers."""
+    """The kernel's module, as the interpreter can run it, on a chip of one processor. It has room for two blocks of
+    threads or one: each has more steps than buffers."""
     from kernels.quantized_matmul import widening
 
     plain_fragments(monkeypatch, execution, widening)
