@@ -6,6 +6,7 @@ interpreter does not know.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -56,6 +57,52 @@ def weigh_and_score(out, weights, v_smem, q_smem, k_smem, issued) -> tuple[jax.A
 
     zeros = plgpu.layout_cast(jnp.zeros((q_smem.shape[0], k_smem.shape[0]), jnp.float32), MATRIX)
     return pl.run_state(multiply)((plgpu.ACC.init(out), plgpu.ACC.init(zeros)))
+
+
+def score_and_weigh(q_smem, k_smem, out, weights, v_smem, issued, soften, num_rows: int):
+    """(soften(q · Kᵀ), out + weights · V): the second goes on while the first is softened.
+
+    `issued` is called as soon as both products are. `soften` gives [a matrix like the scores, from which the next
+    weights are rounded, `num_rows` float32 values of each row], the first of these positive and made from the matrix.
+    """
+
+    def multiply(refs):
+        scores_acc, out_acc, softened = refs
+        plgpu.wgmma(scores_acc, q_smem, k_smem.T)
+        plgpu.wgmma(out_acc, weights, v_smem)
+        issued()
+        matrix, first, *rest = soften(plgpu.wgmma_accumulator_load(scores_acc, wait_n=1))
+        # Or the compiler waits for the second product before it makes the matrix, to have registers sooner.
+        for ref, array in zip(softened, (matrix, _settled(first), *rest), strict=True):
+            ref[...] = array
+
+    shape = (q_smem.shape[0], k_smem.shape[0])
+    zeros, row = (
+        plgpu.layout_cast(jnp.zeros(*x, jnp.float32), y) for x, y in (((shape,), MATRIX), ((shape[:1],), ROWS))
+    )
+    _, out, softened = pl.run_state(multiply)((plgpu.ACC.init(zeros), plgpu.ACC.init(out), [zeros] + num_rows * [row]))
+    return softened, out
+
+
+def _settled(rows) -> jax.Array:
+    """`rows`, positive numbers, behind a branch on them that is never taken: instructions do not move across it."""
+
+    @plgpu.inline_mgpu(arg_types=(ROWS,), return_type=plgpu.ShapeDtypeStruct(rows.shape, jnp.float32, layout=ROWS))
+    def settle(ctx, array):
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, llvm, scf, vector
+
+        del ctx
+        zero = arith.constant(ir.F32Type.get(), ir.FloatAttr.get(ir.F32Type.get(), 0.0))
+        numbers = [vector.extract(one, dynamic_position=[], static_position=[0]) for one in array.registers.flat]
+        least = functools.reduce(arith.minimumf, numbers)
+        branch = scf.IfOp(arith.cmpf(arith.CmpFPredicate.OLT, least, zero))
+        with ir.InsertionPoint(branch.then_block):
+            llvm.inline_asm(None, [], "nanosleep.u32 1;", "", has_side_effects=True)
+            scf.yield_([])
+        return array
+
+    return settle(rows)
 
 
 def floor(x, divisor: int):

@@ -26,14 +26,20 @@ def plain_products(monkeypatch: pytest.MonkeyPatch, execution: Execution) -> Non
         issued()
         return out, scores
 
+    def score_and_weigh(q_smem, k_smem, out, weights, v_smem, issued, soften, num_rows):
+        scores = hopper.product(q_smem, k_smem.T)
+        issued()
+        softened = soften(scores)
+        assert len(softened) == 1 + num_rows
+        return softened, weigh(out, weights, v_smem)
+
     def float8_operand(weights):
         rows, columns = weights.shape
         parts = jnp.minimum(weights, 448).reshape(rows, columns // 16, 2, 4, 2)
         return parts.transpose(0, 1, 3, 2, 4).reshape(weights.shape).astype(jnp.float8_e4m3fn)
 
-    execution.put_plainly(
-        monkeypatch, hopper, float8_operand=float8_operand, weigh=weigh, weigh_and_score=weigh_and_score
-    )
+    functions = (float8_operand, weigh, weigh_and_score, score_and_weigh)
+    execution.put_plainly(monkeypatch, hopper, **{function.__name__: function for function in functions})
 
 
 def plain_fragments(monkeypatch: pytest.MonkeyPatch, execution: Execution, *modules) -> None:

@@ -66,6 +66,7 @@ def documents(lengths, total):
 
 
 SINKS = np.array([1.5, -3.0, 6.0], np.float32)
+FAR_SINKS = np.array([200.0, -200.0, 3.0], np.float32)
 PACKED = np.concatenate([documents([50, 100, 47], 200), documents([170, 20], 200)])
 # One case for each way through the kernel; an interpreted one takes seconds.
 CASES = {
@@ -74,11 +75,25 @@ CASES = {
     "packed documents, window, soft cap, sinks": dict(
         B=2, T=200, segments=(PACKED, PACKED), window=60, soft_cap=2.0, sinks=SINKS[:2], processors=2
     ),
-    "positions, group of heads, float16": dict(
-        T=130, S=270, N=4, K=2, positions=(2, 1), window=90, dtype="float16", chosen=Tiles(2, 64, 3, 1, 2)
+    "positions, group of heads, float16 with a soft cap": dict(
+        T=130,
+        S=270,
+        N=4,
+        K=2,
+        positions=(2, 1),
+        window=90,
+        dtype="float16",
+        soft_cap=20.0,
+        scale=20.0,
+        chosen=Tiles(2, 64, 3, 1, 2),
     ),
     "queries past the window of all keys": dict(T=300, S=100, window=50, processors=2),
-    "window both ways, negative scale": dict(T=140, window=20, causal=False, scale=-0.3, chosen=Tiles(2, 64, 2, 2, 2)),
+    "window both ways, negative scale, high soft cap": dict(
+        T=140, window=20, causal=False, scale=-20.0, soft_cap=100.0, chosen=Tiles(2, 64, 2, 2, 2)
+    ),
+    "negative scale, sinks beyond the soft cap, queries that see nothing but them": dict(
+        T=80, N=3, segments=(documents([60], 80),) * 2, scale=-0.3, soft_cap=2.0, sinks=FAR_SINKS
+    ),
     "narrower values": dict(T=200, H=192, V=128, N=1, processors=1, races=False),
     "wide heads, no two queries": dict(T=1, S=65, H=256, N=1, causal=False, sinks=SINKS[:1]),
     "heads of 80": dict(T=20, H=80, N=1),
