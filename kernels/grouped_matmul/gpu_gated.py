@@ -2,9 +2,12 @@
 
 hidden: silu(x gate) · (x up) of one reading of x. Its gradients: those of x gate and x up, where d hidden = dy downᵀ
 stays in registers. And dx, the sum of two products, as one. Apart, the elementwise steps would be passes of their own
-over eight arrays of [M, F]: with them a step of moe-1b takes 93.8 ms on an H100 (jax 0.11.2), 90.3 without. By
-themselves these reach 584, 414 and 739 TFLOP/s at its shape: what the first two read and write would take a third and
-all of the time of their products, were it not beside them.
+over eight arrays of [M, F]: with them a step of moe-1b takes 93.8 ms on an H100 (jax 0.11.2), 90.3 without. What the
+first two read and write would take a third and all of the time of their products, were it not beside them.
+
+hidden at that shape, in microseconds, each pair in one run (2026-11-23): with a tile's results on their way out before
+the next tile is multiplied 779 and 905, beside it 757 and 772; of uneven groups 899, and 767. So for d hidden (its
+gradients): 581, and 613 to 820, since what it reads then comes between the operands of the next tile and holds them up.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 
 from kernels import hopper
 from kernels.grouped_matmul import persistent
@@ -24,8 +28,11 @@ from kernels.grouped_matmul.persistent import Shared, Tile, rows_from
 from kernels.grouped_matmul.tiles import WIDTH, Tiles, choose_gated_tiles, choose_tiles
 
 
+@dataclasses.dataclass(frozen=True)
 class _Hidden(Product):
-    """x [M, D], gate and up [E, D, F]; hidden [M, F], and x gate and x up where they are asked for."""
+    """x [M, D], gate and up [E, D, F]; hidden [M, F] and, `with_parts`, x gate and x up."""
+
+    with_parts: bool
 
     name = "grouped_hidden"
 
@@ -38,15 +45,26 @@ class _Hidden(Product):
     def sums(self):
         return super().sums * 2
 
-    def emit(self, tile: Tile, start, warpgroup, sums, outs, shared: Shared) -> None:
-        for i in range(self.tiles.piece[1] // WIDTH):
-            # Rounded first, so that the gradient is that of what was computed.
-            gate, up = (x[:, i * WIDTH : (i + 1) * WIDTH].astype(outs[0].dtype) for x in sums)
-            wide = gate.astype(jnp.float32)
-            hidden = (wide * _sigmoid(wide) * up.astype(jnp.float32)).astype(outs[0].dtype)
-            for j, (ref, values) in enumerate(zip(outs, (hidden, gate, up), strict=False)):
-                turn = i * len(outs) + j
-                persistent.store(self, warpgroup, ref, shared, tile, values, offset=i * WIDTH, turn=turn)
+    @property
+    def num_outs(self) -> int:
+        return 3 if self.with_parts else 1
+
+    @property
+    def num_parts(self) -> int:
+        return self.num_outs * (self.tiles.piece[1] // WIDTH)
+
+    def emit_part(self, part, tile: Tile, warpgroup, kept, outs, shared: Shared) -> None:
+        chunk, which = divmod(part, self.num_outs)
+        columns = slice(chunk * WIDTH, (chunk + 1) * WIDTH)
+        # Rounded, so that the gradient is that of what was computed.
+        gate, up = (x[:, columns] for x in kept)
+        values = (gate, up)[which - 1] if which else _gated(gate, up)
+        persistent.store(self, warpgroup, outs[which], shared, tile, values, offset=columns.start, turn=part)
+
+
+def _gated(gate, up):
+    wide = gate.astype(jnp.float32)
+    return (wide * _sigmoid(wide) * up.astype(jnp.float32)).astype(gate.dtype)
 
 
 class _HiddenGradient(TransposedProduct):
@@ -113,7 +131,36 @@ class _Sum(TransposedProduct):
 
 
 def _sigmoid(x):
-    return 1 / (1 + jnp.exp2(x * -hopper.LOG2_E))
+    return reciprocal(1 + jnp.exp2(x * -hopper.LOG2_E))
+
+
+def reciprocal(x) -> jax.Array:
+    """1 / x of a float32 matrix, to about a unit in the last place: one instruction, where a division takes ten."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(hopper.MATRIX,), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=hopper.MATRIX)
+    )
+    def invert(ctx, matrix):
+        del ctx
+        return _reciprocals(matrix)
+
+    return invert(x)
+
+
+def _reciprocals(matrix):
+    """Of a Mosaic GPU array, whose registers are pairs."""
+    from jax.experimental.mosaic.gpu import fragmented_array
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import llvm, vector
+
+    inverted = np.empty_like(matrix.registers)
+    for index, pair in np.ndenumerate(matrix.registers):
+        for i in range(2):
+            one = vector.extract(pair, dynamic_position=[], static_position=[i])
+            one = llvm.inline_asm(ir.F32Type.get(), [one], "rcp.approx.ftz.f32 $0, $1;", "=f,f")
+            pair = vector.insert(one, pair, dynamic_position=[], static_position=[i])
+        inverted[index] = pair
+    return fragmented_array.FragmentedArray(_registers=inverted, _layout=matrix.layout, _is_signed=None)
 
 
 # A jit of its own each, so that a model's layers are built once.
@@ -126,9 +173,9 @@ def hidden(x, gate, up, group_sizes, *, with_parts: bool, tiles: Tiles | None = 
     (num_rows, in_dim), (num_groups, _, out_dim) = x.shape, gate.shape
     tiles = choose_gated_tiles() if tiles is None else tiles
     assert tiles.split == "rows", tiles
-    kernel = _Hidden(num_groups, num_rows, in_dim, out_dim, tiles)
+    kernel = _Hidden(num_groups, num_rows, in_dim, out_dim, tiles, with_parts)
     out_type = jax.ShapeDtypeStruct((num_rows, out_dim), x.dtype)
-    return persistent.call(kernel, (x, gate, up), group_sizes, [out_type] * (3 if with_parts else 1), interpret)
+    return persistent.call(kernel, (x, gate, up), group_sizes, [out_type] * kernel.num_outs, interpret)
 
 
 @functools.partial(jax.jit, static_argnames=("tiles", "interpret"))

@@ -4,6 +4,9 @@ A tile of the output is a sum over steps. One warpgroup copies the operands of e
 multiply, half of the tile each, with the sums in registers. Each processor of the chip takes tile after tile,
 and copies for the next one before it has finished one. Which tile that is it finds itself, from the group sizes: they
 are data, and a table of tiles would take several launches to make.
+
+Where much is computed of a tile's sums, they are rounded and kept, and make their way out beside the first steps of the
+next tile.
 """
 
 from __future__ import annotations
@@ -28,8 +31,9 @@ NUM_WARPGROUPS = 3
 # Registers of a thread: three warpgroups start with 168 each, and share them out anew.
 _REGISTERS, _FEW_REGISTERS = 240, 24
 # Without the barriers that Pallas would put around every load and store: all threads of a warpgroup arrive at the
-# barriers below, and what a warpgroup writes to shared memory lies between two `commit_smem`.
-_COMPILER = plgpu.CompilerParams(unsafe_no_auto_barriers=True)
+# barriers below, and what a warpgroup writes to shared memory lies between two `commit_smem`. Powers of two are an
+# instruction of the chip.
+_COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
 
 
 class Tile(NamedTuple):
@@ -90,6 +94,12 @@ class Kernel:
         return 0
 
     @property
+    def num_parts(self) -> int:
+        """In how many parts a tile's results make their way out beside the first steps of the next one (`emit_part`),
+        an even number of them, since places for outputs are used in turn; 0: whole, before the next one (`emit`)."""
+        return 0
+
+    @property
     def num_columns(self) -> int:
         """Tiles side by side."""
         return -(-self.out_dim // self.tiles.columns)
@@ -132,6 +142,10 @@ class Kernel:
     def emit(self, tile: Tile, start, warpgroup, sums, outs, shared: Shared) -> None:
         """A warpgroup's part of a tile on its way out."""
         store(self, warpgroup, outs[0], shared, tile, sums[0].astype(outs[0].dtype))
+
+    def emit_part(self, part: int, tile: Tile, warpgroup, kept, outs, shared: Shared) -> None:
+        """A part of it. `kept`: a warpgroup's sums, rounded to the dtype of the outputs."""
+        raise NotImplementedError
 
     def place(self, out_ref, tile: Tile, rows, columns):
         """Where rows and columns (of the output, of the tile's group) lie."""
@@ -183,12 +197,21 @@ def in_one_place(*arrays):
 def _body(kernel: Kernel, num_inputs: int, num_outs: int, *refs):
     inputs, sizes_ref, refs = refs[:num_inputs], refs[num_inputs], refs[num_inputs + 1 :]
     outs, shared = refs[:num_outs], Shared(*refs[num_outs:])
-    share_out(kernel, inputs, sizes_ref, shared, functools.partial(_compute, kernel, outs, shared))
+    if kernel.num_parts:
+        compute_all = functools.partial(_compute_beside, kernel, outs, shared)
+        _share_out(kernel, inputs, sizes_ref, shared, compute_all)
+    else:
+        share_out(kernel, inputs, sizes_ref, shared, functools.partial(_compute, kernel, outs, shared))
 
 
 def share_out(kernel: Kernel, inputs, sizes_ref, shared, compute: Callable[[Tile, Any], None]) -> None:
     """One warpgroup copies the steps of all tiles of a program, and two call `compute(tile, start)` for each: see
-    `walk`. Of `shared` only what the copies go through is used."""
+    `_walk_steps`. Of `shared` only what the copies go through is used."""
+    compute_all = functools.partial(_walk_steps, kernel, shared, compute)
+    _share_out(kernel, inputs, sizes_ref, shared, compute_all)
+
+
+def _share_out(kernel: Kernel, inputs, sizes_ref, shared, compute_all: Callable[[], Any]) -> None:
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup == _COPIER)
@@ -196,7 +219,7 @@ def share_out(kernel: Kernel, inputs, sizes_ref, shared, compute: Callable[[Tile
         plgpu.set_max_registers(_FEW_REGISTERS, action="decrease")
         plgpu.copy_gmem_to_smem(sizes_ref, shared.sizes, shared.sizes_arrived.at[0])
         plgpu.barrier_wait(shared.sizes_arrived.at[0])
-        total = walk(kernel, shared.sizes, functools.partial(copy_steps, kernel, inputs, shared))
+        total = _walk_steps(kernel, shared, functools.partial(copy_steps, kernel, inputs, shared))
         # Every completion of a barrier is waited for, so that all is free at the end (the interpreter asks it).
         for buffer in range(kernel.tiles.num_buffers):
             pl.when(buffer < total)(functools.partial(plgpu.barrier_wait, shared.free.at[buffer]))
@@ -205,20 +228,31 @@ def share_out(kernel: Kernel, inputs, sizes_ref, shared, compute: Callable[[Tile
     def _():
         plgpu.set_max_registers(_REGISTERS, action="increase")
         plgpu.barrier_wait(shared.sizes_arrived.at[0])
-        walk(kernel, shared.sizes, compute)
+        compute_all()
         plgpu.wait_smem_to_gmem(0)
 
 
-def walk(kernel: Kernel, sizes_smem, visit: Callable[[Tile, Any], None]):
+def _walk_steps(kernel: Kernel, shared, visit: Callable[[Tile, Any], None]):
     """Calls `visit(tile, start)` for each tile of this program, in order; `start`: steps of its tiles before this one.
-    Returns how many steps all have. All programs together take every tile once."""
+    Returns how many steps all have."""
+
+    def count(tile: Tile, start):
+        visit(tile, start)
+        return start + tile.steps
+
+    return _walk(kernel, shared, count, jnp.int32(0))
+
+
+def _walk(kernel: Kernel, shared, visit: Callable[[Tile, Any], Any], carry):
+    """`visit(tile, carry)` of each tile of this program, in order, gives the next one's `carry`; returns the last one.
+    All programs together take every tile once."""
     program, programs = lax.axis_index("program"), kernel.num_programs
 
-    def in_group(group, carry):
-        before, begin, start = carry
+    def in_group(group, state):
+        before, begin, carry = state
         # What comes after the last group are rows of none.
         inside = group < kernel.num_groups
-        size = jnp.where(inside, sizes_smem[jnp.minimum(group, kernel.num_groups - 1)], kernel.num_rows - begin)
+        size = jnp.where(inside, shared.sizes[jnp.minimum(group, kernel.num_groups - 1)], kernel.num_rows - begin)
         num_rows, steps = kernel.extent(group, begin, size)
         count = num_rows * kernel.num_columns
         # The program takes every tile whose number, of those of all groups, it leaves as a remainder.
@@ -226,16 +260,14 @@ def walk(kernel: Kernel, sizes_smem, visit: Callable[[Tile, Any], None]):
         skipped = jnp.where(program >= ahead, program - ahead, program - ahead + programs)
         number = hopper.floor(count - skipped + programs - 1, programs)
 
-        def in_turn(i, start):
+        def in_turn(i, carry):
             row, column = _position(kernel, skipped + i * programs, num_rows)
             row = kernel.first_row(begin) + row * kernel.tiles.rows
-            visit(Tile(group, begin, begin + size, row, column * kernel.tiles.columns, steps), start)
-            return start + steps
+            return visit(Tile(group, begin, begin + size, row, column * kernel.tiles.columns, steps), carry)
 
-        return before + count, begin + size, lax.fori_loop(0, number, in_turn, start)
+        return before + count, begin + size, lax.fori_loop(0, number, in_turn, carry)
 
-    zeros = (jnp.int32(0),) * 3
-    return lax.fori_loop(0, kernel.num_visits, in_group, zeros)[2]
+    return lax.fori_loop(0, kernel.num_visits, in_group, (jnp.int32(0), jnp.int32(0), carry))[2]
 
 
 def _position(kernel: Kernel, index, num_rows):
@@ -266,19 +298,64 @@ def _operands(shared: Shared, buffer) -> list[Any]:
 def _compute(kernel: Kernel, outs, shared: Shared, tile: Tile, start) -> None:
     """A warpgroup's part of a tile, multiplied and on its way out."""
     warpgroup = lax.axis_index("warpgroup")
-    multiply = functools.partial(_multiply, kernel, warpgroup, shared, tile, start)
+    multiply = functools.partial(_multiply, kernel, warpgroup, shared, tile, start, ())
     sums = pl.run_scoped(multiply, *(plgpu.ACC(shape, jnp.float32) for shape in kernel.sums))
     kernel.emit(tile, start, warpgroup, sums, outs, shared)
 
 
-def _multiply(kernel: Kernel, warpgroup, shared: Shared, tile: Tile, start, *sums):
+class _Before(NamedTuple):
+    """start: steps of a program's tiles before this one. tile: the last of them, `known`, int32, if there is one; kept:
+    a warpgroup's share of it, which is not yet on its way out."""
+
+    start: jax.Array
+    known: jax.Array
+    tile: Tile
+    kept: tuple[jax.Array, ...]
+
+
+def _compute_beside(kernel: Kernel, outs, shared: Shared) -> None:
+    """As `_compute` of all tiles, with the results of one on their way out while the next one is multiplied: what is
+    computed of them, and the waits for their copies, would leave the tensor cores idle."""
+    warpgroup, dtype = lax.axis_index("warpgroup"), outs[0].dtype
+    assert kernel.num_parts % 2 == 0, kernel
+
+    def emit(before: _Before, part: int) -> None:
+        # What the compiler no longer knows of a number that went from one turn of a loop to the next.
+        tile = before.tile._replace(column=pl.multiple_of(before.tile.column, WIDTH))
+        part_of = functools.partial(kernel.emit_part, part, tile, warpgroup, before.kept, outs, shared)
+        pl.when(before.known > 0)(part_of)
+
+    def visit(tile: Tile, before: _Before) -> _Before:
+        parts = [functools.partial(emit, before, part) for part in range(kernel.num_parts)]
+
+        def multiply(beside):
+            run = functools.partial(_multiply, kernel, warpgroup, shared, tile, before.start, beside)
+            sums = pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in kernel.sums))
+            return tuple(x.astype(dtype) for x in sums)
+
+        def one_after_the_other():
+            for part in parts:
+                part()
+            return multiply(())
+
+        kept = lax.cond(tile.steps >= len(parts), lambda: multiply(parts), one_after_the_other)
+        return _Before(before.start + tile.steps, jnp.int32(1), tile, kept)
+
+    zeros = tuple(plgpu.layout_cast(jnp.zeros(shape, dtype), hopper.MATRIX) for shape in kernel.sums)
+    first = _Before(*(jnp.int32(0),) * 2, Tile(*(jnp.int32(0),) * 6), zeros)
+    last = _walk(kernel, shared, visit, first)
+    for part in range(kernel.num_parts):
+        emit(last, part)
+
+
+def _multiply(kernel: Kernel, warpgroup, shared: Shared, tile: Tile, start, beside, *sums):
+    """A warpgroup's sums. `beside`: what is done beside its first steps, one for each, of which it has so many."""
     buffers, steps = kernel.tiles.num_buffers, tile.steps - kernel.extra
 
-    def release(step):
+    def release(step) -> None:
         plgpu.barrier_arrive(shared.free.at[hopper.remainder(start + step, buffers)])
 
-    @pl.loop(0, steps)
-    def _(step):
+    def multiply(step) -> None:
         buffer = hopper.remainder(start + step, buffers)
         plgpu.barrier_wait(shared.arrived.at[buffer])
         operands = _operands(shared, buffer)
@@ -288,6 +365,11 @@ def _multiply(kernel: Kernel, warpgroup, shared: Shared, tile: Tile, start, *sum
         plgpu.wgmma_wait(len(sums))
         pl.when(step > 0)(lambda: release(step - 1))
 
+    for step, meanwhile in enumerate(beside):
+        multiply(jnp.int32(step))
+        meanwhile()
+
+    pl.loop(len(beside), steps)(multiply)
     plgpu.wgmma_wait(0)
     pl.when(steps > 0)(lambda: release(steps - 1))
     return tuple(sum_of[...] for sum_of in sums)

@@ -73,6 +73,7 @@ def kernels(monkeypatch, execution):
     for module, name in ((gpu_gated, "hidden"), (gpu_gated, "hidden_gradient"), (gpu_gated, "summed_product")):
         monkeypatch.setattr(module, name, functools.partial(getattr(module, name), **settings))
     execution.put_plainly(monkeypatch, persistent, in_one_place=lambda *arrays: arrays)
+    execution.put_plainly(monkeypatch, gpu_gated, reciprocal=lambda x: 1 / x)
     # Proved by themselves, in test_grouped_matmul_gpu.
     product = jax.jit(loop.product, static_argnames="transpose")
     execution.put_plainly(monkeypatch, gpu, product=product, weight_gradient=jax.jit(loop.weight_gradient))
@@ -82,6 +83,8 @@ def kernels(monkeypatch, execution):
     ("sizes", "M", "D", "F", "dtype"),
     [
         ((37, 0, 95), 139, 64, 192, "bfloat16"),  # ragged, and an odd number of columns; M no multiple of eight
+        # As many steps as hidden has parts: those of a tile go out beside the steps of the next one.
+        ((3, 0, 20), 24, 384, 192, "bfloat16"),
         pytest.param((130,), 136, 64, 64, "float16", marks=pytest.mark.slow),
     ],
 )
