@@ -57,7 +57,8 @@ class _Statics:
     float8: bool
     scale: float
     soft_cap: float | None
-    # The soft cap keeps every weight within what numbers can be: no maximum is looked for, and subtracted.
+    # The soft cap keeps every weight within what numbers can be: no maximum is looked for, and subtracted. With every
+    # mask at T 8192 an H100 gave 384, 498 and 568 TFLOP/s with heads of 64, 128 and 256, and 278, 453 and 467 with it.
     bounded: bool
     tiles: Tiles
     # (sections, tiles of queries, heads of a section): what is computed one by one. A section has heads of several
@@ -77,14 +78,13 @@ class _Statics:
     @property
     def overlaps(self) -> bool:
         """Whether a warpgroup has the softmax of a block beside its product of the values before. TFLOP/s on an H100
-        (jax 0.11.2, 2026-11-23) at T 8192, so and one after the other, in two runs. With a soft cap that bounds the
-        weights, and every mask: 505 to 529, 510 and 501, 498. Heads of 64, causal: 462, 427 and 425, 400. It did not
-        gain with heads of 128 (570, 519 and 593, 603), whose load alone makes the clock fall to 1,630 MHz, and of 256
-        (505, 534 and 641, 599), causal, nor with float8 (809, 789 and 890, 895).
+        (jax 0.11.2, 2026-11-23) at T 8192, so and one after the other, in two runs: heads of 128 with a soft cap that
+        bounds the weights, and every mask, 505 to 529, 510 and 501, 498. It did not gain with those masks and heads of
+        256 (562 and 568) and of 64 (354 and 384), nor without them: heads of 64 (436, 458 and 460, 478), of 96 (424 and
+        426), of 128 (570, 519 and 593, 603), whose load alone makes the clock fall to 1,630 MHz, of 192 (490 and 504)
+        and of 256 (505, 534 and 641, 599), causal; float8 (809, 789 and 890, 895).
         """
-        if self.float8:
-            return False
-        return self.key_dim <= 64 or (self.bounded and self.key_dim == 128)
+        return self.bounded and self.key_dim == self.value_dim == 128
 
     @property
     def headroom(self) -> int:

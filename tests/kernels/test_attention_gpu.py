@@ -92,7 +92,7 @@ CASES = {
         T=140, window=20, causal=False, scale=-20.0, soft_cap=100.0, chosen=Tiles(2, 64, 2, 2, 2)
     ),
     "negative scale, sinks beyond the soft cap, queries that see nothing but them": dict(
-        T=80, N=3, segments=(documents([60], 80),) * 2, scale=-0.3, soft_cap=2.0, sinks=FAR_SINKS
+        T=80, N=3, H=128, segments=(documents([60], 80),) * 2, scale=-0.3, soft_cap=2.0, sinks=FAR_SINKS
     ),
     "narrower values": dict(T=200, H=192, V=128, N=1, processors=1, races=False),
     "wide heads, no two queries": dict(T=1, S=65, H=256, N=1, causal=False, sinks=SINKS[:1]),
