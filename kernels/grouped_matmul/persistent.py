@@ -304,11 +304,10 @@ def _compute(kernel: Kernel, outs, shared: Shared, tile: Tile, start) -> None:
 
 
 class _Before(NamedTuple):
-    """start: steps of a program's tiles before this one. tile: the last of them, `known`, int32, if there is one; kept:
-    a warpgroup's share of it, which is not yet on its way out."""
+    """start: steps of a program's tiles before this one. tile: the last of them, at first one of no rows; kept: a
+    warpgroup's share of it, which is not yet on its way out."""
 
     start: jax.Array
-    known: jax.Array
     tile: Tile
     kept: tuple[jax.Array, ...]
 
@@ -322,8 +321,7 @@ def _compute_beside(kernel: Kernel, outs, shared: Shared) -> None:
     def emit(before: _Before, part: int) -> None:
         # What the compiler no longer knows of a number that went from one turn of a loop to the next.
         tile = before.tile._replace(column=pl.multiple_of(before.tile.column, WIDTH))
-        part_of = functools.partial(kernel.emit_part, part, tile, warpgroup, before.kept, outs, shared)
-        pl.when(before.known > 0)(part_of)
+        kernel.emit_part(part, tile, warpgroup, before.kept, outs, shared)
 
     def visit(tile: Tile, before: _Before) -> _Before:
         parts = [functools.partial(emit, before, part) for part in range(kernel.num_parts)]
@@ -339,11 +337,11 @@ def _compute_beside(kernel: Kernel, outs, shared: Shared) -> None:
             return multiply(())
 
         kept = lax.cond(tile.steps >= len(parts), lambda: multiply(parts), one_after_the_other)
-        return _Before(before.start + tile.steps, jnp.int32(1), tile, kept)
+        return _Before(before.start + tile.steps, tile, kept)
 
     zeros = tuple(plgpu.layout_cast(jnp.zeros(shape, dtype), hopper.MATRIX) for shape in kernel.sums)
-    first = _Before(*(jnp.int32(0),) * 2, Tile(*(jnp.int32(0),) * 6), zeros)
-    last = _walk(kernel, shared, visit, first)
+    none = Tile(*(jnp.int32(0),) * len(Tile._fields))
+    last = _walk(kernel, shared, visit, _Before(jnp.int32(0), none, zeros))
     for part in range(kernel.num_parts):
         emit(last, part)
 

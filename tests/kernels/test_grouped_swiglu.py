@@ -84,7 +84,7 @@ def kernels(monkeypatch, execution):
     [
         ((37, 0, 95), 139, 64, 192, "bfloat16"),  # ragged, and an odd number of columns; M no multiple of eight
         # As many steps as hidden has parts: those of a tile go out beside the steps of the next one.
-        ((3, 0, 20), 24, 384, 192, "bfloat16"),
+        ((3, 0, 21), 24, 384, 192, "bfloat16"),
         pytest.param((130,), 136, 64, 64, "float16", marks=pytest.mark.slow),
     ],
 )
