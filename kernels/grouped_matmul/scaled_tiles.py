@@ -36,9 +36,9 @@ def choose_scaled_tiles(outside: bool, out_dim: int) -> ScaledTiles:
 
     TFLOP/s of 16384 x 4096 x 14336, 8 groups, on an H100 (jax 0.11.2, 2026-11-23), two runs of some. FP8, (rows,
     columns, num_buffers, panel): as here 1318, (128, 256, 4, 8) 1290, (128, 128, 6, 16) 1039. In blocks, (columns,
-    num_buffers, panel): as here 1243, 1179, 1209 and in another run 1120, 1118; (192, 4, 8) 1079, (128, 5, 8) 971, and
-    909 where products of four steps follow each other without a wait. Two programs that share the copies of x, in a
-    cluster: 1097.
+    num_buffers, panel): as here 1234, 1196 and in two runs before 1243, 1179, 1209 and 1120, 1118; (192, 4, 4) 1207,
+    1204, (192, 4, 8) 1132, 1140, (128, 5, 8) 971, and 909 where products of four steps follow each other without a
+    wait. Two programs that share the copies of x, in a cluster: 1097.
     """
     if outside:
         return ScaledTiles(128, 256, 4, 16)
