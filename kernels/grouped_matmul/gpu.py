@@ -26,6 +26,10 @@ class Product(persistent.Kernel):
     name = "grouped_matmul"
 
     @property
+    def cluster(self) -> int:
+        return self.tiles.cluster
+
+    @property
     def shapes(self):
         return (self.tiles.rows, WIDTH), (WIDTH, self.tiles.columns)
 
@@ -34,7 +38,7 @@ class Product(persistent.Kernel):
         depth = pl.ds(step * WIDTH, WIDTH)
         plgpu.copy_gmem_to_smem(x.at[rows_from(tile.row, self.tiles.rows), depth], buffers[0], arrived)
         for w, smem in zip(weights, buffers[1:], strict=True):
-            plgpu.copy_gmem_to_smem(self.part(w, tile, depth), smem, arrived)
+            plgpu.copy_gmem_to_smem(self.part(w, tile, depth), smem, arrived, **self.for_cluster)
 
     def part(self, w, tile: Tile, depth):
         """A step's operand."""

@@ -6,8 +6,9 @@ over eight arrays of [M, F]: with them a step of moe-1b takes 93.8 ms on an H100
 first two read and write would take a third and all of the time of their products, were it not beside them.
 
 hidden at that shape, in microseconds, each pair in one run (2026-11-23): with a tile's results on their way out before
-the next tile is multiplied 779 and 905, beside it 757 and 772; of uneven groups 899, and 767. So for d hidden (its
-gradients): 581, and 613 to 820, since what it reads then comes between the operands of the next tile and holds them up.
+the next tile is multiplied 779 and 905, beside it 757 and 772; of uneven groups 899, and 767. Its
+gradients: 581, and beside the next tile 613 to 820, since what is read then comes between the operands of that one and
+holds them up; asking for it in the L2 cache ahead did not help (643, in a run with 593 without).
 """
 
 from __future__ import annotations
@@ -25,7 +26,13 @@ from kernels import hopper
 from kernels.grouped_matmul import persistent
 from kernels.grouped_matmul.gpu import Product, TransposedProduct
 from kernels.grouped_matmul.persistent import Shared, Tile, rows_from
-from kernels.grouped_matmul.tiles import WIDTH, Tiles, choose_gated_tiles, choose_tiles
+from kernels.grouped_matmul.tiles import (
+    WIDTH,
+    Tiles,
+    choose_gated_gradient_tiles,
+    choose_gated_tiles,
+    choose_tiles,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +189,7 @@ def hidden(x, gate, up, group_sizes, *, with_parts: bool, tiles: Tiles | None = 
 def hidden_gradient(dy, down, gate, up, group_sizes, *, tiles: Tiles | None = None, interpret=None):
     """Gradients of x gate and x up [M, F], of dy [M, D], down [E, F, D] and those two; arguments as of `hidden`."""
     (num_rows, in_dim), (num_groups, out_dim, _) = dy.shape, down.shape
-    tiles = dataclasses.replace(choose_tiles(out_dim, True), split="rows") if tiles is None else tiles
+    tiles = choose_gated_gradient_tiles(num_rows, num_groups, out_dim) if tiles is None else tiles
     assert tiles.split == "rows" and tiles.rows <= tiles.columns, tiles
     kernel = _HiddenGradient(num_groups, num_rows, in_dim, out_dim, tiles)
     out_type = jax.ShapeDtypeStruct((num_rows, out_dim), dy.dtype)

@@ -6,7 +6,8 @@ and copies for the next one before it has finished one. Which tile that is it fi
 are data, and a table of tiles would take several launches to make.
 
 Where much is computed of a tile's sums, they are rounded and kept, and make their way out beside the first steps of the
-next tile.
+next tile. Two processors can take two tiles one below the other, as a cluster: each brings both of them half of the
+operand that these share.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from kernels.grouped_matmul.tiles import ROW_ALIGNMENT, WIDTH, Tiles
 from kernels.hopper_chip import NUM_PROCESSORS
 
 _COPIER = 2
+_CLUSTER = "cluster"
 NUM_WARPGROUPS = 3
 # Registers of a thread: three warpgroups start with 168 each, and share them out anew.
 _REGISTERS, _FEW_REGISTERS = 240, 24
@@ -51,7 +53,8 @@ class Tile(NamedTuple):
 class Shared(NamedTuple):
     """Shared memory of a block of threads: the group sizes, the ring with a step's operands, two places [64, 64] for
     outputs of each warpgroup, swizzled and (for single rows, in the same memory) plain; and the barriers.
-    `arrived`: the copies are there. `free`: both warpgroups are done with them. `masked`: both have masked their share.
+    `arrived`: the copies are there. `free`: both warpgroups, of each block of a cluster, are done with them. `masked`:
+    both have masked their share.
     """
 
     sizes: Any
@@ -108,11 +111,27 @@ class Kernel:
     def max_tiles(self) -> int:
         """At least as many as there are for any group sizes: each group, and the rows of none, may have one that is not
         full."""
-        return (-(-self.num_rows // self.tiles.rows) + self.num_groups + 1) * self.num_columns
+        return (-(-self.num_rows // self.rows) + self.num_groups + 1) * self.num_columns
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of threads that take tiles one below the other, and bring each other the operand that these share."""
+        return 1
+
+    @property
+    def rows(self) -> int:
+        """Of the tiles that a cluster takes at a time."""
+        return self.tiles.rows * self.cluster
+
+    @property
+    def for_cluster(self) -> dict[str, Any]:
+        """What marks a copy to all blocks of a cluster, of which each brings its part."""
+        return {"collective_axes": (_CLUSTER,)} if self.cluster > 1 else {}
 
     @property
     def num_programs(self) -> int:
-        return min(self.max_tiles, NUM_PROCESSORS)
+        """Clusters, each of which walks through tiles as one."""
+        return min(self.max_tiles, NUM_PROCESSORS // self.cluster)
 
     @property
     def num_visits(self) -> int:
@@ -120,9 +139,9 @@ class Kernel:
         return self.num_groups + 1
 
     def extent(self, group, begin, size) -> tuple[Any, Any]:
-        """(tiles of rows, steps of each) of a group."""
+        """(tiles of rows, those of a cluster as one; steps of each) of a group."""
         steps = jnp.where(group < self.num_groups, -(-self.in_dim // self.depth), 0)
-        return tiles_of(begin, size, self.tiles.rows), steps
+        return tiles_of(begin, size, self.rows), steps
 
     def first_row(self, begin):
         """Of a group's first tile, in the output."""
@@ -160,6 +179,7 @@ def call(kernel: Kernel, inputs, group_sizes, out_types, interpret) -> list[jax.
     """The outputs of `out_types`."""
     # Copies are in units of 16 bytes.
     sizes = jnp.pad(group_sizes.astype(jnp.int32), (0, -kernel.num_groups % 4))
+    clusters = {"cluster": (kernel.cluster,), "cluster_names": (_CLUSTER,)} if kernel.cluster > 1 else {}
     run = plgpu.kernel(
         functools.partial(_body, kernel, len(inputs), len(out_types)),
         out_type=out_types,
@@ -171,6 +191,7 @@ def call(kernel: Kernel, inputs, group_sizes, out_types, interpret) -> list[jax.
         thread_name="warpgroup",
         compiler_params=_COMPILER,
         interpret=interpret,
+        **clusters,
     )
     return run(*inputs, sizes)
 
@@ -178,13 +199,14 @@ def call(kernel: Kernel, inputs, group_sizes, out_types, interpret) -> list[jax.
 def _scratch(kernel: Kernel, dtype, sizes_shape) -> Shared:
     tiled = (plgpu.TilingTransform((8, WIDTH)), plgpu.SwizzleTransform(2 * WIDTH))
     buffers, outputs = kernel.tiles.num_buffers, (2, 2, WIDTH, WIDTH)
+    free = {"num_arrivals": 2, "num_barriers": buffers}
     return Shared(
         sizes=plgpu.SMEM(sizes_shape, jnp.int32),
         ring=tuple(plgpu.SMEM((buffers, *shape), dtype, transforms=tiled) for shape in kernel.shapes),
         out=in_one_place(plgpu.SMEM(outputs, dtype, transforms=tiled), plgpu.SMEM(outputs, dtype)),
         sizes_arrived=plgpu.Barrier(num_barriers=1),
         arrived=plgpu.Barrier(num_arrivals=len(kernel.shapes), num_barriers=buffers),
-        free=plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
+        free=plgpu.ClusterBarrier(**kernel.for_cluster, **free) if kernel.cluster > 1 else plgpu.Barrier(**free),
         masked=plgpu.Barrier(num_arrivals=2, num_barriers=1),
     )
 
@@ -220,7 +242,8 @@ def _share_out(kernel: Kernel, inputs, sizes_ref, shared, compute_all: Callable[
         plgpu.copy_gmem_to_smem(sizes_ref, shared.sizes, shared.sizes_arrived.at[0])
         plgpu.barrier_wait(shared.sizes_arrived.at[0])
         total = _walk_steps(kernel, shared, functools.partial(copy_steps, kernel, inputs, shared))
-        # Every completion of a barrier is waited for, so that all is free at the end (the interpreter asks it).
+        # Every completion of a barrier is waited for, so that all is free at the end (the interpreter asks it), and no
+        # block of a cluster ends before another has arrived at its barriers.
         for buffer in range(kernel.tiles.num_buffers):
             pl.when(buffer < total)(functools.partial(plgpu.barrier_wait, shared.free.at[buffer]))
 
@@ -262,7 +285,10 @@ def _walk(kernel: Kernel, shared, visit: Callable[[Tile, Any], Any], carry):
 
         def in_turn(i, carry):
             row, column = _position(kernel, skipped + i * programs, num_rows)
-            row = kernel.first_row(begin) + row * kernel.tiles.rows
+            row = kernel.first_row(begin) + row * kernel.rows
+            if kernel.cluster > 1:
+                # May lie past the group's last row: of such a tile nothing is written.
+                row = row + lax.axis_index(_CLUSTER) * kernel.tiles.rows
             return visit(Tile(group, begin, begin + size, row, column * kernel.tiles.columns, steps), carry)
 
         return before + count, begin + size, lax.fori_loop(0, number, in_turn, carry)

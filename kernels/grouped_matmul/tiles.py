@@ -23,13 +23,16 @@ MAX_GROUPS = 256
 class Tiles:
     """rows, columns: of the output, of one block of threads; split: the axis that two warpgroups share out, each with
     at most 64 x 256 or 128 x 128 sums; num_buffers: steps of 64 in shared memory; panel: tiles of rows that are walked
-    through side by side, over all columns, before the next ones (what is read again lies in the chip's cache)."""
+    through side by side, over all columns, before the next ones (what is read again lies in the chip's cache); cluster:
+    blocks of threads with tiles one below the other, which panel counts as one and which read a group's matrix together
+    (not of gradients of weights)."""
 
     rows: int
     columns: int
     split: Literal["rows", "columns"]
     num_buffers: int
     panel: int
+    cluster: int = 1
 
     @property
     def piece(self) -> tuple[int, int]:
@@ -55,6 +58,12 @@ _WEIGHT_GRADIENT = Tiles(128, 256, "columns", 4, 64)
 # Of two products side by side, of half the columns each: 636 TFLOP/s at moe-1b's shape; with panels of 4 631, of 8 628,
 # of 32 600.
 _GATED = Tiles(128, 128, "rows", 4, 16)
+# Of the gradients of gate and up, in microseconds at moe-1b's shape, pairs of one run: (128, 256, "rows", 4) and panel,
+# cluster 4, 1: 581, 593, 612; 4, 2: 567, 566, 577; 2, 2 and 8, 2: 567 and 566; 2, 2 of uneven groups 621, and 604
+# without. Other products gained nothing from clusters.
+_GATED_GRADIENT = Tiles(128, 256, "rows", 4, 4, cluster=2)
+# Rows of a group, on average, below which half of many a cluster would have no rows. Not measured.
+_CLUSTER_ROWS = 2048
 
 
 def choose_tiles(out_dim: int, transpose: bool) -> Tiles:
@@ -69,6 +78,11 @@ def choose_gradient_tiles(out_dim: int) -> Tiles:
 
 def choose_gated_tiles() -> Tiles:
     return _GATED
+
+
+def choose_gated_gradient_tiles(num_rows: int, num_groups: int, out_dim: int) -> Tiles:
+    cluster = _GATED_GRADIENT.cluster if num_rows >= _CLUSTER_ROWS * num_groups else 1
+    return _fit(dataclasses.replace(_GATED_GRADIENT, cluster=cluster), out_dim)
 
 
 def _fit(tiles: Tiles, out_dim: int) -> Tiles:

@@ -10,7 +10,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from kernels.grouped_matmul import GroupedCase, choose, grouped_matmul, supports
-from kernels.grouped_matmul.tiles import Tiles, choose_gated_tiles, choose_gradient_tiles, choose_tiles, shared_bytes
+from kernels.grouped_matmul.tiles import (
+    Tiles,
+    choose_gated_gradient_tiles,
+    choose_gated_tiles,
+    choose_gradient_tiles,
+    choose_tiles,
+    shared_bytes,
+)
 from kernels.hopper_chip import SHARED_BYTES
 from kernels.target import Target
 
@@ -93,6 +100,13 @@ CASES = {
     "columns shared out, dx": dict(
         which="dx", M=72, K=192, N=64, sizes=(5, 60), chosen=Tiles(128, 256, "columns", 2, 2)
     ),
+    # Three processors are one cluster, and one that is left out.
+    "clusters, more tiles than processors": dict(
+        which="forward", M=208, K=64, N=128, sizes=(37, 0, 163), chosen=Tiles(128, 128, "rows", 3, 1, cluster=2)
+    ),
+    "clusters, dx": dict(
+        which="dx", M=72, K=128, N=64, sizes=(5, 60), chosen=Tiles(128, 128, "columns", 3, 1, cluster=2)
+    ),
     "columns shared out, dw": dict(
         which="dw", M=100, K=64, N=192, sizes=(5, 95), chosen=Tiles(128, 256, "columns", 2, 2)
     ),
@@ -100,7 +114,12 @@ CASES = {
 
 
 # What another case goes through but for a dimension.
-SLOW = ("one group of all, M no multiple of eight, dw", "no rows in groups, dw", "columns shared out, dx")
+SLOW = (
+    "clusters, dx",
+    "one group of all, M no multiple of eight, dw",
+    "no rows in groups, dw",
+    "columns shared out, dx",
+)
 
 
 # Of numpy, in the interpreter: infinities meet, in rows that are not kept.
@@ -141,6 +160,8 @@ def test_rows_of_other_groups_may_hold_anything(execution, gpu):
 @pytest.mark.parametrize("out_dim", [64, 128, 192, 2048, 14336])
 def test_chosen_tiles_fit(out_dim):
     products = [choose_tiles(out_dim, False), choose_tiles(out_dim, True), choose_gradient_tiles(out_dim)]
+    products += [choose_gated_gradient_tiles(32768, groups, out_dim) for groups in (8, 128)]
+    assert [product.cluster for product in products] == [1, 1, 1, 2, 1]
     for chosen, matrices in [*((product, 1) for product in products), (choose_gated_tiles(), 2)]:
         assert shared_bytes(chosen, matrices) <= SHARED_BYTES
         rows, columns = chosen.piece
