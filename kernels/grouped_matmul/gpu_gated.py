@@ -5,10 +5,10 @@ stays in registers. And dx, the sum of two products, as one. Apart, the elementw
 over eight arrays of [M, F]: with them a step of moe-1b takes 93.8 ms on an H100 (jax 0.11.2), 90.3 without. What the
 first two read and write would take a third and all of the time of their products, were it not beside them.
 
-hidden at that shape, in microseconds, each pair in one run (2026-11-23): with a tile's results on their way out before
-the next tile is multiplied 779 and 905, beside it 757 and 772; of uneven groups 899, and 767. Its
-gradients: 581, and beside the next tile 613 to 820, since what is read then comes between the operands of that one and
-holds them up; asking for it in the L2 cache ahead did not help (643, in a run with 593 without).
+hidden at that shape, in microseconds of a layer (2026-11-23, each pair in one run): 779, 810 and 887 with a tile's
+results on their way out before the next tile is multiplied, 757, 761 and 764 beside it; of uneven groups 899, and 767.
+Its gradients were slower so, 613 to 820 beside 581: what they read then comes between the operands of the next tile and
+holds them up. Nor did it help to ask for that in the L2 cache ahead: 643 beside 593.
 """
 
 from __future__ import annotations
