@@ -45,8 +45,6 @@ _NOTHING = 1e30
 # Of a matrix [keys, queries]: a value for each key, and one for each query.
 _KEYS, _QUERIES = hopper.ROWS, hopper.COLUMNS
 _COPIER, _ADDER = 2, 3
-# Columns of a piece of dq: 128 bytes.
-_PIECE = 32
 # Tokens times pairs of row and kv head whose blocks run together: with many at once the walks of a head drift apart,
 # and with few the last ones leave the chip empty. Simulated, 2 heads of 8,192 tokens keep 96% of 132 multiprocessors
 # busy, 16 no more, and 1 head 86%.
@@ -60,13 +58,14 @@ _COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
 @dataclasses.dataclass(frozen=True)
 class BackwardTiles:
     """block_queries: of one step; block_keys: of a block of threads; num_buffers, num_outs: blocks of queries and of
-    output gradients in shared memory; num_pieces: of dq, 32 columns each, that a warpgroup has there, 2 or 3
-    (wide: half of dq is there); wide: one warpgroup has dk and the other dv, of the same keys."""
+    output gradients in shared memory; num_pieces: of dq, `piece` columns each, that a warpgroup has there: a step's, or
+    three halves (wide: half of dq is there); wide: one warpgroup has dk and the other dv, of the same keys."""
 
     block_queries: int
     block_keys: int
     num_buffers: int
     num_outs: int
+    piece: int
     num_pieces: int
     wide: bool
 
@@ -103,6 +102,11 @@ class _Statics:
         """Of one product of a warpgroup for a step's dq, and of its place in shared memory: half of all, or all 64 of
         half of the queries. Wide, one warpgroup has both halves, one after the other."""
         return max(64, self.key_dim // 2)
+
+    @property
+    def num_dq_pieces(self) -> int:
+        """Of a step, that go out one after the other."""
+        return 2 if self.tiles.wide else self.dq_columns // self.tiles.piece
 
     @property
     def used_masks(self) -> tuple[bool, bool, bool, bool]:
@@ -243,10 +247,11 @@ def choose_backward_tiles(key_dim: int, value_dim: int) -> BackwardTiles:
     """By the compiler's report of registers: `python -m kernels.aot`."""
     if key_dim > 128:
         # Two blocks of 256 columns of queries and output gradients leave no room for dq.
-        return BackwardTiles(64, 64, 2, 1 if value_dim > 128 else 2, 1, True)
+        return BackwardTiles(64, 64, 2, 1 if value_dim > 128 else 2, key_dim // 2, 1, True)
     if key_dim == 64:
-        return BackwardTiles(128, 128, 2, 2, 2, False)
-    return BackwardTiles(64, 128, 2, 2, 3, False)
+        # In halves of 32 columns an H100 was slower (462 and 395 TFLOP/s, causal, T 8192, where it had 473 and 432).
+        return BackwardTiles(128, 128, 2, 2, 64, 1, False)
+    return BackwardTiles(64, 128, 2, 2, 32, 3, False)
 
 
 def shared_bytes(key_dim: int, value_dim: int) -> int:
@@ -257,7 +262,7 @@ def shared_bytes(key_dim: int, value_dim: int) -> int:
     tiles = choose_backward_tiles(key_dim, value_dim)
     queries, keys = tiles.block_queries, tiles.block_keys
     ring = queries * (2 * tiles.num_buffers * key_dim + 2 * tiles.num_outs * value_dim + 4 * 4 * tiles.num_buffers)
-    dq = 4 * 64 * (key_dim // 2 if tiles.wide else 2 * tiles.num_pieces * _PIECE)
+    dq = 4 * 64 * (key_dim // 2 if tiles.wide else 2 * tiles.num_pieces * tiles.piece)
     return 2 * keys * (key_dim + value_dim) + ring + 2 * 2 * keys * queries + dq + 2 * 4 * keys + 256
 
 
@@ -311,8 +316,8 @@ def _scratch(statics: _Statics, dtype) -> _Shared:
             shape, dtype, transforms=(plgpu.TilingTransform((8, size // 2)), plgpu.SwizzleTransform(size))
         )
 
-    columns = (plgpu.TilingTransform((8, _PIECE)), plgpu.SwizzleTransform(128))
-    queries, keys, buffers, outs, pieces, wide = dataclasses.astuple(statics.tiles)
+    columns = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+    queries, keys, buffers, outs, piece, pieces, wide = dataclasses.astuple(statics.tiles)
     part = statics.dq_columns
     used, shapes = statics.used_masks, ((buffers, queries), (keys,)) * 2
     once = plgpu.Barrier(num_barriers=1)
@@ -326,7 +331,7 @@ def _scratch(statics: _Statics, dtype) -> _Shared:
         delta=plgpu.SMEM((buffers, queries), jnp.float32),
         ds=tiled(2, keys, queries, part=part),
         dq=plgpu.SMEM(
-            (1, 1, 64, statics.dq_columns) if wide else (pieces, 2, 64, _PIECE), jnp.float32, transforms=columns
+            (1, 1, 64, statics.dq_columns) if wide else (pieces, 2, 64, piece), jnp.float32, transforms=columns
         ),
         masks=Marks(
             *(None if not used else plgpu.SMEM(shape, jnp.int32) for used, shape in zip(used, shapes, strict=True))
@@ -431,7 +436,7 @@ def _head(statics: _Statics, work: _Work, step):
 
 def _copy(statics: _Statics, work: _Work, inputs: _Inputs, shared: _Shared) -> None:
     """Keys and values once, queries and what belongs to them step by step."""
-    queries, keys, buffers, outs, _, wide = dataclasses.astuple(statics.tiles)
+    queries, keys, buffers, outs, *_, wide = dataclasses.astuple(statics.tiles)
 
     def copy_masks(sides, rows, buffer, arrived):
         for source, target in zip(inputs.masks[sides::2], shared.masks[sides::2], strict=True):
@@ -485,7 +490,7 @@ def _add_all(statics: _Statics, work: _Work, inputs: _Inputs, dq_ref, shared: _S
         head = _head(statics, work, step)
         turn = inputs.turns[_table_row(inputs.walk, work.row), work.key_block, hopper.floor(step, statics.group)]
         begun = []
-        for piece, warpgroup in itertools.product(range(2), range(1 if wide else 2)):
+        for piece, warpgroup in itertools.product(range(statics.num_dq_pieces), range(1 if wide else 2)):
             slot, place = (0, 0) if wide else _piece_place(statics, step, piece, warpgroup)
             plgpu.barrier_wait(shared.dq_ready.at[place])
             if (piece, warpgroup) == (0, 0):
@@ -511,9 +516,9 @@ def _free_places(shared: _Shared, begun: list) -> None:
 
 def _piece_place(statics: _Statics, step, piece: int, warpgroup):
     """(slot, barrier) of a warpgroup's half of a step's dq. With a step and a half in shared memory, what waits for its
-    turn holds up the products less: an H100 (jax 0.11.2, 2026-11-23, T 8192) had 482 and 492 TFLOP/s, and 477 and 475
-    with one step, causal, and 544 and 488 with the full mask."""
-    if statics.tiles.num_pieces == 2:
+    turn holds up the products less: an H100 (jax 0.11.2, 2026-11-23, T 8192) had 492 and 489 TFLOP/s, and 480 and 474
+    with one step, causal, and 530 and 484 with the full mask."""
+    if statics.tiles.num_pieces == statics.num_dq_pieces:
         return piece, 2 * piece + warpgroup
     # 0 1, 2 0, 1 2, and again: from one division for both pieces.
     turn = hopper.remainder(step, 3)
@@ -524,7 +529,7 @@ def _piece_place(statics: _Statics, step, piece: int, warpgroup):
 def _dq_place(statics: _Statics, work: _Work, dq_ref, query_block, head, warpgroup: int, piece: int):
     """Where a piece of dq goes: of 64 queries, some of the columns of all, or of a warpgroup's half; with 128 queries a
     warpgroup has 64 of them."""
-    base, columns = query_block * statics.tiles.block_queries, statics.dq_columns if statics.tiles.wide else _PIECE
+    base, columns = query_block * statics.tiles.block_queries, statics.tiles.piece
     first = piece * columns
     if statics.tiles.block_queries == 128:
         base = base + warpgroup * 64
@@ -764,13 +769,14 @@ def _origin(step):
 
 
 def _store_pieces(statics: _Statics, shared: _Shared, warpgroup, step, dq) -> None:
-    """A warpgroup's dq of a step to shared memory, in two pieces."""
-    for piece in range(2):
+    """A warpgroup's dq of a step to shared memory, in pieces."""
+    columns = statics.tiles.piece
+    for piece in range(statics.num_dq_pieces):
         slot, place = _piece_place(statics, step, piece, warpgroup)
         plgpu.barrier_wait(shared.dq_free.at[place])
-        shared.dq[slot, warpgroup] = dq[:, piece * _PIECE : (piece + 1) * _PIECE]
+        shared.dq[slot, warpgroup] = dq[:, piece * columns : (piece + 1) * columns]
     plgpu.commit_smem()
-    for piece in range(2):
+    for piece in range(statics.num_dq_pieces):
         plgpu.barrier_arrive(shared.dq_ready.at[_piece_place(statics, step, piece, warpgroup)[1]])
 
 
