@@ -53,8 +53,8 @@ class RMSNorm(nnx.Module):
                 if execution.norm == "pallas":
                     axes = placement.rules.act_embed
                     raise ValueError(
-                        f"norm impl='pallas' needs whole rows, and rules.act_embed={axes} splits them; set it to None, "
-                        "or the norm impl to 'auto'"
+                        f"kernels.norm='pallas' needs whole rows, and rules.act_embed={axes} splits them; set it to "
+                        "None, or kernels.norm to 'auto'"
                     )
                 return "xla"
             num_rows //= placement.size("batch") * placement.size("sequence")

@@ -45,6 +45,7 @@ def select_kernels(
     attention: str,
     grouped_matmul: str,
     quantized_matmul: str,
+    norm: str,
     dtype: str,
     rows: int,
     sequence_length: int,
@@ -54,7 +55,7 @@ def select_kernels(
 ) -> Selection:
     """Implementations for batches of `rows` rows of `sequence_length` tokens over all devices of `placement`.
 
-    `attention` and `grouped_matmul` are "auto" or a name. Raises ValueError for a named one that can't run.
+    `attention`, `grouped_matmul` and `norm` are "auto" or a name. Raises ValueError for a named one that can't run.
     """
     config, target = definition.config, target_of(device)
     chosen, reasons = [], []
@@ -83,9 +84,9 @@ def select_kernels(
     if config.moe is not None and config.moe.dispatch == "dropless":
         reasons.append(f"grouped product: {grouped}, {reason}")
     if config.norm_placement != "post":
-        # Layers choose by themselves, the same.
+        # Layers choose by themselves, the same but for how many read a norm.
         case = NormCase(dtype, tokens // placement.size("sequence"), config.embed_dim, added=True)
-        reasons.append("residual sums and their norms: {}, {}".format(*norm_op.choose("auto", case, target)))
+        reasons.append("residual sums and their norms: {}, {}".format(*norm_op.choose(norm, case, target)))
     quantized, lines = _select_rounded(definition, quantized_matmul, dtype, tokens, placement, target)
     return Selection(tuple(chosen), grouped, quantized, tuple(dict.fromkeys([*reasons, *lines])), target)
 

@@ -60,6 +60,7 @@ def resolve(run: TrainRun, devices: Sequence[jax.Device]) -> Resolved:
         attention=run.kernels.attention,
         grouped_matmul=run.kernels.grouped_matmul,
         quantized_matmul=run.kernels.quantized_matmul,
+        norm=run.kernels.norm,
         dtype=run.precision.compute,
         rows=run.data.batch_size // run.accumulation,
         sequence_length=run.data.sequence_length,
@@ -74,6 +75,7 @@ def resolve(run: TrainRun, devices: Sequence[jax.Device]) -> Resolved:
         target=selection.target,
         grouped_matmul=selection.grouped_matmul,
         quantized_matmul=selection.quantized_matmul,
+        norm=run.kernels.norm,
         remat=run.layers.remat,
     )
     loss, reason = choose_cross_entropy(run, definition, placement, selection.target)
