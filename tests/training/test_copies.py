@@ -17,6 +17,7 @@ from parallel.sharding import Placement
 from quantization.rules import ProductRules
 from tests.model.tiny import VOCAB, assert_close, dense, execution, moe, packed_batch
 from tests.training.runs import DENSE, losses_of, prepare, records_of, run_dir, run_of, train_here
+from tests.training.stepping import Training
 from training.config import LossConfig
 from training.diagnose import find_non_finite
 from training.optimizer import MuonConfig, OptimizerConfig, make_optimizer
@@ -68,23 +69,6 @@ CASES = [
 ]
 
 
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """A step, and the state before the first one."""
-
-    definition: Definition
-    spec: StepSpec
-    optimizer: object
-    placement: Placement
-    step: object
-    state: TrainState
-
-    @property
-    def batch(self):
-        shardings = self.placement.sharding("batch", "sequence")
-        return {name: jax.device_put(x, shardings) for name, x in packed_batch().items()}
-
-
 @functools.cache
 def training(case: Case, copy_dtype: str | None) -> Training:
     config = MODELS[case.model]
@@ -107,11 +91,16 @@ def training(case: Case, copy_dtype: str | None) -> Training:
     return Training(definition, spec, optimizer, placement, step, init_state(definition, optimizer, 0, placement))
 
 
+def batch_of(run: Training):
+    shardings = run.placement.sharding("batch", "sequence")
+    return {name: jax.device_put(x, shardings) for name, x in packed_batch().items()}
+
+
 def steps(run: Training, number: int, state: TrainState | None = None):
     """The last state, and the metrics of each step."""
     state, metrics = run.state if state is None else state, []
     for _ in range(number):
-        state, found = run.step(state, run.batch)
+        state, found = run.step(state, batch_of(run))
         metrics.append(jax.device_get(found))
     return state, metrics
 
@@ -180,7 +169,7 @@ def test_a_step_casts_no_matrix():
 def test_a_step_that_is_not_finite_leaves_the_copies():
     run = training(PARTS, "bfloat16")
     good, _ = steps(run, 1)
-    batch = run.batch
+    batch = batch_of(run)
     after, _ = run.step(good, batch | {"weights": batch["weights"] * np.nan})
     assert int(after.bad_step) == 1
     assert_same(after.copies, good.copies)
@@ -191,7 +180,7 @@ def test_a_step_that_is_not_finite_leaves_the_copies():
 def test_a_step_that_is_not_finite_is_diagnosed_by_the_copies():
     run = training(UNROLLED, "bfloat16")
     state = dataclasses.replace(run.state, copies=jax.tree.map(lambda x: x.at[0].set(jnp.inf), run.state.copies))
-    where = find_non_finite(run.spec, state, run.batch)
+    where = find_non_finite(run.spec, state, batch_of(run))
     assert where == "the output of layer 0 is the first that is not finite"
 
 
@@ -224,11 +213,11 @@ def test_evaluation_takes_the_copies():
     describe = functools.partial(jax.tree.map, lambda x: (x.shape, x.dtype, x.sharding))
     assert describe((run.state.weights, run.state.biases)) == describe(abstract)
     evaluate = jax.jit(make_eval_step(run.spec), compiler_options=EXACT)
-    loss_sum, weight = evaluate(run.state.weights, run.state.biases, run.batch)
+    loss_sum, weight = evaluate(run.state.weights, run.state.biases, batch_of(run))
     _, (metrics,) = steps(training(PARTS, None), 1)
     assert float(loss_sum / weight) == pytest.approx(metrics["loss"], rel=1e-5)
     zero = jax.tree.map(jnp.zeros_like, run.state.copies)
-    nothing, _ = evaluate(dataclasses.replace(run.state, copies=zero).weights, run.state.biases, run.batch)
+    nothing, _ = evaluate(dataclasses.replace(run.state, copies=zero).weights, run.state.biases, batch_of(run))
     assert float(nothing / weight) == pytest.approx(np.log(VOCAB), rel=1e-5)
 
 

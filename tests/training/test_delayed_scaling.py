@@ -18,6 +18,7 @@ from parallel.sharding import Placement
 from quantization.rules import ProductRules
 from tests.model.tiny import COMPILE_FAST, assert_close, dense, packed_batch, random_params
 from tests.training.runs import DENSE, run_of
+from tests.training.stepping import Training
 from training.config import LossConfig
 from training.loop import architecture
 from training.resolve import resolve
@@ -28,18 +29,6 @@ SIZES = {"embed_dim": 32, "mlp_dim": 64, "head_dim": 8, "num_heads": 4, "num_kv_
 MODEL = dense(**SIZES)
 BASE = {**DENSE, "data.paths": ("*.txt",)}
 MESH = MeshConfig(fsdp=2, tensor=2)
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """A step, and the state before the first one."""
-
-    definition: Definition
-    spec: StepSpec
-    optimizer: object
-    placement: Placement
-    step: object
-    state: TrainState
 
 
 @functools.cache
