@@ -9,14 +9,14 @@ is what the compiler takes beside arguments and results. The last line of stdout
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks import side_by_side
 from benchmarks.ceilings import median_seconds
@@ -93,30 +93,27 @@ WORKS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Operands:
+class Operands(NamedTuple):
+    """`rest`: the other arrays of attention's arguments, by name."""
+
     q: jax.Array
     k: jax.Array
     v: jax.Array
     d_out: jax.Array
-    arguments: dict[str, Any]
+    rest: dict[str, jax.Array]
 
     def first_group(self) -> Operands:
         """Of one kv head of one row, in float32: what float8 operands stand for."""
         group = self.q.shape[2] // self.k.shape[2]
-        arguments = {name: value for name, value in self.arguments.items() if name not in SCALES}
+        rest = {name: array for name, array in self.rest.items() if name not in SCALES}
         given = {"q": self.q, "k": self.k, "v": self.v}
         if self.q.dtype == float8.DTYPE:
             given = {
-                name: float8.dequantize_heads(x, self.arguments[f"{name}_scale"], jnp.float32)
-                for name, x in given.items()
+                name: float8.dequantize_heads(x, self.rest[f"{name}_scale"], jnp.float32) for name, x in given.items()
             }
         heads = ((given["q"], group), (given["k"], 1), (given["v"], 1), (self.d_out, group))
-        if arguments["sinks"] is not None:
-            arguments["sinks"] = arguments["sinks"][:group]
-        for name in ("q_segments", "kv_segments"):
-            arguments[name] = None if arguments[name] is None else arguments[name][:1]
-        return Operands(*(x[:1, :, :count].astype(jnp.float32) for x, count in heads), arguments)
+        parts = {name: array[:group] if name == "sinks" else array[:1] for name, array in rest.items()}
+        return Operands(*(x[:1, :, :count].astype(jnp.float32) for x, count in heads), parts)
 
 
 def operands(work: Work) -> Operands:
@@ -125,27 +122,22 @@ def operands(work: Work) -> Operands:
     shapes = (*shapes, (work.heads, work.value_dim))
     wide = "bfloat16" if work.dtype == float8.DTYPE else work.dtype
     q, k, v, d_out = (jax.random.normal(next(keys), (work.batch, work.length, *shape), wide) for shape in shapes)
-    scales = {}
+    rest = {}
     if work.dtype == float8.DTYPE:
         (q, k, v), scales = zip(*(float8.quantize_heads(x) for x in (q, k, v)), strict=True)
-        scales = dict(zip(SCALES, scales, strict=True))
-    segments = None
+        rest = dict(zip(SCALES, scales, strict=True))
     if work.document is not None:
         segments = jnp.broadcast_to(jnp.arange(work.length) // work.document + 1, (work.batch, work.length))
-        segments = segments.astype(jnp.int32)
-    arguments = {
-        "scale": work.key_dim**-0.5,
-        "causal": work.causal,
-        "window": work.reach,
-        "q_segments": segments,
-        "kv_segments": segments,
-        "q_positions": None,
-        "kv_positions": None,
-        "soft_cap": 30.0 if work.features else None,
-        "sinks": jax.random.normal(next(keys), (work.heads,)) if work.features else None,
-        **scales,
-    }
-    return Operands(q, k, v, d_out, arguments)
+        rest |= dict.fromkeys(("q_segments", "kv_segments"), segments.astype(jnp.int32))
+    if work.features:
+        rest["sinks"] = jax.random.normal(next(keys), (work.heads,))
+    return Operands(q, k, v, d_out, rest)
+
+
+def settings(work: Work) -> dict[str, Any]:
+    """Attention's other arguments."""
+    soft_cap = 30.0 if work.features else None
+    return {"scale": work.key_dim**-0.5, "causal": work.causal, "window": work.reach, "soft_cap": soft_cap}
 
 
 def lacking(impl: str, work: Work, target: Target) -> str | None:
@@ -159,78 +151,118 @@ def lacking(impl: str, work: Work, target: Target) -> str | None:
     return "is measured without masks" if work.document is not None or work.reach is not None else None
 
 
-def function(impl: str, given: Operands) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    arguments = given.arguments
+def function(impl: str, work: Work) -> Callable[[Operands], jax.Array]:
+    given = settings(work)
     if impl != "tokamax":
-        return lambda q, k, v: attention(q, k, v, **arguments, impl=impl)
+        return lambda x: attention(x.q, x.k, x.v, **given, **x.rest, impl=impl)
     tokamax = importlib.import_module("tokamax")
-    options = {"scale": arguments["scale"], "is_causal": arguments["causal"], "implementation": "mosaic"}
-    return lambda q, k, v: tokamax.dot_product_attention(q, k, v, **options)
+    options = {"scale": given["scale"], "is_causal": given["causal"], "implementation": "mosaic"}
+    return lambda x: tokamax.dot_product_attention(x.q, x.k, x.v, **options)
 
 
-def gradients(attend: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, ...]]:
-    """(out, dq, dk, dv) from (q, k, v, d_out)."""
+def gradients(attend: Callable[[Operands], jax.Array]) -> Callable[[Operands], tuple[jax.Array, ...]]:
+    """(out, dq, dk, dv)."""
 
-    def both(q, k, v, d_out):
-        out, pull = jax.vjp(attend, q, k, v)
-        return out, *pull(d_out)
+    def both(x):
+        out, pull = jax.vjp(lambda q, k, v: attend(x._replace(q=q, k=k, v=v)), x.q, x.k, x.v)
+        return out, *pull(x.d_out)
 
     return both
 
 
-def exact(given: Operands) -> list[np.ndarray]:
+def exact(work: Work, given: Operands) -> tuple[jax.Array, ...]:
     """(out, dq, dk, dv) of the first group."""
-    group = given.first_group()
+    absent = dict.fromkeys(("q_segments", "kv_segments", "q_positions", "kv_positions", "sinks"))
 
-    def attend(q, k, v):
-        return reference.attention(q, k, v, **group.arguments)[0]
+    def attend(x):
+        return reference.attention(x.q, x.k, x.v, **settings(work), **absent | x.rest)[0]
 
-    return [np.asarray(x, np.float64) for x in jax.jit(gradients(attend))(group.q, group.k, group.v, group.d_out)]
+    return gradients(attend)(given.first_group())
 
 
-def measure(impl: str, work: Work, given: Operands, true: list[np.ndarray], repeats: int) -> dict[str, Any]:
+class Programs(NamedTuple):
+    """Compiled for one work. `both`: forward and backward, or why the implementation refuses to differentiate.
+    `errors`: of (results, what `exact` gives)."""
+
+    forward: jax.stages.Compiled
+    both: jax.stages.Compiled | str
+    errors: jax.stages.Compiled
+
+
+def build(impl: str, work: Work) -> Programs:
+    """Compiles what `measure` runs."""
+    given, attend = jax.eval_shape(functools.partial(operands, work)), function(impl, work)
+    forward = jax.jit(attend).lower(given)
+    try:
+        both = jax.jit(gradients(attend)).lower(given)
+    except ValueError as error:
+        results, both = (forward.out_info,), str(error)
+    else:
+        results, both = both.out_info, both.compile()
+    true = jax.eval_shape(functools.partial(exact, work), given)
+    return Programs(forward.compile(), both, jax.jit(relative_errors).lower(results, true).compile())
+
+
+def measure(work: Work, programs: Programs, given: Operands, true: tuple[jax.Array, ...], repeats: int) -> dict:
     """A row of the table; of the forward pass alone where the implementation refuses to differentiate."""
-    inputs = (given.q, given.k, given.v)
-    attend = function(impl, given)
-    forward = jax.jit(attend).lower(*inputs).compile()
-    seconds = median_seconds(lambda: forward(*inputs), repeats=repeats, inner=10)
+    forward, both, errors = programs
+    seconds = median_seconds(lambda: forward(given), repeats=repeats, inner=10)
     row = {
         "forward_tflops": work.flops() / seconds / 1e12,
         "forward_mib": forward.memory_analysis().temp_size_in_bytes / 2**20,
     }
-    try:
-        both = jax.jit(gradients(attend)).lower(*inputs, given.d_out).compile()
-    except ValueError as error:
-        return row | {"relative_errors": relative_errors([forward(*inputs)], true[:1]), "backward_lacking": str(error)}
-    seconds_both = median_seconds(lambda: both(*inputs, given.d_out)[0], repeats=repeats, inner=5)
+    if isinstance(both, str):
+        found = errors((forward(given),), true)
+        return row | {
+            "relative_errors": {name: float(error) for name, error in found.items()},
+            "backward_lacking": both,
+        }
+    seconds_both = median_seconds(lambda: both(given)[0], repeats=repeats, inner=5)
     return row | {
         "forward_backward_tflops": (1 + BACKWARD) * work.flops() / seconds_both / 1e12,
         "backward_tflops": BACKWARD * work.flops() / (seconds_both - seconds) / 1e12,
         "forward_backward_mib": both.memory_analysis().temp_size_in_bytes / 2**20,
-        "relative_errors": relative_errors(both(*inputs, given.d_out), true),
+        "relative_errors": {name: float(error) for name, error in errors(both(given), true).items()},
     }
 
 
-def relative_errors(results: Sequence[jax.Array], true: list[np.ndarray]) -> dict[str, float]:
+def relative_errors(results: Sequence[jax.Array], true: Sequence[jax.Array]) -> dict[str, jax.Array]:
     """Of the first group's share of each result, in norms."""
     errors = {}
     for name, x, y in zip(("out", "dq", "dk", "dv"), results, true, strict=False):
-        errors[name] = float(np.linalg.norm(np.asarray(x[:1, :, : y.shape[2]], np.float64) - y) / np.linalg.norm(y))
+        mine = x[:1, :, : y.shape[2]].astype(jnp.float32)
+        errors[name] = jnp.linalg.norm((mine - y).ravel()) / jnp.linalg.norm(y.ravel())
     return errors
 
 
 def measure_all(works: list[Work], impls: list[str], repeats: int) -> Iterator[dict[str, Any]]:
     target = default_target()
+    reasons = {(work, impl): lacking(impl, work, target) for work in works for impl in impls}
+    programs = side_by_side.compile_all(
+        {
+            **{(work, impl): functools.partial(build, impl, work) for (work, impl), why in reasons.items() if not why},
+            **{work: functools.partial(_build_operands, work) for work in works},
+        }
+    )
     print(f"{'work':<48}{'impl':<9}{'fwd':>7}{'bwd':>7}{'both':>7} TFLOP/s{'err out':>10}{'MiB':>9}", flush=True)
     for work in works:
-        given = operands(work)
-        true = exact(given)
+        make, true = programs[work].result()
+        given = make()
+        true = true(given)
         for impl in impls:
             row: dict[str, Any] = {"work": work.name, "impl": impl}
-            reason = lacking(impl, work, target)
-            row |= {"lacking": reason} if reason else measure(impl, work, given, true, repeats)
+            if (reason := reasons[work, impl]) is not None:
+                row["lacking"] = reason
+            else:
+                row |= measure(work, programs[work, impl].result(), given, true, repeats)
             print(_line(row), flush=True)
             yield row
+
+
+def _build_operands(work: Work) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+    """What gives the operands, and what gives `exact` of them."""
+    make = jax.jit(functools.partial(operands, work)).lower()
+    return make.compile(), jax.jit(functools.partial(exact, work)).lower(make.out_info).compile()
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -14,10 +14,11 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from kernels.target import Target, default_target
 PASSES = ("forward", "dx", "dw")
 OURS = ("pallas", "batched", "ragged_dot")
 IMPLS = ("dense", *OURS, "jax_mosaic", "torch")
+_REFUSALS = (AttributeError, ImportError, NotImplementedError, RuntimeError, TypeError, ValueError)
 FEED_FORWARD_WORKS = ("moe-1b up, even", "moe-1b up, uneven")
 
 
@@ -147,16 +149,6 @@ def _torch(which: str, given) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
     return calls[which], wait
 
 
-def compiled(impl: str, which: str, given):
-    return jax.jit(function(impl, which)).lower(*given).compile()
-
-
-def calls(impl: str, which: str, given) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
-    if impl == "torch":
-        return _torch(which, given)
-    return functools.partial(compiled(impl, which, given), *given), jax.block_until_ready
-
-
 def median_seconds(call, wait, *, repeats: int, inner: int) -> float:
     """Median over `repeats` of the mean time of `inner` calls in a row, waited for at the end of each row."""
     wait(call())
@@ -170,32 +162,52 @@ def median_seconds(call, wait, *, repeats: int, inner: int) -> float:
     return statistics.median(times)
 
 
-@functools.partial(jax.jit, static_argnames="which")
-def _exact(which: str, x, w, dy):
+def relative_error(which: str, result, x, w, dy, sizes, group) -> jax.Array:
+    """Of one group's part of a result."""
     product = functools.partial(jnp.matmul, precision="highest")
-    x, w, dy = (array.astype(jnp.float32) for array in (x, w, dy))
-    return {"forward": lambda: product(x, w), "dx": lambda: product(dy, w.T), "dw": lambda: product(x.T, dy)}[which]()
+    end = jnp.cumsum(sizes)[group]
+    rows = jnp.arange(x.shape[0])[:, None]
+    mine = (rows >= end - sizes[group]) & (rows < end)
+    x, dy, w = (array.astype(jnp.float32) for array in (jnp.where(mine, x, 0), jnp.where(mine, dy, 0), w[group]))
+    true = {"forward": lambda: product(x, w), "dx": lambda: product(dy, w.T), "dw": lambda: product(x.T, dy)}[which]()
+    result = (result[group] if which == "dw" else jnp.where(mine, result, 0)).astype(jnp.float32)
+    return jnp.linalg.norm(result - true) / jnp.linalg.norm(true)
 
 
-def relative_error(which: str, result, given) -> float:
-    x, w, dy, sizes = given
-    sizes = np.asarray(sizes)
-    ends, filled = np.cumsum(sizes), np.flatnonzero(sizes)
-    errors = []
-    for group in {int(filled[0]), int(np.argmax(sizes)), int(filled[-1])}:
-        rows = slice(int(ends[group] - sizes[group]), int(ends[group]))
-        true = _exact(which, x[rows], w[group], dy[rows])
-        mine = (result[group] if which == "dw" else result[rows]).astype(jnp.float32)
-        errors.append(float(jnp.linalg.norm(mine - true) / jnp.linalg.norm(true)))
-    return max(errors)
+class Programs(NamedTuple):
+    """Compiled for one pass of one work; `error`: of (result, operands, group)."""
+
+    call: jax.stages.Compiled | None
+    """None for torch."""
+    error: jax.stages.Compiled
 
 
-def measure(impl: str, work: Work, which: str, given, repeats: int) -> dict[str, Any]:
-    call, wait = calls(impl, which, given)
-    error = None if impl == "dense" else relative_error(which, wait(call()), given)
+def build(impl: str, work: Work, which: str) -> Programs:
+    """Compiles what `measure` runs."""
+    given = jax.eval_shape(functools.partial(operands, work))
+    results = {"forward": given[2], "dx": given[0], "dw": given[1]}
+    group = jax.ShapeDtypeStruct((), jnp.int32)
+    error = jax.jit(functools.partial(relative_error, which)).lower(results[which], *given, group)
+    call = None if impl == "torch" else jax.jit(function(impl, which)).lower(*given).compile()
+    return Programs(call, error.compile())
+
+
+def measure(impl: str, work: Work, which: str, programs: Programs, given, repeats: int) -> dict[str, Any]:
+    if programs.call is None:
+        call, wait = _torch(which, given)
+    else:
+        call, wait = functools.partial(programs.call, *given), jax.block_until_ready
+    error = None if impl == "dense" else _largest_error(programs.error, wait(call()), given)
     inner = max(2, min(20, int(4e13 / work.flops())))
     seconds = median_seconds(call, wait, repeats=repeats, inner=inner)
     return {"tflops": work.flops() / seconds / 1e12, "milliseconds": 1e3 * seconds, "relative_error": error}
+
+
+def _largest_error(error: Callable[..., jax.Array], result, given) -> float:
+    sizes = np.asarray(given[-1])
+    filled = np.flatnonzero(sizes)
+    groups = {int(filled[0]), int(np.argmax(sizes)), int(filled[-1])}
+    return max(float(error(result, *given, np.int32(group))) for group in groups)
 
 
 def feed_forward(impl: str, sizes: jax.Array) -> Callable[..., jax.Array]:
@@ -210,65 +222,86 @@ def feed_forward(impl: str, sizes: jax.Array) -> Callable[..., jax.Array]:
     return apart
 
 
-def measure_feed_forward(impl: str, work: Work, backward: bool, repeats: int) -> dict[str, Any]:
-    """Of `work.in_dim`, and `work.out_dim` inside; with gradients, nine products."""
+def feed_forward_operands(work: Work) -> tuple[jax.Array, ...]:
+    """x, gate, up and down, and the group sizes: of `work.in_dim`, and `work.out_dim` inside."""
     x, up, _, sizes = operands(work)
     gate, down = (jax.random.normal(jax.random.key(i), up.shape, up.dtype) for i in (3, 4))
-    gate, up, down = (array * work.in_dim**-0.5 for array in (gate, up, down.swapaxes(1, 2)))
+    return x, *(array * work.in_dim**-0.5 for array in (gate, up, down.swapaxes(1, 2))), sizes
 
-    forward = feed_forward(impl, sizes)
 
-    def both(x, gate, up, down):
-        y, pullback = jax.vjp(forward, x, gate, up, down)
+def build_feed_forward(impl: str, work: Work, backward: bool) -> jax.stages.Compiled:
+    """Compiles what `measure_feed_forward` runs."""
+
+    def both(x, gate, up, down, sizes):
+        y, pullback = jax.vjp(feed_forward(impl, sizes), x, gate, up, down)
         return y, pullback(x)
 
-    run = jax.jit(both if backward else forward).lower(x, gate, up, down).compile()
+    def forward(x, gate, up, down, sizes):
+        return feed_forward(impl, sizes)(x, gate, up, down)
+
+    run = both if backward else forward
+    return jax.jit(run).lower(*jax.eval_shape(functools.partial(feed_forward_operands, work))).compile()
+
+
+def measure_feed_forward(
+    work: Work, backward: bool, run: jax.stages.Compiled, given: tuple[jax.Array, ...], repeats: int
+) -> dict[str, Any]:
+    """With gradients, nine products."""
     flops = (9 if backward else 3) * work.flops()
     inner = max(2, min(20, int(4e13 / flops)))
-    call = functools.partial(run, x, gate, up, down)
-    seconds = median_seconds(call, jax.block_until_ready, repeats=repeats, inner=inner)
+    seconds = median_seconds(functools.partial(run, *given), jax.block_until_ready, repeats=repeats, inner=inner)
     return {"tflops": flops / seconds / 1e12, "milliseconds": 1e3 * seconds, "relative_error": None}
 
 
 def measure_feed_forwards(works: list[Work], impls: list[str], repeats: int) -> Iterator[dict[str, Any]]:
     target = default_target()
-    for work in works:
-        for impl in impls:
-            for backward in (False, True):
-                name = "feed-forward and gradients" if backward else "feed-forward"
-                row: dict[str, Any] = {"work": work.name, "impl": impl, "pass": name}
-                reason = supports("pallas" if impl == "apart" else impl, work.case(), target)
-                row |= {"lacking": reason} if reason else measure_feed_forward(impl, work, backward, repeats)
-                print(_line(row), flush=True)
-                yield row
+    cases = list(itertools.product(works, impls, (False, True)))
+    reasons = {case: supports("pallas" if case[1] == "apart" else case[1], case[0].case(), target) for case in cases}
+    builds = {
+        (work, impl, backward): functools.partial(build_feed_forward, impl, work, backward)
+        for (work, impl, backward), reason in reasons.items()
+        if reason is None
+    }
+    programs = side_by_side.compile_all(builds)
+    for work, of_work in itertools.groupby(cases, key=lambda case: case[0]):
+        given = jax.jit(functools.partial(feed_forward_operands, work))()
+        for _, impl, backward in of_work:
+            name = "feed-forward and gradients" if backward else "feed-forward"
+            row: dict[str, Any] = {"work": work.name, "impl": impl, "pass": name}
+            case = (work, impl, backward)
+            if reasons[case] is not None:
+                row["lacking"] = reasons[case]
+            else:
+                row |= measure_feed_forward(work, backward, programs[case].result(), given, repeats)
+            print(_line(row), flush=True)
+            yield row
 
 
 def measure_all(works: list[Work], impls: list[str], repeats: int) -> Iterator[dict[str, Any]]:
     target = default_target()
+    reasons = {(work, impl): lacking(impl, work, target) for work in works for impl in impls}
+    builds = {
+        (work, impl, which): functools.partial(build, impl, work, which)
+        for (work, impl), reason in reasons.items()
+        for which in PASSES
+        if reason is None
+    }
+    programs = side_by_side.compile_all(builds)
     for work in works:
-        given = operands(work)
-        for impl in impls:
-            for which in PASSES:
-                row: dict[str, Any] = {"work": work.name, "impl": impl, "pass": which}
-                reason = lacking(impl, work, target)
-                if reason is None:
-                    try:
-                        row |= measure(impl, work, which, given, repeats)
-                    except (
-                        AttributeError,
-                        ImportError,
-                        NotImplementedError,
-                        RuntimeError,
-                        TypeError,
-                        ValueError,
-                    ) as error:
-                        # A rival may refuse a shape in its own way; a failure of ours is an error.
-                        if impl in ("dense", *OURS):
-                            raise
-                        reason = f"{type(error).__name__}: {error}"[:300]
-                row |= {"lacking": reason} if reason else {}
-                print(_line(row), flush=True)
-                yield row
+        given = jax.jit(functools.partial(operands, work))()
+        for impl, which in itertools.product(impls, PASSES):
+            row: dict[str, Any] = {"work": work.name, "impl": impl, "pass": which}
+            if (reason := reasons[work, impl]) is None:
+                try:
+                    row |= measure(impl, work, which, programs[work, impl, which].result(), given, repeats)
+                except _REFUSALS as error:
+                    # A rival may refuse a shape in its own way; a failure of ours is an error.
+                    if impl in ("dense", *OURS):
+                        raise
+                    reason = f"{type(error).__name__}: {error}"[:300]
+            row |= {"lacking": reason} if reason else {}
+            print(_line(row), flush=True)
+            yield row
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -13,10 +13,11 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks import side_by_side
 from benchmarks.ceilings import copy_bytes_per_second, median_seconds
@@ -148,16 +149,35 @@ def function(impl: str, work: Work) -> Callable[[Any, Any], Any]:
     return both
 
 
-def measure(impl: str, work: Work, repeats: int) -> dict[str, Any]:
+class Programs(NamedTuple):
+    """`operands`: (x, w) of a seed. `multiply`: results of a list of pairs. `relative_error`: of a pair; None where
+    nothing is rounded to few bits."""
+
+    operands: jax.stages.Compiled
+    multiply: jax.stages.Compiled
+    relative_error: jax.stages.Compiled | None
+
+
+def build(impl: str, work: Work) -> Programs:
+    """Compiles what `measure` runs."""
+    make, multiply = jax.jit(functools.partial(operands, work, impl)), function(impl, work)
+    seed = jax.ShapeDtypeStruct((), jnp.int32)
+    pair = jax.eval_shape(make, seed)
+    many = jax.jit(lambda pairs: [multiply(x, w) for x, w in pairs]).lower([pair] * work.num_copies)
+    error = jax.jit(functools.partial(_relative_error, multiply))
+    rounded = FORMATS[work.format].w is not None
+    return Programs(make.lower(seed).compile(), many.compile(), error.lower(*pair).compile() if rounded else None)
+
+
+def measure(work: Work, programs: Programs, repeats: int) -> dict[str, Any]:
     """A row of the table."""
-    if impl == "torch":
-        return _speeds(work, _torch_seconds(work, repeats))
-    multiply, make = function(impl, work), jax.jit(functools.partial(operands, work, impl))
-    pairs = [make(seed) for seed in range(work.num_copies)]
-    run = jax.jit(lambda pairs: [multiply(x, w) for x, w in pairs]).lower(pairs).compile()
+    pairs = [programs.operands(np.int32(seed)) for seed in range(work.num_copies)]
+    run = programs.multiply
     seconds = median_seconds(lambda: jax.tree.leaves(run(pairs))[-1], repeats=repeats, inner=10) / work.num_copies
     row = _speeds(work, seconds) | {"mib": run.memory_analysis().temp_size_in_bytes / 2**20}
-    return row if FORMATS[work.format].w is None else row | {"relative_error": _relative_error(impl, work, *pairs[0])}
+    if programs.relative_error is None:
+        return row
+    return row | {"relative_error": float(programs.relative_error(*pairs[0]))}
 
 
 def _speeds(work: Work, seconds: float) -> dict[str, Any]:
@@ -165,11 +185,11 @@ def _speeds(work: Work, seconds: float) -> dict[str, Any]:
     return {"microseconds": seconds * 1e6, "tflops": work.flops() / seconds / 1e12, "weight_tb_per_second": bandwidth}
 
 
-def _relative_error(impl: str, work: Work, x, w: QArray) -> float:
+def _relative_error(multiply: Callable[[Any, Any], Any], x, w: QArray) -> jax.Array:
     x = jax.tree.map(lambda leaf: leaf[: min(128, leaf.shape[0])], x)
-    true = jax.jit(functools.partial(reference.quantized_matmul, bias=None, out_dtype=jnp.float32))(x, w)
-    y = jax.jit(function(impl, work))(x, w).astype(jnp.float32)
-    return float(jnp.linalg.norm(y - true) / jnp.linalg.norm(true))
+    true = reference.quantized_matmul(x, w, bias=None, out_dtype=jnp.float32)
+    y = multiply(x, w).astype(jnp.float32)
+    return jnp.linalg.norm(y - true) / jnp.linalg.norm(true)
 
 
 def _torch_seconds(work: Work, repeats: int) -> float:
@@ -200,14 +220,24 @@ def _torch_seconds(work: Work, repeats: int) -> float:
 
 def measure_all(works: list[Work], impls: list[str], repeats: int) -> Iterator[dict[str, Any]]:
     target = default_target()
+    reasons = {(work, impl): lacking(impl, work, target) for work in works for impl in impls}
+    builds = {
+        (work, impl): functools.partial(build, impl, work)
+        for (work, impl), reason in reasons.items()
+        if reason is None and impl != "torch"
+    }
+    programs = side_by_side.compile_all(builds)
     print(f"{'work':<44}{'impl':<8}{'us':>9}{'TFLOP/s':>9}{'TB/s':>7}{'error':>10}", flush=True)
-    for work in works:
-        for impl in impls:
-            row: dict[str, Any] = {"work": work.name, "impl": impl}
-            reason = lacking(impl, work, target)
-            row |= {"lacking": reason} if reason else measure(impl, work, repeats)
-            print(_line(row), flush=True)
-            yield row
+    for (work, impl), reason in reasons.items():
+        row: dict[str, Any] = {"work": work.name, "impl": impl}
+        if reason is not None:
+            row["lacking"] = reason
+        elif impl == "torch":
+            row |= _speeds(work, _torch_seconds(work, repeats))
+        else:
+            row |= measure(work, programs[work, impl].result(), repeats)
+        print(_line(row), flush=True)
+        yield row
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import datetime
 import json
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 
@@ -23,6 +25,20 @@ class Work(Protocol):
 
 Measure = Callable[[list, list[str], int], Iterable[dict[str, Any]]]
 """(works, implementations, repeats) to a row of the record for each measurement, as they are made."""
+
+
+Program = TypeVar("Program")
+
+
+def compile_all(
+    builds: Mapping[Hashable, Callable[[], Program]],
+) -> dict[Hashable, concurrent.futures.Future[Program]]:
+    """Each of `builds` called, side by side (compilation leaves the interpreter lock); all are done, or have failed.
+
+    Nothing may be measured beside it: XLA tries its own products out on the chip as it compiles them.
+    """
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return {key: pool.submit(build) for key, build in builds.items()}
 
 
 def run(

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import matmul
-from benchmarks.matmul import FORMATS, IMPLS, WORKS, Work, lacking, measure
+from benchmarks.matmul import FORMATS, IMPLS, WORKS, Work, build, lacking, measure
 from kernels.target import Target
 
 H100 = Target("gpu", (9, 0))
@@ -21,7 +21,7 @@ def test_what_is_measured_on_an_h100(monkeypatch):
 def test_a_row_of_the_table(monkeypatch, name):
     monkeypatch.setattr(Work, "num_copies", 2)
     work = Work(name, 8, 128, 64)
-    row = measure("xla", work, repeats=1)
+    row = measure(work, build("xla", work), repeats=1)
     assert row["tflops"] == pytest.approx(work.flops() / row["microseconds"] / 1e6)
     assert row["weight_tb_per_second"] == pytest.approx(work.weight_bytes() / row["microseconds"] / 1e6)
     assert name == "training in fp8" or row["relative_error"] < 1e-2
