@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels import hopper_chip
+from kernels.adamw import AdamWCase
 from kernels.attention import AttentionCase
 from kernels.attention import tiles as attention_tiles
 from kernels.cross_entropy import CrossEntropyCase
@@ -177,6 +178,8 @@ CASES = {
     "grouped product, 256 groups": GroupedProductCase("product", GroupedCase("bfloat16", 4096, 256, 7168, 2048)),
     "cross-entropy": CrossEntropyCase("float32", 32_000),
     "cross-entropy, read twice": CrossEntropyCase("float32", 128_256),
+    "adamw": AdamWCase("bfloat16", "float32", 8 * 1024 * 3584),
+    "adamw, moments in bfloat16": AdamWCase("float32", "bfloat16", 1024),
     "residual norm": NormCase("bfloat16", 16384, 1024, True, uses=3),
     "residual norm, wide, ragged": NormCase("float16", 1001, norm_tiles.MAX_WIDTH, True, uses=2),
     "residual norm, 512s": NormCase("bfloat16", 8192, 2560, False),
@@ -239,8 +242,11 @@ def _shared_bytes(
     | ActivationCase
     | GroupedProductCase
     | CrossEntropyCase
-    | NormCase,
+    | NormCase
+    | AdamWCase,
 ) -> int:
+    if isinstance(case, AdamWCase):
+        return 0
     if isinstance(case, NormCase):
         # Back: it reads the most.
         chosen = norm_tiles.choose_tiles(case.num_rows, case.width, case.uses + 2, 2)
@@ -317,6 +323,8 @@ def _compile_all() -> None:
                 _compile_activation(case, mesh)
             case NormCase():
                 _compile_norm(case, mesh)
+            case AdamWCase():
+                _compile_adamw(case, mesh)
             case CrossEntropyCase():
                 _compile_cross_entropy(case, mesh)
             case GroupedProductCase():
@@ -499,6 +507,22 @@ def _compile_activation(case: ActivationCase, mesh: jax.sharding.Mesh) -> None:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = run.trace((x, x) if case.gated and not case.joined else (x,), gain, dtype=case.dtype, epsilon=1e-6)
         lowered = traced.lower(lowering_platforms=("cuda",))
+    lowered.compile()
+
+
+def _compile_adamw(case: AdamWCase, mesh: jax.sharding.Mesh) -> None:
+    from kernels.adamw import Hyperparameters, adamw
+
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    dtypes = (case.gradient, "bfloat16", "int16", case.mean, "float32")
+    arrays = [jax.ShapeDtypeStruct((case.num_elements,), jnp.dtype(dtype), sharding=whole) for dtype in dtypes]
+    factors = jax.ShapeDtypeStruct((5,), jnp.float32, sharding=whole)
+
+    def update(*arrays):
+        return adamw(*arrays, Hyperparameters(0.9, 0.95, 1e-8, 0.1), impl="pallas", target=Target("gpu", (9, 0)))
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(update).trace(*arrays, factors).lower(lowering_platforms=("cuda",))
     lowered.compile()
 
 

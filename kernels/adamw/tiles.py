@@ -1,0 +1,21 @@
+"""How a parameter is cut for the update's kernel for Hopper."""
+
+from __future__ import annotations
+
+import dataclasses
+
+LANES = 128
+"""Threads of a warpgroup, and numbers of a line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """A block of threads takes `lines` lines, and a thread `vector` numbers side by side at a time."""
+
+    lines: int
+    vector: int
+
+
+TILES = Tiles(lines=8, vector=4)
+NUMBERS = TILES.lines * LANES
+"""Of a block: parameters are multiples of it."""
