@@ -181,6 +181,7 @@ CASES = {
     "adamw": AdamWCase("bfloat16", "float32", 8 * 1024 * 3584),
     "adamw, moments in bfloat16": AdamWCase("float32", "bfloat16", 1024),
     "residual norm": NormCase("bfloat16", 16384, 1024, True, uses=3),
+    "residual norm, router": NormCase("bfloat16", 16384, 1024, True, num_columns=norm_tiles.MAX_NARROW),
     "residual norm, wide, ragged": NormCase("float16", 1001, norm_tiles.MAX_WIDTH, True, uses=2),
     "residual norm, 512s": NormCase("bfloat16", 8192, 2560, False),
     "norm, quantised": ActivationCase("bfloat16", "float8_e4m3fn", 8192, 4096, gated=False),
@@ -249,8 +250,8 @@ def _shared_bytes(
         return 0
     if isinstance(case, NormCase):
         # Back: it reads the most.
-        chosen = norm_tiles.choose_tiles(case.num_rows, case.width, case.uses + 2, 2)
-        return norm_tiles.shared_bytes(chosen, case.width, case.uses + 2, 2)
+        shape = case.width, case.uses + 2, 2, case.num_columns
+        return norm_tiles.shared_bytes(norm_tiles.choose_tiles(case.num_rows, *shape), *shape)
     if isinstance(case, CrossEntropyCase):
         from kernels.cross_entropy import gpu
 
@@ -550,12 +551,14 @@ def _compile_norm(case: NormCase, mesh: jax.sharding.Mesh) -> None:
     scale = jax.ShapeDtypeStruct((case.width,), jnp.float32, sharding=whole)
     how = {"epsilon": 1e-6, "offset": 1.0, "uses": case.uses, "impl": "pallas", "target": Target("gpu", (9, 0))}
 
-    def both(x, scale, residual):
-        results, pull = jax.vjp(lambda x, scale: add_rms_norm(x, residual, scale, **how), x, scale)
+    narrow = jax.ShapeDtypeStruct((case.width, case.num_columns), jnp.float32, sharding=whole)
+
+    def both(x, scale, residual, narrow):
+        results, pull = jax.vjp(lambda x, scale: add_rms_norm(x, residual, scale, narrow, **how), x, scale)
         return pull(results)
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        traced = jax.jit(both).trace(x, scale, x if case.added else None)
+        traced = jax.jit(both).trace(x, scale, x if case.added else None, narrow if case.num_columns else None)
         lowered = traced.lower(lowering_platforms=("cuda",))
     lowered.compile()
 

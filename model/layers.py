@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels.norm import NormCase, add_rms_norm, choose
+from kernels.norm import NormCase, add_rms_norm, choose, supports
 from kernels.target import default_target
 from model.config import Activation, ModelConfig
 from model.execution import Execution
@@ -33,20 +34,35 @@ class RMSNorm(nnx.Module):
         return add_rms_norm(x, None, self.scale[...], **self._how, impl="xla")[1]
 
     def add(
-        self, x_BTD: jax.Array, residual_BTD: jax.Array | None, uses: int, execution: Execution
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        self,
+        x_BTD: jax.Array,
+        residual_BTD: jax.Array | None,
+        uses: int,
+        execution: Execution,
+        narrow_DE: jax.Array | None = None,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array | None]:
         """x + residual, or x without one, and its norm once for each of its readers, as `add_rms_norm` has them. What
-        reads x later should read this sum."""
-        impl = self._choose(x_BTD, residual_BTD, uses, execution)
+        reads x later should read this sum. The norm's product with a narrow matrix besides, where a kernel makes it on
+        the way; None where who needs it multiplies."""
+        impl, fused = self._choose(x_BTD, residual_BTD, uses, execution, narrow_DE)
         op = functools.partial(add_rms_norm, **self._how, uses=uses, impl=impl, target=execution.target)
         # XLA spreads its own steps over the mesh.
         placement = execution.placement if impl == "pallas" else None
-        run = map_shards(op, placement, (_ROWS, _ROWS, ("norm",)), (_ROWS,) * (1 + uses))
-        total_BTD, *normed = run(x_BTD, residual_BTD, self.scale[...])
-        return total_BTD, tuple(normed)
+        narrow = narrow_DE if fused else None
+        products = ((*_ROWS[:2], None),) if fused else ()
+        run = map_shards(op, placement, (_ROWS, _ROWS, ("norm",), (None, None)), (*(_ROWS,) * (1 + uses), *products))
+        total_BTD, *results = run(x_BTD, residual_BTD, self.scale[...], narrow)
+        return total_BTD, tuple(results[:uses]), results[-1] if fused else None
 
-    def _choose(self, x_BTD: jax.Array, residual_BTD: jax.Array | None, uses: int, execution: Execution) -> str:
-        """Concrete implementation for what a device has of the rows."""
+    def _choose(
+        self,
+        x_BTD: jax.Array,
+        residual_BTD: jax.Array | None,
+        uses: int,
+        execution: Execution,
+        narrow_DE: jax.Array | None,
+    ) -> tuple[str, bool]:
+        """Concrete implementation for what a device has of the rows, and whether it takes the narrow matrix."""
         placement, num_rows = execution.placement, x_BTD.shape[0] * x_BTD.shape[1]
         if placement is not None:
             if placement.axes("act_embed"):
@@ -56,10 +72,17 @@ class RMSNorm(nnx.Module):
                         f"kernels.norm='pallas' needs whole rows, and rules.act_embed={axes} splits them; set it to "
                         "None, or kernels.norm to 'auto'"
                     )
-                return "xla"
+                return "xla", False
             num_rows //= placement.size("batch") * placement.size("sequence")
         case = NormCase(x_BTD.dtype.name, num_rows, x_BTD.shape[-1], residual_BTD is not None, uses)
-        return choose(execution.norm, case, default_target() if execution.target is None else execution.target)[0]
+        target = default_target() if execution.target is None else execution.target
+        impl, _ = choose(execution.norm, case, target)
+        if impl != "pallas" or narrow_DE is None:
+            return impl, False
+        case = dataclasses.replace(case, num_columns=narrow_DE.shape[1])
+        if execution.norm == "pallas":
+            return impl, supports(impl, case, target) is None
+        return impl, choose(execution.norm, case, target)[0] == impl
 
     @property
     def _how(self) -> dict[str, float]:

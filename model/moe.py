@@ -60,11 +60,15 @@ class Router(nnx.Module):
         self.bias = create(*bias, dtype="float32", kind=RouterBias) if moe.router_bias else None
 
     @jax.named_scope("router")
-    def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> tuple[Routing, MoEMetrics]:
+    def __call__(
+        self, x_BTD: jax.Array, valid_BT: jax.Array, logits_BTE: jax.Array | None = None
+    ) -> tuple[Routing, MoEMetrics]:
+        """`logits_BTE`: x · kernel in float32, where what made x has them already."""
         moe = self.moe
-        logits_BTE = jnp.einsum(
-            "btd,de->bte", x_BTD.astype(jnp.float32), self.kernel[...], precision=jax.lax.Precision.HIGHEST
-        )
+        if logits_BTE is None:
+            logits_BTE = jnp.einsum(
+                "btd,de->bte", x_BTD.astype(jnp.float32), self.kernel[...], precision=jax.lax.Precision.HIGHEST
+            )
         if moe.scoring == "softmax":
             scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)
         else:
@@ -268,8 +272,11 @@ class MoE(nnx.Module):
         return 1
 
     @jax.named_scope("moe")
-    def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array, execution: Execution) -> tuple[jax.Array, MoEMetrics]:
-        routing, metrics = self.router(x_BTD, valid_BT)
+    def __call__(
+        self, x_BTD: jax.Array, valid_BT: jax.Array, execution: Execution, logits_BTE: jax.Array | None = None
+    ) -> tuple[jax.Array, MoEMetrics]:
+        """`logits_BTE`: of the router, where the norm has made them."""
+        routing, metrics = self.router(x_BTD, valid_BT, logits_BTE)
         if self.moe.dispatch == "dropless":
             y_BTD = self.experts.dropless(x_BTD, routing, execution)
         else:

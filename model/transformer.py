@@ -83,7 +83,7 @@ class Layer(nnx.Module):
         segments_BT: jax.Array | None,
         execution: Execution,
     ) -> tuple[jax.Array, MoEMetrics | None]:
-        x_BTD, h_BTD = self._read("attention_norm", x_BTD, None, self.attention, execution)
+        x_BTD, h_BTD, _ = self._read("attention_norm", x_BTD, None, self.attention, execution)
         y_BTD = self._norm(
             "attention_post_norm", self.attention(h_BTD, rotation[self.is_local], segments_BT, execution)
         )
@@ -94,7 +94,7 @@ class Layer(nnx.Module):
         self, x_BTD: jax.Array, rotation: dict[bool, Rotation], pages: LayerPages, rows: PagedRows, execution: Execution
     ) -> tuple[jax.Array, MoEMetrics | None, LayerPages]:
         """As a call, for tokens that follow those in `pages`; and the pages with their keys and values."""
-        x_BTD, h_BTD = self._read("attention_norm", x_BTD, None, self.attention, execution)
+        x_BTD, h_BTD, _ = self._read("attention_norm", x_BTD, None, self.attention, execution)
         y_BTD, pages = self.attention.extend(h_BTD, rotation[self.is_local], pages, rows, execution)
         y_BTD = self._norm("attention_post_norm", y_BTD)
         return *self._feed_forward(x_BTD, y_BTD, rows.valid(x_BTD.shape[1]), execution), pages
@@ -103,10 +103,11 @@ class Layer(nnx.Module):
         self, x_BTD: jax.Array, residual_BTD: jax.Array, valid_BT: jax.Array, execution: Execution
     ) -> tuple[jax.Array, MoEMetrics | None]:
         """Of x + residual."""
-        x_BTD, h_BTD = self._read("mlp_norm", x_BTD, residual_BTD, self.mlp, execution)
+        router_DE = self.mlp.router.kernel[...] if self.is_moe else None
+        x_BTD, h_BTD, logits_BTE = self._read("mlp_norm", x_BTD, residual_BTD, self.mlp, execution, router_DE)
         metrics = None
         if self.is_moe:
-            y_BTD, metrics = self.mlp(h_BTD, valid_BT.astype(jnp.float32), execution)
+            y_BTD, metrics = self.mlp(h_BTD, valid_BT.astype(jnp.float32), execution, logits_BTE)
         else:
             y_BTD = self.mlp(h_BTD, execution)
         return x_BTD + self._norm("mlp_post_norm", y_BTD), metrics
@@ -118,16 +119,17 @@ class Layer(nnx.Module):
         residual_BTD: jax.Array | None,
         block: Attention | MLP | MoE,
         execution: Execution,
-    ) -> tuple[jax.Array, Activations | tuple[jax.Array, ...]]:
+        narrow_DE: jax.Array | None = None,
+    ) -> tuple[jax.Array, Activations | tuple[jax.Array, ...], jax.Array | None]:
         """x + residual, or x without one, and what a block reads of it: normed, for each product that reads it or
-        quantised where the block takes it so."""
+        quantised where the block takes it so. Its product with a narrow matrix besides, where the norm makes it."""
         if name in self.norms and block.rows_format is None:
-            x_BTD, normed = self.norms[name].add(x_BTD, residual_BTD, block.num_reads, execution)
-            return x_BTD, normed if len(normed) > 1 else normed[0]
+            x_BTD, normed, products = self.norms[name].add(x_BTD, residual_BTD, block.num_reads, execution, narrow_DE)
+            return x_BTD, normed if len(normed) > 1 else normed[0], products
         x_BTD = x_BTD if residual_BTD is None else x_BTD + residual_BTD
         if name not in self.norms:
-            return x_BTD, x_BTD
-        return x_BTD, self.norms[name].into(x_BTD, block.rows_format, execution)
+            return x_BTD, x_BTD, None
+        return x_BTD, self.norms[name].into(x_BTD, block.rows_format, execution), None
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
         return self.norms[name](x) if name in self.norms else x

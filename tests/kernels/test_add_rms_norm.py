@@ -41,7 +41,20 @@ def assert_rounded_once(y, true, spread=0.0):
 
 
 @pytest.fixture
-def pallas(monkeypatch, execution):
+def sums(monkeypatch, execution):
+    """Plain sums where the interpreter has none: of what a thread has."""
+    from kernels.norm import gpu
+
+    def column_sums(row, columns, layout):
+        # A warp has a quarter of a row, one part after another, and gives the sums of all columns four times over.
+        parts = jnp.stack([(row * column).reshape(4, -1).sum(axis=1) for column in columns], axis=1)
+        return jnp.tile(jnp.pad(parts, ((0, 0), (0, 8 - len(columns)))), (1, 4)).reshape(128)
+
+    execution.put_plainly(monkeypatch, gpu, column_sums=column_sums)
+
+
+@pytest.fixture
+def pallas(monkeypatch, execution, sums):
     """`run` of the op with kernels that are interpreted, with races looked for, or compiled."""
     from kernels.norm import gpu
 
@@ -110,6 +123,78 @@ def test_kernel(pallas, rows, width, added, uses, dtype, scale_dtype, offset):
     np.testing.assert_allclose(wide(d_scale), true_d_scale, rtol=bound, atol=1e-5 * np.abs(true_d_scale).max())
 
 
+def multiplied(x, residual, scale, narrow, given, **named):
+    """Results and their gradients by (x, residual, scale, narrow) with a narrow matrix; `given`: of the results."""
+    op = functools.partial(add_rms_norm, epsilon=EPSILON, uses=len(given) - 2, **named)
+    results, pull = jax.vjp(op, x, residual, scale, narrow)
+    return results, pull(tuple(given))
+
+
+def exact_product(total, scale, offset, narrow, given):
+    """(normed, dx, dscale, products, dnarrow), float64; the products of normed rows that are rounded once."""
+    d_total, *d_normed, d_products = map(wide, given)
+    of_products = d_products @ wide(narrow).T
+    normed, dx, d_scale = exact(total, scale, offset, d_total, [*d_normed, of_products])
+    columns = normed.reshape(-1, normed.shape[-1]).T @ d_products.reshape(-1, d_products.shape[-1])
+    return normed, dx, d_scale, wide(jnp.asarray(normed, total.dtype)) @ wide(narrow), columns
+
+
+def assert_products(results, gradients, scale, offset, narrow, given):
+    (total, *normed, products), (dx, _, d_scale, d_narrow) = results, gradients
+    true, true_dx, true_d_scale, true_products, true_d_narrow = exact_product(total, scale, offset, narrow, given)
+    assert products.dtype == d_narrow.dtype == jnp.float32
+    for one in normed:
+        assert_rounded_once(one, true)
+    # A normed value may be rounded to the other side: one term of a sum is off by a unit in its last place then.
+    of_terms = np.abs(true).max() * np.abs(wide(narrow)).max()
+    np.testing.assert_allclose(products, true_products, atol=1e-5 * of_terms + 0.004 * of_terms * (len(true) > 500))
+    assert_rounded_once(dx, true_dx, spread=np.abs(true_dx).max())
+    np.testing.assert_allclose(d_scale, true_d_scale, rtol=1e-4, atol=1e-5 * np.abs(true_d_scale).max())
+    assert d_narrow.shape == narrow.shape
+    np.testing.assert_allclose(d_narrow, true_d_narrow, rtol=1e-4, atol=1e-5 * np.abs(true_d_narrow).max())
+
+
+def draw_products(rows, width, num_columns, uses, dtype="bfloat16"):
+    """x, residual, scale, narrow and the gradients of the results."""
+    x, residual = draw((*rows, width), 0, dtype), draw((*rows, width), 1, dtype)
+    scale, narrow = draw((width,), 2, "float32"), draw((width, num_columns), 7, "float32")
+    given = [draw(x.shape, 3 + i, dtype) for i in range(1 + uses)] + [draw((*rows, num_columns), 8, "float32")]
+    return x, residual, scale, narrow, given
+
+
+@pytest.mark.parametrize(("num_columns", "added", "dtype"), [(16, True, "bfloat16"), (3, False, "float32")])
+def test_product_of_xla(num_columns, added, dtype):
+    x, residual, scale, narrow, given = draw_products((2, 5), 96, num_columns, 2, dtype)
+    results, _ = multiplied(x, residual if added else None, scale, narrow, given, offset=1.0)
+    np.testing.assert_allclose(results[-1], wide(results[1]) @ wide(narrow), rtol=1e-5, atol=1e-4)
+    assert len(results) == 4 and (results[1] == results[2]).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "num_columns", "uses", "dtype", "offset"),
+    [((7,), 1024, 8, 1, "bfloat16", 0.0), ((2, 2), 512, 3, 2, "float16", 1.0), ((3,), 1024, 1, 1, "bfloat16", 1.0)],
+)
+def test_product(pallas, rows, width, num_columns, uses, dtype, offset):
+    x, residual, scale, narrow, given = draw_products(rows, width, num_columns, uses, dtype)
+    results, gradients = pallas(multiplied, x, residual, scale, narrow, given, offset=offset)
+    np.testing.assert_array_equal(results[0], x + residual)
+    assert len(results) == 2 + uses and (gradients[0] == gradients[1]).all()
+    assert_products(results, gradients, scale, offset, narrow, given)
+
+
+def test_products_of_rows_that_are_shared_out(execution, sums):
+    """More rows than buffers, and than places for sums; a GPU gives equal bits twice."""
+    from kernels.norm import gpu
+
+    x, residual, scale, narrow, given = draw_products((11,), 512, 8, 1)
+    chosen = Tiles(num_programs=2, num_buffers=2, piece=512, in_registers=True)
+    forward = functools.partial(gpu.forward, epsilon=EPSILON, offset=0.0, tiles=chosen)
+    total, normed, rstd, products = execution.kernel(forward, x, residual, scale, narrow)
+    backward = functools.partial(gpu.backward, offset=0.0, tiles=chosen)
+    dx, *gradients = execution.kernel(backward, total, rstd, scale, (given[1],), given[0], narrow, given[2])
+    assert_products((total, normed, products), (dx, dx, *gradients), scale, 0.0, narrow, given)
+
+
 @pytest.mark.parametrize(
     ("num_rows", "chosen"),
     [
@@ -124,10 +209,11 @@ def test_rows_are_shared_out(execution, num_rows, chosen):
 
     x, residual, scale = draw((num_rows, 1024), 0), draw((num_rows, 1024), 1), draw((1024,), 2, "float32")
     forward = functools.partial(gpu.forward, epsilon=EPSILON, offset=0.0, tiles=chosen)
-    total, normed, rstd = execution.kernel(forward, x, residual, scale)
+    total, normed, rstd, products = execution.kernel(forward, x, residual, scale)
+    assert products is None
     d_total, d_normed = draw(x.shape, 3), (draw(x.shape, 4),)
     backward = functools.partial(gpu.backward, offset=0.0, tiles=chosen)
-    dx, d_scale = execution.kernel(backward, total, rstd, scale, d_normed, d_total)
+    dx, d_scale, _ = execution.kernel(backward, total, rstd, scale, d_normed, d_total)
     true, true_dx, true_d_scale = exact(total, scale, 0.0, d_total, d_normed)
     np.testing.assert_array_equal(total, x + residual)
     assert_rounded_once(normed, true)
@@ -150,14 +236,16 @@ def test_no_rows():
     assert total.shape == normed.shape == (0, 8)
 
 
-@pytest.mark.parametrize("num_inputs", [1, 2, 3, 5, 6])
-def test_tiles_fit_a_processor(num_inputs):
-    for width in range(512, tiles.MAX_WIDTH + 1, 512):
-        chosen = choose_tiles(10**6, width, num_inputs, 2)
+@pytest.mark.parametrize(
+    ("num_inputs", "num_columns"), [(1, 0), (2, 0), (3, 0), (5, 0), (6, 0), (2, 8), (3, 8), (6, 1)]
+)
+def test_tiles_fit_a_processor(num_inputs, num_columns):
+    for width in range(512, (tiles.MAX_WIDTH_NARROW if num_columns else tiles.MAX_WIDTH) + 1, 512):
+        chosen = choose_tiles(10**6, width, num_inputs, 2, num_columns)
         blocks, rest = divmod(chosen.num_programs, NUM_PROCESSORS)
         assert rest == 0 and blocks and chosen.num_buffers >= 2 and width % chosen.piece == 0
         # What the system keeps of each block's.
-        used = tiles.shared_bytes(chosen, width, num_inputs, 2) + 1024
+        used = tiles.shared_bytes(chosen, width, num_inputs, 2, num_columns) + 1024
         assert blocks * used <= SHARED_BYTES + 1024, (width, chosen)
     assert choose_tiles(3, 1024, num_inputs, 2).num_programs == 3
 
@@ -184,6 +272,9 @@ def test_what_is_chosen(monkeypatch):
         ({"width": 8704}, "up to 8192"),
         ({"dtype": "float32"}, "not float32"),
         ({"width": 8192, "uses": 6}, "uses=6 readers"),
+        ({"num_columns": 9}, r"not [1024, 9]"),
+        ({"num_columns": 8, "width": 2048}, r"rows up to 1024, not [2048, 8]"),
+        ({"num_columns": 8, "added": False}, "where it adds a residual"),
     ):
         case = dataclasses.replace(CASE, **changes)
         assert words in supports("pallas", case, H100) and choose("auto", case, H100)[0] == "xla"
@@ -198,6 +289,10 @@ def test_what_is_chosen(monkeypatch):
         (lambda: add_rms_norm(jnp.ones((2, 8)), None, jnp.ones(7), epsilon=1.0), r"\[\.\.\., D\] and scale \[D\]"),
         (lambda: add_rms_norm(jnp.ones((2, 8)), jnp.ones((1, 8)), jnp.ones(8), epsilon=1.0), "one shape and one"),
         (lambda: add_rms_norm(jnp.ones((2, 8)), None, jnp.ones(8), epsilon=1.0, uses=0), "uses=0"),
+        (
+            lambda: add_rms_norm(jnp.ones((2, 8)), None, jnp.ones(8), jnp.ones((7, 2)), epsilon=1.0),
+            r"narrow float32\[7, 2\] needs to be float32 \[D, C\]",
+        ),
         (lambda: add_rms_norm(jnp.ones((2, 8)), None, jnp.ones(8), epsilon=1.0, impl="cuda"), "impl='cuda' is unk"),
         (
             lambda: add_rms_norm(jnp.ones((2, 8)), None, jnp.ones(8), epsilon=1.0, impl="pallas", target=Target("cpu")),

@@ -29,22 +29,29 @@ MODELS = {
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The kernels' calls: rows of x and of the residual forward, gradients of readers back."""
+    """The kernels' calls: rows of x and of the residual forward, gradients of readers back; and of either direction the
+    columns of a narrow matrix."""
     monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", (0, 11, 2))
     monkeypatch.setattr("kernels.norm.tiles.unsupported", lambda case, target: None)
     made = []
 
-    def forward(x, residual, scale, *, epsilon, offset):
+    def forward(x, residual, scale, narrow, *, epsilon, offset):
         made.append((len(x), len(residual)))
         total, normed, rstd = reference.add_rms_norm(x, residual, scale, epsilon=epsilon, offset=offset)
-        return total, normed, rstd[:, 0]
+        if narrow is not None:
+            made.append(f"{narrow.shape[1]} columns")
+        return total, normed, rstd[:, 0], None if narrow is None else reference.multiply(normed, narrow)
 
-    def backward(x, rstd, scale, d_normed, d_sum, *, offset):
+    def backward(x, rstd, scale, d_normed, d_sum, narrow, d_products, *, offset):
         made.append(len(d_normed))
-        hat, dy = x * rstd[:, None], sum(d_normed)
+        hat, dy, d_narrow = x * rstd[:, None], sum(d_normed), None
+        if narrow is not None:
+            made.append(f"{narrow.shape[1]} columns back")
+            d_narrow = (hat * (scale + offset)).T @ d_products
+            dy = dy + d_products @ narrow.T
         g = dy * (scale + offset)
         dx = rstd[:, None] * (g - hat * jnp.mean(g * hat, axis=-1, keepdims=True)) + d_sum
-        return dx, jnp.sum(dy * hat, axis=0)
+        return dx, jnp.sum(dy * hat, axis=0), d_narrow
 
     from kernels.norm import gpu
 
@@ -85,6 +92,7 @@ def test_gradients_are_those_of_xla(calls, monkeypatch, model, remat, scan):
     if model == "dense":
         # A layer reads its input three times and the sum with attention's output twice.
         assert calls == [(32, 32)] * 2 + [2, 3] * 2 and all(apart)
+    assert ("8 columns" in calls and "8 columns back" in calls) == (model == "moe")
     assert bool(calls) == (model != "post")
 
 
@@ -95,9 +103,26 @@ def test_on_a_mesh_each_device_has_its_rows(calls, monkeypatch):
     run = execution(config, norm="pallas", target=H100)
     want = gradients(config, dataclasses.replace(run, norm="xla"))
     got = gradients(config, run, placement)
-    assert (16, 16) in calls and 3 in calls
+    assert (16, 16) in calls and 3 in calls and "8 columns back" in calls
     assert NormCase("float32", 16, config.embed_dim, True, 1) in chosen
     assert_close(got, want, 1e-4)
+
+
+def test_the_router_multiplies_where_the_norm_does_not(calls, monkeypatch):
+    """A matrix that the kernel lacks, by name; and "auto", which takes it where it was measured."""
+    config = MODELS["moe"]
+    want = gradients(config, execution(config, norm="xla"))
+    monkeypatch.setattr("kernels.norm.tiles.unsupported", lambda case, target: "wide" if case.num_columns else None)
+    assert_close(gradients(config, execution(config, norm="pallas", target=H100)), want, 1e-5)
+    assert (32, 32) in calls and "8 columns" not in calls
+    monkeypatch.setattr("kernels.norm.tiles.unsupported", lambda case, target: None)
+    for measured in (False, True):
+        calls.clear()
+        monkeypatch.setattr(
+            "kernels.norm.tiles.beats_xla", lambda case, measured=measured: measured or not case.num_columns
+        )
+        assert_close(gradients(config, execution(config, target=H100)), want, 1e-5)
+        assert (32, 32) in calls and ("8 columns" in calls) == measured
 
 
 def test_rows_in_parts_are_no_kernels(calls):
