@@ -237,24 +237,17 @@ def relative_errors(results: Sequence[jax.Array], true: Sequence[jax.Array]) -> 
 
 def measure_all(works: list[Work], impls: list[str], repeats: int) -> Iterator[dict[str, Any]]:
     target = default_target()
-    reasons = {(work, impl): lacking(impl, work, target) for work in works for impl in impls}
-    programs = side_by_side.compile_all(
-        {
-            **{(work, impl): functools.partial(build, impl, work) for (work, impl), why in reasons.items() if not why},
-            **{work: functools.partial(_build_operands, work) for work in works},
-        }
-    )
     print(f"{'work':<48}{'impl':<9}{'fwd':>7}{'bwd':>7}{'both':>7} TFLOP/s{'err out':>10}{'MiB':>9}", flush=True)
     for work in works:
-        make, true = programs[work].result()
+        reasons = {impl: lacking(impl, work, target) for impl in impls}
+        builds = {impl: functools.partial(build, impl, work) for impl, reason in reasons.items() if reason is None}
+        programs = side_by_side.compile_all(builds)
+        make, true = _build_operands(work)
         given = make()
         true = true(given)
-        for impl in impls:
+        for impl, reason in reasons.items():
             row: dict[str, Any] = {"work": work.name, "impl": impl}
-            if (reason := reasons[work, impl]) is not None:
-                row["lacking"] = reason
-            else:
-                row |= measure(work, programs[work, impl].result(), given, true, repeats)
+            row |= {"lacking": reason} if reason else measure(work, programs[impl].result(), given, true, repeats)
             print(_line(row), flush=True)
             yield row
 

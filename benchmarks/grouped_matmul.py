@@ -255,45 +255,43 @@ def measure_feed_forward(
 
 def measure_feed_forwards(works: list[Work], impls: list[str], repeats: int) -> Iterator[dict[str, Any]]:
     target = default_target()
-    cases = list(itertools.product(works, impls, (False, True)))
-    reasons = {case: supports("pallas" if case[1] == "apart" else case[1], case[0].case(), target) for case in cases}
-    builds = {
-        (work, impl, backward): functools.partial(build_feed_forward, impl, work, backward)
-        for (work, impl, backward), reason in reasons.items()
-        if reason is None
-    }
-    programs = side_by_side.compile_all(builds)
-    for work, of_work in itertools.groupby(cases, key=lambda case: case[0]):
+    for work in works:
+        reasons = {impl: supports("pallas" if impl == "apart" else impl, work.case(), target) for impl in impls}
+        cases = [(impl, backward) for impl in impls for backward in (False, True)]
+        builds = {
+            (impl, backward): functools.partial(build_feed_forward, impl, work, backward)
+            for impl, backward in cases
+            if reasons[impl] is None
+        }
+        programs = side_by_side.compile_all(builds)
         given = jax.jit(functools.partial(feed_forward_operands, work))()
-        for _, impl, backward in of_work:
+        for impl, backward in cases:
             name = "feed-forward and gradients" if backward else "feed-forward"
             row: dict[str, Any] = {"work": work.name, "impl": impl, "pass": name}
-            case = (work, impl, backward)
-            if reasons[case] is not None:
-                row["lacking"] = reasons[case]
+            if reasons[impl] is not None:
+                row["lacking"] = reasons[impl]
             else:
-                row |= measure_feed_forward(work, backward, programs[case].result(), given, repeats)
+                row |= measure_feed_forward(work, backward, programs[impl, backward].result(), given, repeats)
             print(_line(row), flush=True)
             yield row
 
 
 def measure_all(works: list[Work], impls: list[str], repeats: int) -> Iterator[dict[str, Any]]:
     target = default_target()
-    reasons = {(work, impl): lacking(impl, work, target) for work in works for impl in impls}
-    builds = {
-        (work, impl, which): functools.partial(build, impl, work, which)
-        for (work, impl), reason in reasons.items()
-        for which in PASSES
-        if reason is None
-    }
-    programs = side_by_side.compile_all(builds)
     for work in works:
+        reasons = {impl: lacking(impl, work, target) for impl in impls}
+        builds = {
+            (impl, which): functools.partial(build, impl, work, which)
+            for impl, which in itertools.product(impls, PASSES)
+            if reasons[impl] is None
+        }
+        programs = side_by_side.compile_all(builds)
         given = jax.jit(functools.partial(operands, work))()
         for impl, which in itertools.product(impls, PASSES):
             row: dict[str, Any] = {"work": work.name, "impl": impl, "pass": which}
-            if (reason := reasons[work, impl]) is None:
+            if (reason := reasons[impl]) is None:
                 try:
-                    row |= measure(impl, work, which, programs[work, impl, which].result(), given, repeats)
+                    row |= measure(impl, work, which, programs[impl, which].result(), given, repeats)
                 except _REFUSALS as error:
                     # A rival may refuse a shape in its own way; a failure of ours is an error.
                     if impl in ("dense", *OURS):

@@ -220,24 +220,21 @@ def _torch_seconds(work: Work, repeats: int) -> float:
 
 def measure_all(works: list[Work], impls: list[str], repeats: int) -> Iterator[dict[str, Any]]:
     target = default_target()
-    reasons = {(work, impl): lacking(impl, work, target) for work in works for impl in impls}
-    builds = {
-        (work, impl): functools.partial(build, impl, work)
-        for (work, impl), reason in reasons.items()
-        if reason is None and impl != "torch"
-    }
-    programs = side_by_side.compile_all(builds)
     print(f"{'work':<44}{'impl':<8}{'us':>9}{'TFLOP/s':>9}{'TB/s':>7}{'error':>10}", flush=True)
-    for (work, impl), reason in reasons.items():
-        row: dict[str, Any] = {"work": work.name, "impl": impl}
-        if reason is not None:
-            row["lacking"] = reason
-        elif impl == "torch":
-            row |= _speeds(work, _torch_seconds(work, repeats))
-        else:
-            row |= measure(work, programs[work, impl].result(), repeats)
-        print(_line(row), flush=True)
-        yield row
+    for work in works:
+        reasons = {impl: lacking(impl, work, target) for impl in impls}
+        compiled = [impl for impl, reason in reasons.items() if reason is None and impl != "torch"]
+        programs = side_by_side.compile_all({impl: functools.partial(build, impl, work) for impl in compiled})
+        for impl, reason in reasons.items():
+            row: dict[str, Any] = {"work": work.name, "impl": impl}
+            if reason is not None:
+                row["lacking"] = reason
+            elif impl == "torch":
+                row |= _speeds(work, _torch_seconds(work, repeats))
+            else:
+                row |= measure(work, programs[impl].result(), repeats)
+            print(_line(row), flush=True)
+            yield row
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -35,7 +35,8 @@ def compile_all(
 ) -> dict[Hashable, concurrent.futures.Future[Program]]:
     """Each of `builds` called, side by side (compilation leaves the interpreter lock); all are done, or have failed.
 
-    Nothing may be measured beside it: XLA tries its own products out on the chip as it compiles them.
+    Nothing may be measured beside it: XLA tries its own products out on the chip as it compiles them, on operands that
+    it makes. So a call is for the programs of one work: with all works' the memory of an H100 did not suffice.
     """
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         return {key: pool.submit(build) for key, build in builds.items()}
