@@ -91,7 +91,7 @@ def measure(program: Program, steps: int) -> dict[str, Any]:
     """
     resolved, config = program.resolved, program.resolved.run
     definition, optimizer = resolved.spec.definition, resolved.optimizer
-    state = init_state(definition, optimizer, 0, resolved.placement)
+    state = init_state(definition, optimizer, 0, resolved.placement, resolved.spec.halves.paths)
     rows = RandomRows(config.data.sequence_length, config.model.vocab_size, 0)
     batches = []
     for number in range(4):

@@ -44,7 +44,8 @@ class TrainState:
     `first_moment` and `second_moment`: of AdamW. `clip`: gradients are read once more for their global norm. `muon`:
     hidden matrices keep no second moment (the traffic of its Newton-Schulz products is not counted). `copies`: the
     optimizer writes matrices in compute precision too, where that is narrower; without, each step casts them all, as
-    our steps did when perf/step_rates.py was fitted to them.
+    our steps did when perf/step_rates.py was fitted to them. `halves`: those are the upper halves of the float32
+    matrices (training/halves.py), which costs no bytes.
     """
 
     parameter: int = 4
@@ -54,6 +55,7 @@ class TrainState:
     clip: bool = True
     muon: bool = False
     copies: bool = True
+    halves: bool = False
 
     def kept(self, config: ModelConfig) -> int:
         """Bytes of parameters, gradients and moments."""
@@ -260,7 +262,7 @@ class _Step:
         kernels = sum(len(layer_linears(self.config, layer)) for layer in range(self.config.num_layers)) + 2
         compute_bytes, state = work.weights.bits // 8, work.state.update(self.config)
         if work.state.copies and compute_bytes < work.state.parameter:
-            state += compute_bytes * product_parameters(self.config)
+            state += 0 if work.state.halves else compute_bytes * product_parameters(self.config)
         elif compute_bytes != work.state.parameter:
             moved = Bytes(state=parameters * (work.state.parameter + compute_bytes))
             yield Op("cast_weights", "-", 1, "compute", 0, 0, moved, kernels)

@@ -16,7 +16,7 @@ from typing import Literal
 from model.config import ModelConfig
 from perf.capacity import kept_activations
 from perf.flops import count_params, layer_linears
-from perf.operations import FLOAT32_BYTES, Op, Work, operations
+from perf.operations import FLOAT32_BYTES, Op, Work, operations, product_parameters
 
 Grouped = Literal["pallas", "batched", "ragged_dot", "loop"]
 # Rows of a block of the batched grouped product (kernels/grouped_matmul/batched.py): it copies a matrix for each.
@@ -279,7 +279,8 @@ class _Model:
         tokens = self.device_tokens / self.program.accumulation
         # Moments and parameters, and the sum of gradients; the weights in the products' precision beside them.
         kept = {"state": state.kept(config) / layout.state_shards}
-        kept["weights"] = self.parameters * self.weight_bytes / layout.state_shards
+        beside = self.parameters - (product_parameters(config) if state.halves else 0)
+        kept["weights"] = beside * self.weight_bytes / layout.state_shards
         one_layer = self.layer_elements / config.num_layers / layout.tensor * self.weight_bytes
         if layout.fsdp * layout.expert > 1:
             # This layer's gathered weights and the next one's, and a layer's gradients before they are scattered.

@@ -65,6 +65,8 @@ class KernelConfig:
     """Sums with the residual stream and their norms."""
     cross_entropy: Literal["auto", "xla", "pallas"] = "auto"
     """Softmax of the logits and its gradient, in the loss."""
+    adamw: Literal["auto", "xla", "pallas"] = "auto"
+    """AdamW's update of matrices that products read in bfloat16; pallas holds them in halves (training/halves.py)."""
 
 
 @dataclasses.dataclass(frozen=True)

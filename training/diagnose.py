@@ -18,7 +18,7 @@ class NonFiniteError(RuntimeError):
 def find_non_finite(spec: StepSpec, state: TrainState, batch: Batch) -> str:
     """Repeats the step that failed, from the state before it, and names the first place that is not finite:
     a parameter, a layer's output, the loss, or the gradient of the layer nearest to the loss."""
-    bad = _first_bad_leaf(jax.jit(_finite_leaves)(state.params))
+    bad = _first_bad_leaf(jax.jit(lambda state: _finite_leaves(state.full_params))(state))
     if bad is not None:
         return f"parameter {bad} is not finite before the step"
     execution = dataclasses.replace(spec.execution, check_finite=True)

@@ -252,10 +252,11 @@ class Trainer:
                 self.reporter.say(f"resumed from {found.path} after step {start}")
                 self.reporter.resume(start)
                 self.goodput.resumed(start)
-                return place_copies(definition, state, shardings), start
+                return place_copies(definition, state, shardings, resolved.spec.halves.paths), start
         with self.goodput.bucket("compile"):
             self.goodput.resumed(0)
-            state = init_state(definition, optimizer, self.config.seed, resolved.placement)
+            halves = resolved.spec.halves.paths
+            state = init_state(definition, optimizer, self.config.seed, resolved.placement, halves)
             return jax.block_until_ready(state), 0
 
     def compile(self) -> jax.stages.Compiled:
@@ -405,7 +406,8 @@ def abstract_batch(resolved: Resolved) -> Batch:
 def lower_step(resolved: Resolved) -> jax.stages.Lowered:
     """The train step traced from shapes alone, for the devices of `resolved`, present or only described."""
     shardings = state_shardings(resolved.spec.definition, resolved.optimizer, resolved.placement)
-    state = abstract_state(resolved.spec.definition, resolved.optimizer, shardings)
+    halves = resolved.spec.halves.paths
+    state = abstract_state(resolved.spec.definition, resolved.optimizer, shardings, halves)
     step = make_train_step(resolved.spec, resolved.optimizer, resolved.schedule)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, resolved.placement.sharding()))
     return jitted.lower(state, abstract_batch(resolved))

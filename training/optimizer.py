@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Sharding
 
+from kernels.adamw import Hyperparameters
 from model.parameter import Logical, matrix_axes, split_copies
 from training.schedule import ScheduleConfig, make_schedule
 
@@ -137,6 +138,32 @@ def optimizer_state_shardings(opt_state: Any, params: Any, shardings: Any, scala
         return scalar
 
     return jax.tree_util.tree_map_with_path(place, opt_state)
+
+
+def adamw_settings(config: OptimizerConfig, names: Logical) -> Hyperparameters | None:
+    """Of the AdamW that updates a parameter of these logical axes; None where it is Muon that does."""
+    group = _group(config, names)
+    if not group.startswith("adamw"):
+        return None
+    return Hyperparameters(config.b1, config.b2, config.eps, config.weight_decay if group == "adamw" else 0.0)
+
+
+def adamw_moments(opt_state: Any) -> dict[tuple[str, tuple], Any]:
+    """The leaves of `opt_state` that are AdamW's moments, by ("mu" or "nu", path of the parameter)."""
+    leaves = ((_moment_of(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state))
+    return {key: leaf for key, leaf in leaves if key is not None}
+
+
+def with_adamw_moments(opt_state: Any, moments: dict[tuple[str, tuple], Any]) -> Any:
+    """`opt_state` with these in the places that `adamw_moments` names."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: moments.get(_moment_of(path), leaf), opt_state)
+
+
+def _moment_of(path: tuple) -> tuple[str, tuple] | None:
+    for i, entry in enumerate(path):
+        if isinstance(entry, jax.tree_util.GetAttrKey) and entry.name in ("mu", "nu"):
+            return entry.name, tuple(inner.key for inner in path[i + 1 :])
+    return None
 
 
 def _is_logical(node: Any) -> bool:

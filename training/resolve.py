@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 
 from kernels import cross_entropy
 from kernels.target import Target
@@ -22,6 +23,7 @@ from parallel.mesh import make_mesh
 from parallel.sharding import Placement
 from quantization.rules import ProductRules
 from training.config import TrainRun
+from training.halves import Halves, choose_halves, describe
 from training.optimizer import make_optimizer
 from training.schedule import make_schedule
 from training.state import named_shardings
@@ -79,21 +81,23 @@ def resolve(run: TrainRun, devices: Sequence[jax.Device]) -> Resolved:
         remat=run.layers.remat,
     )
     loss, reason = choose_cross_entropy(run, definition, placement, selection.target)
+    halves, why = choose_halves(run, definition, placement, selection.target)
     mesh = " × ".join(f"{axis} {size}" for axis, size in placement.mesh.shape.items() if size > 1)
     where = f"mesh: {mesh or 'one device'} ({devices[0].device_kind})"
     return Resolved(
         run=run,
         placement=placement,
-        spec=StepSpec(definition, execution, run.loss, run.accumulation, loss),
+        spec=StepSpec(definition, execution, run.loss, run.accumulation, loss, halves),
         optimizer=make_optimizer(run.optimizer, run.steps, definition.logical[0]),
         schedule=make_schedule(run.optimizer.schedule, run.steps),
         selection=selection,
         compiler_options=compiler_options(run.xla_options, devices[0].platform),
         choices=(
             where,
-            *describe_copies(definition, placement),
+            *describe_copies(definition, placement, halves),
             *selection.reasons,
             f"cross-entropy: {loss}, {reason}",
+            describe(halves, definition, why),
         ),
     )
 
@@ -123,13 +127,14 @@ def copy_dtype(precision: Precision) -> str | None:
     return precision.compute if used < stored else None
 
 
-def describe_copies(definition: Definition, placement: Placement) -> list[str]:
-    """One line for the log; none where there are no copies."""
-    if definition.copy_dtype is None:
+def describe_copies(definition: Definition, placement: Placement, halves: Halves) -> list[str]:
+    """One line for the log; none where there are no copies beside what they are copies of."""
+    abstract, logical = map(traverse_util.flatten_dict, definition.copies)
+    shardings = named_shardings({path: axes for path, axes in logical.items() if path not in halves.paths}, placement)
+    if not shardings:
         return []
-    abstract, logical = definition.copies
-    shards = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)), abstract, named_shardings(logical, placement))
-    size = sum(jax.tree.leaves(shards)) * jnp.dtype(definition.copy_dtype).itemsize
+    elements = sum(math.prod(sharding.shard_shape(abstract[path].shape)) for path, sharding in shardings.items())
+    size = elements * jnp.dtype(definition.copy_dtype).itemsize
     return [f"weights: the optimizer keeps a copy in {definition.copy_dtype}, {size / 2**30:.2f} GiB on each device"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
+from kernels import adamw
 from model.transformer import Definition, Tree
 from parallel.sharding import Placement
 from training.optimizer import optimizer_state_shardings
@@ -24,16 +26,17 @@ class TrainState:
     step: jax.Array
     bad_step: jax.Array
     params: Tree
+    """Float32; of a matrix in halves (training/halves.py), the rest of it, int16: see `full_params`."""
     biases: Tree
     opt_state: Any
     magnitudes: Tree = dataclasses.field(default_factory=dict)
     """Of the operands of FP8 products in the last steps; empty without delayed scaling."""
     copies: Tree = dataclasses.field(default_factory=dict)
     """Of matrices, cast for products by the update that wrote the matrices, so that no step reads those to cast them.
-    Made from `params`: never saved. Empty without `Definition.copy_dtype`."""
-    # As the upper half of a float32, with the lower half in the place of `params`, it would cost no bytes. But XLA may
-    # compute an update twice, with roundings that differ, and write a half of each: on a CPU one weight of 1024 was off
-    # by 2¹⁶ of its last place after one step.
+    Never saved. Empty without `Definition.copy_dtype`."""
+    # Halves of all of them would cost no bytes anywhere. But XLA may compute an update twice, with roundings that
+    # differ, and write a half of each: on a CPU one weight of 1024 was off by 2¹⁶ of its last place after one step. So
+    # only a kernel's are.
 
     @property
     def weights(self) -> Tree:
@@ -41,9 +44,17 @@ class TrainState:
         return with_copies(self.params, self.copies)
 
     @property
+    def full_params(self) -> Tree:
+        """Float32 parameters, those in halves joined: one array more for each of these."""
+        rounded, params = traverse_util.flatten_dict(self.copies), traverse_util.flatten_dict(self.params)
+        rests = {path: rest for path, rest in params.items() if rest.dtype == jnp.int16}
+        joined = {path: adamw.join(rounded[path], rest) for path, rest in rests.items()}
+        return traverse_util.unflatten_dict(params | joined) if joined else self.params
+
+    @property
     def saved(self) -> TrainState:
-        """What a checkpoint holds."""
-        return dataclasses.replace(self, copies={})
+        """What a checkpoint holds. While it is written, parameters in halves take four bytes more each."""
+        return dataclasses.replace(self, params=self.full_params, copies={})
 
 
 def with_copies(params: Tree, copies: Tree) -> Tree:
@@ -58,18 +69,36 @@ def copies_of(definition: Definition, params: Tree) -> Tree:
     return traverse_util.unflatten_dict({path: flat[path].astype(copy.dtype) for path, copy in wanted.items()})
 
 
-def place_copies(definition: Definition, state: TrainState, shardings: TrainState) -> TrainState:
-    """`state` with copies of its parameters, where it shall have them: what neither init nor a restore gives."""
+def place_copies(
+    definition: Definition, state: TrainState, shardings: TrainState, halves: Collection[tuple] = ()
+) -> TrainState:
+    """`state` with copies of its parameters, where it shall have them, and with those at the paths `halves` in halves:
+    what neither init nor a restore gives."""
     if not shardings.copies:
         return state
-    copies = jax.jit(lambda params: copies_of(definition, params), out_shardings=shardings.copies)(state.params)
-    return dataclasses.replace(state, copies=copies)
+
+    def place(params: Tree) -> tuple[dict, Tree]:
+        flat, copies, rests = traverse_util.flatten_dict(params), copies_of(definition, params), {}
+        copies = traverse_util.flatten_dict(copies)
+        for path in halves:
+            copies[path], rests[path] = adamw.split(flat[path])
+        return rests, traverse_util.unflatten_dict(copies)
+
+    flat = traverse_util.flatten_dict(shardings.params)
+    placed = ({path: flat[path] for path in halves}, shardings.copies)
+    rests, copies = jax.jit(place, out_shardings=placed)(state.params)
+    params = traverse_util.unflatten_dict(traverse_util.flatten_dict(state.params) | rests)
+    return dataclasses.replace(state, params=params, copies=copies)
 
 
 def init_state(
-    definition: Definition, optimizer: optax.GradientTransformation, seed: int, placement: Placement
+    definition: Definition,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    placement: Placement,
+    halves: Collection[tuple] = (),
 ) -> TrainState:
-    """The state before the first step, on the devices of `placement`."""
+    """The state before the first step, on the devices of `placement`; parameters at the paths `halves` are so held."""
     params, biases = definition.init(jax.random.key(seed), lambda names: placement.sharding(*names))
     shardings = state_shardings(definition, optimizer, placement)
 
@@ -79,13 +108,19 @@ def init_state(
 
     placed = (shardings.step, shardings.bad_step, shardings.opt_state, shardings.magnitudes)
     step, bad_step, opt_state, magnitudes = jax.jit(rest, out_shardings=placed)(params)
-    return place_copies(definition, TrainState(step, bad_step, params, biases, opt_state, magnitudes), shardings)
+    state = TrainState(step, bad_step, params, biases, opt_state, magnitudes)
+    return place_copies(definition, state, shardings, halves)
 
 
-def _shapes(definition: Definition, optimizer: optax.GradientTransformation) -> TrainState:
+def _shapes(
+    definition: Definition, optimizer: optax.GradientTransformation, halves: Collection[tuple] = ()
+) -> TrainState:
     params, biases = definition.abstract
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     opt_state = jax.eval_shape(optimizer.init, params)
+    flat = traverse_util.flatten_dict(params)
+    rests = {path: jax.ShapeDtypeStruct(flat[path].shape, jnp.int16) for path in halves}
+    params = traverse_util.unflatten_dict(flat | rests)
     return TrainState(scalar, scalar, params, biases, opt_state, definition.magnitudes[0], definition.copies[0])
 
 
@@ -115,9 +150,14 @@ def named_shardings(logical: Tree, placement: Placement) -> Tree:
 
 
 def abstract_state(
-    definition: Definition, optimizer: optax.GradientTransformation, shardings: TrainState
+    definition: Definition,
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState,
+    halves: Collection[tuple] = (),
 ) -> TrainState:
-    """ShapeDtypeStructs with shardings: what a restore fills and what ahead-of-time compilation takes."""
+    """ShapeDtypeStructs with shardings: what ahead-of-time compilation takes, and without `halves` a restore fills."""
     return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), _shapes(definition, optimizer), shardings
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        _shapes(definition, optimizer, halves),
+        shardings,
     )

@@ -9,13 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 
 from kernels.cross_entropy import Impl as CrossEntropyImpl
 from model.config import ModelConfig
 from model.execution import Execution
 from model.transformer import Definition, Tree
 from training.config import LossConfig
+from training.halves import NO_HALVES, Halves, clip_factor, update
 from training.loss import cross_entropy
+from training.optimizer import adamw_moments, with_adamw_moments
 from training.state import TrainState, copies_of
 
 Batch = dict[str, jax.Array]
@@ -34,6 +37,8 @@ class StepSpec:
     accumulation: int = 1
     cross_entropy: CrossEntropyImpl = "xla"
     """Implementation of the loss's softmax and its gradient."""
+    halves: Halves = NO_HALVES
+    """Parameters that AdamW's kernel updates; none where XLA does all."""
 
 
 def make_train_step(
@@ -64,7 +69,7 @@ def make_train_step(
         zero = jax.tree.map(lambda p: jnp.zeros(p.shape, gradient_dtype), state.params)
         none = jax.tree.map(jnp.zeros_like, state.magnitudes)
         (gradient, magnitudes), metrics = _accumulate(microstep, (zero, none), batch, spec.accumulation)
-        return _update(state, gradient, magnitudes, metrics, spec.definition, optimizer, schedule)
+        return _update(state, gradient, magnitudes, metrics, spec, optimizer, schedule)
 
     return step
 
@@ -138,22 +143,23 @@ def _update(
     gradient: Tree,
     magnitudes: Tree,
     metrics: Metrics,
-    definition: Definition,
+    spec: StepSpec,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
 ) -> tuple[TrainState, Metrics]:
+    definition, old_params = spec.definition, state.full_params
     loss = metrics["loss_sum"] / jnp.maximum(metrics["weight_sum"], 1.0)
     gradient_norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
     good = finite & (state.bad_step < 0)
     with jax.named_scope("optimizer"):
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, old_params)
+        params = optax.apply_updates(old_params, updates)
     biases = state.biases
     if definition.config.moe is not None and definition.config.moe.bias_update_rate:
         biases = balance_biases(definition, state.biases, metrics["load_LE"])
     new: Any = (params, biases, opt_state, magnitudes)
-    old: Any = (state.params, state.biases, state.opt_state, state.magnitudes)
+    old: Any = (old_params, state.biases, state.opt_state, state.magnitudes)
     kept = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
     bad_step = jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step)
     report = {
@@ -167,7 +173,31 @@ def _update(
     report |= _moe_report(definition.config, metrics)
     step = state.step + good.astype(jnp.int32)
     # Of what is kept, so that a step that is not finite leaves the copies too.
-    return TrainState(step, bad_step, *kept, copies_of(definition, kept[0])), report
+    after = TrainState(step, bad_step, *kept, copies_of(definition, kept[0]))
+    if spec.halves.settings:
+        clip = clip_factor(spec.halves, gradient_norm)
+        factors = {"apply": good, "clip": clip, "learning_rate": schedule(state.step), "count": state.step + 1}
+        after = _with_halves(after, state, gradient, factors, spec)
+    return after, report
+
+
+def _with_halves(
+    after: TrainState, before: TrainState, gradient: Tree, factors: dict[str, Any], spec: StepSpec
+) -> TrainState:
+    """`after`, with parameters in halves as the kernel updates them. What Optax made of these is read by nothing, so
+    XLA computes none of it."""
+    logical, moments = spec.definition.logical[0], adamw_moments(before.opt_state)
+    with jax.named_scope("optimizer"):
+        rests, rounded, moments = update(
+            spec.halves, gradient, before.params, before.copies, moments, factors, logical, spec.execution
+        )
+    flat_params, flat_copies = traverse_util.flatten_dict(after.params), traverse_util.flatten_dict(after.copies)
+    return dataclasses.replace(
+        after,
+        params=traverse_util.unflatten_dict(flat_params | rests),
+        copies=traverse_util.unflatten_dict(flat_copies | rounded),
+        opt_state=with_adamw_moments(after.opt_state, moments),
+    )
 
 
 def _moe_report(config: ModelConfig, metrics: Metrics) -> Metrics:

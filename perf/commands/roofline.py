@@ -113,6 +113,7 @@ def train_state(run) -> TrainState:
         first_moment=element_bytes(run.optimizer.moment_dtype),
         clip=run.optimizer.clip_norm is not None,
         muon=run.optimizer.kind == "muon",
+        halves=run.kernels.adamw == "pallas" and run.optimizer.kind == "adamw",
     )
 
 

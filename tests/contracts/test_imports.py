@@ -24,6 +24,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "checkpoint": ("parallel", "model", "quantization"),
     "training": (
         "parallel",
+        "kernels.adamw",
         "kernels.cross_entropy",
         "kernels.target",
         "model",

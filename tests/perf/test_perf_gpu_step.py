@@ -9,6 +9,7 @@ import pytest
 import configs
 from perf.chips import CHIPS
 from perf.commands.plan import program
+from perf.operations import product_parameters
 from perf.plan import Candidate, layouts, with_setting
 from perf.roofline import chip_named
 from perf.step_model import Layout, estimate
@@ -119,6 +120,18 @@ def test_compute_divides_over_devices_and_memory_as_the_mesh_says():
     assert copies.memory["state"] == one.memory["state"] == 8 * parts.memory["state"]
     assert copies.parts["optimizer"] == pytest.approx(8 * parts.parts["optimizer"])
     assert one.communication == {} and one.exposed_seconds == 0
+
+
+def test_matrices_in_halves_take_no_memory_beside_their_copies():
+    """Of 1.35 B parameters all but the embedding and the norms, which products don't read."""
+    run = configs.load("dense-1b").train()
+    run = dataclasses.replace(run, kernels=dataclasses.replace(run.kernels, adamw="pallas"))
+    one = program(run, Candidate(Layout(), 1, "full", True), H100)
+    got = estimate(run.model, one, Layout(), step_rates(H100, "bfloat16"))
+    want = dense(Layout(), rows=run.data.batch_size)
+    read = product_parameters(run.model)
+    assert want.memory["weights"] - got.memory["weights"] == 2 * read
+    assert got.memory["state"] == want.memory["state"] and got.parts["optimizer"] < want.parts["optimizer"]
 
 
 def test_bytes_of_collectives_by_hand():

@@ -163,6 +163,9 @@ def test_a_train_step_moves_its_state():
     muon = TrainState(muon=True)
     assert TrainState().kept(model) - muon.kept(model) == 4 * hidden
     assert TrainState().update(model) - muon.update(model) == 2 * 4 * hidden
+    # A copy that is a half of its matrix costs nothing.
+    halves = dataclasses.replace(work, state=TrainState(halves=True))
+    assert operations(model, halves)[-1].bytes.state == state
     # Parameters as products take them have no copy; wider products cast them at each step.
     wide = dataclasses.replace(work, weights=WEIGHTS["fp32"])
     (same,) = (op for op in operations(model, wide) if op.name in ("optimizer", "cast_weights"))
