@@ -7,6 +7,7 @@ first two read and write would take a third and all of the time of their product
 
 hidden at that shape, in microseconds of a layer (2026-11-23, each pair in one run): 779, 810 and 887 with a tile's
 results on their way out before the next tile is multiplied, 757, 761 and 764 beside it; of uneven groups 899, and 767.
+With one branch that multiplies, not two, so that ptxas no longer waits for each product: 753 beside 926.
 Its gradients were slower so, 613 to 820 beside 581: what they read then comes between the operands of the next tile and
 holds them up. Nor did it help to ask for that in the L2 cache ahead: 643 beside 593.
 """

@@ -50,6 +50,14 @@ class Tile(NamedTuple):
     steps: jax.Array
 
 
+class _Group(NamedTuple):
+    """Number (the number of groups for what comes after the last), first row and number of rows, int32 each."""
+
+    index: jax.Array
+    begin: jax.Array
+    size: jax.Array
+
+
 class Shared(NamedTuple):
     """Shared memory of a block of threads: the group sizes, the ring with a step's operands, two places [64, 64] for
     outputs of each warpgroup, swizzled and (for single rows, in the same memory) plain; and the barriers.
@@ -138,6 +146,12 @@ class Kernel:
         """Groups, and with them whatever else has tiles."""
         return self.num_groups + 1
 
+    @property
+    def largest_first(self) -> bool:
+        """Whether the tiles of larger groups come before those of smaller ones, and programs take them in turns that
+        reverse: for tiles that have more steps where their group has more rows, so that programs end together."""
+        return False
+
     def extent(self, group, begin, size) -> tuple[Any, Any]:
         """(tiles of rows, those of a cluster as one; steps of each) of a group."""
         steps = jnp.where(group < self.num_groups, -(-self.in_dim // self.depth), 0)
@@ -173,6 +187,15 @@ class Kernel:
     def owned(self, tile: Tile) -> tuple[Any, Any] | None:
         """Rows [first, last) of the output that are the tile's own; None where all of them are."""
         return tile.begin, tile.end
+
+    def idle(self, tile: Tile, warpgroup):
+        """Whether a warpgroup's part of a tile has none of its rows: nothing of it is multiplied or written. None where
+        that can't be."""
+        by_rows, owned = self.tiles.split == "rows", self.owned(tile)
+        if owned is None or not (by_rows or self.cluster > 1):
+            return None
+        first = tile.row + warpgroup * self.tiles.piece[0] if by_rows else tile.row
+        return first >= owned[1]
 
 
 def call(kernel: Kernel, inputs, group_sizes, out_types, interpret) -> list[jax.Array]:
@@ -269,31 +292,63 @@ def _walk_steps(kernel: Kernel, shared, visit: Callable[[Tile, Any], None]):
 def _walk(kernel: Kernel, shared, visit: Callable[[Tile, Any], Any], carry):
     """`visit(tile, carry)` of each tile of this program, in order, gives the next one's `carry`; returns the last one.
     All programs together take every tile once."""
-    program, programs = lax.axis_index("program"), kernel.num_programs
+    programs = kernel.num_programs
 
-    def in_group(group, state):
-        before, begin, carry = state
-        # What comes after the last group are rows of none.
-        inside = group < kernel.num_groups
-        size = jnp.where(inside, shared.sizes[jnp.minimum(group, kernel.num_groups - 1)], kernel.num_rows - begin)
-        num_rows, steps = kernel.extent(group, begin, size)
+    def in_group(_, state):
+        before, turn, group, carry = state
+        group = _next_largest(kernel, shared, group) if kernel.largest_first else _next_group(kernel, shared, group)
+        num_rows, steps = kernel.extent(*group)
         count = num_rows * kernel.num_columns
-        # The program takes every tile whose number, of those of all groups, it leaves as a remainder.
-        ahead = hopper.remainder(before, programs)
-        skipped = jnp.where(program >= ahead, program - ahead, program - ahead + programs)
-        number = hopper.floor(count - skipped + programs - 1, programs)
+        # The program takes one tile of each turn, which are as many as there are programs.
+        turns = hopper.floor(before + count, programs)
+        own = before + count - turns * programs > _place_in_turn(kernel, turns)
+        end = turns + own.astype(jnp.int32)
 
-        def in_turn(i, carry):
-            row, column = _position(kernel, skipped + i * programs, num_rows)
-            row = kernel.first_row(begin) + row * kernel.rows
+        def in_turn(turn, carry):
+            number = turn * programs + _place_in_turn(kernel, turn) - before
+            row, column = _position(kernel, number, num_rows)
+            row = kernel.first_row(group.begin) + row * kernel.rows
             if kernel.cluster > 1:
                 # May lie past the group's last row: of such a tile nothing is written.
                 row = row + lax.axis_index(_CLUSTER) * kernel.tiles.rows
-            return visit(Tile(group, begin, begin + size, row, column * kernel.tiles.columns, steps), carry)
+            tile = Tile(group.index, group.begin, group.begin + group.size, row, column * kernel.tiles.columns, steps)
+            return visit(tile, carry)
 
-        return before + count, begin + size, lax.fori_loop(0, number, in_turn, carry)
+        return before + count, end, group, lax.fori_loop(turn, end, in_turn, carry)
 
-    return lax.fori_loop(0, kernel.num_visits, in_group, (jnp.int32(0), jnp.int32(0), carry))[2]
+    zero = jnp.int32(0)
+    none = _Group(jnp.int32(-1), zero, jnp.int32(jnp.iinfo(jnp.int32).max if kernel.largest_first else 0))
+    return lax.fori_loop(0, kernel.num_visits, in_group, (zero, zero, none, carry))[3]
+
+
+def _place_in_turn(kernel: Kernel, turn):
+    """Which of a turn's tiles is the program's."""
+    program = lax.axis_index("program")
+    if not kernel.largest_first:
+        return program
+    # Who had the largest tile of a turn has the smallest of the next.
+    return jnp.where(hopper.remainder(turn, 2) == 0, program, kernel.num_programs - 1 - program)
+
+
+def _next_group(kernel: Kernel, shared, last: _Group) -> _Group:
+    index, begin = last.index + 1, last.begin + last.size
+    # What comes after the last group are rows of none.
+    inside = index < kernel.num_groups
+    size = jnp.where(inside, shared.sizes[jnp.minimum(index, kernel.num_groups - 1)], kernel.num_rows - begin)
+    return _Group(index, begin, size)
+
+
+def _next_largest(kernel: Kernel, shared, last: _Group) -> _Group:
+    """The largest group after `last`, of groups of one size the first one."""
+    begin, found = jnp.int32(0), _Group(jnp.int32(0), jnp.int32(0), jnp.int32(-1))
+    for index in range(kernel.num_groups):
+        size = shared.sizes[index]
+        after = (size < last.size) | ((size == last.size) & (index > last.index))
+        this = _Group(jnp.int32(index), begin, size)
+        chosen = after & (size > found.size)
+        found = _Group(*(jnp.where(chosen, new, old) for new, old in zip(this, found, strict=True)))
+        begin = begin + size
+    return found
 
 
 def _position(kernel: Kernel, index, num_rows):
@@ -324,9 +379,28 @@ def _operands(shared: Shared, buffer) -> list[Any]:
 def _compute(kernel: Kernel, outs, shared: Shared, tile: Tile, start) -> None:
     """A warpgroup's part of a tile, multiplied and on its way out."""
     warpgroup = lax.axis_index("warpgroup")
-    multiply = functools.partial(_multiply, kernel, warpgroup, shared, tile, start, ())
-    sums = pl.run_scoped(multiply, *(plgpu.ACC(shape, jnp.float32) for shape in kernel.sums))
-    kernel.emit(tile, start, warpgroup, sums, outs, shared)
+    idle = kernel.idle(tile, warpgroup)
+
+    def compute():
+        multiply = functools.partial(_multiply, kernel, warpgroup, shared, tile, start, ())
+        sums = pl.run_scoped(multiply, *(plgpu.ACC(shape, jnp.float32) for shape in kernel.sums))
+        kernel.emit(tile, start, warpgroup, sums, outs, shared)
+
+    if idle is None:
+        compute()
+    else:
+        pl.when(idle)(functools.partial(_pass_over, kernel, shared, tile, start))
+        pl.when(~idle)(compute)
+
+
+def _pass_over(kernel: Kernel, shared: Shared, tile: Tile, start) -> None:
+    """A tile's steps, of which a warpgroup has nothing to do."""
+
+    @pl.loop(0, tile.steps)
+    def _(step):
+        buffer = hopper.remainder(start + step, kernel.tiles.num_buffers)
+        plgpu.barrier_wait(shared.arrived.at[buffer])
+        plgpu.barrier_arrive(shared.free.at[buffer])
 
 
 class _Before(NamedTuple):
@@ -343,6 +417,7 @@ def _compute_beside(kernel: Kernel, outs, shared: Shared) -> None:
     computed of them, and the waits for their copies, would leave the tensor cores idle."""
     warpgroup, dtype = lax.axis_index("warpgroup"), outs[0].dtype
     assert kernel.num_parts % 2 == 0, kernel
+    at_once = -(-kernel.in_dim // kernel.depth) >= kernel.num_parts
 
     def emit(before: _Before, part: int) -> None:
         # What the compiler no longer knows of a number that went from one turn of a loop to the next.
@@ -357,12 +432,24 @@ def _compute_beside(kernel: Kernel, outs, shared: Shared) -> None:
             sums = pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in kernel.sums))
             return tuple(x.astype(dtype) for x in sums)
 
-        def one_after_the_other():
+        def emit_all():
             for part in parts:
                 part()
+
+        def pass_over():
+            emit_all()
+            _pass_over(kernel, shared, tile, before.start)
+            return zeros
+
+        def compute():
+            if at_once:
+                return multiply(parts)
+            emit_all()
             return multiply(())
 
-        kept = lax.cond(tile.steps >= len(parts), lambda: multiply(parts), one_after_the_other)
+        idle = kernel.idle(tile, warpgroup)
+        # Of two branches that multiply, ptxas (CUDA 13) would wait for each product before it starts the next one.
+        kept = lax.cond(tile.steps == 0 if idle is None else idle | (tile.steps == 0), pass_over, compute)
         return _Before(before.start + tile.steps, tile, kept)
 
     zeros = tuple(plgpu.layout_cast(jnp.zeros(shape, dtype), hopper.MATRIX) for shape in kernel.sums)

@@ -88,8 +88,8 @@ def _fused_bwd(saved, dy):
     x, gate, up, down, group_sizes, hidden, x_gate, x_up = saved
     d_gate, d_up = gpu_gated.hidden_gradient(dy, down, x_gate, x_up, group_sizes)
     dx = gpu_gated.summed_product(d_gate, gate, d_up, up, group_sizes)
-    weights = [(x, d_gate), (x, d_up), (hidden, dy)]
-    return dx, *(gpu.weight_gradient(*operands, group_sizes) for operands in weights), None
+    gradients = gpu.weight_gradients(x, (d_gate, d_up), group_sizes)
+    return dx, *gradients, gpu.weight_gradient(hidden, dy, group_sizes), None
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)

@@ -107,6 +107,9 @@ CASES = {
     "clusters, dx": dict(
         which="dx", M=72, K=128, N=64, sizes=(5, 60), chosen=Tiles(128, 128, "columns", 3, 1, cluster=2)
     ),
+    "clusters, dw": dict(
+        which="dw", M=72, K=192, N=128, sizes=(5, 60), chosen=Tiles(128, 128, "columns", 3, 1, cluster=2)
+    ),
     "columns shared out, dw": dict(
         which="dw", M=100, K=64, N=192, sizes=(5, 95), chosen=Tiles(128, 256, "columns", 2, 2)
     ),
@@ -115,6 +118,7 @@ CASES = {
 
 # What another case goes through but for a dimension.
 SLOW = (
+    "clusters, dw",
     "clusters, dx",
     "one group of all, M no multiple of eight, dw",
     "no rows in groups, dw",
@@ -155,6 +159,16 @@ def test_rows_of_other_groups_may_hold_anything(execution, gpu):
         true = exact(which, x, w, dy, sizes)[0]
         actual = computed(execution, gpu, which, bad_x, w, bad_dy, sizes, SMALL, races=False)
         np.testing.assert_allclose(actual[others].astype(np.float64), true[others], rtol=2**-8, atol=1e-3)
+
+
+def test_gradients_of_two_matrices_in_one_launch(execution, gpu):
+    """The same bits as one after the other: which program takes a tile, and when, changes nothing of it."""
+    sizes = (37, 0, 91)
+    x, _, dy = operands(136, 64, 192, sizes)
+    dys = (dy, -2 * dy[:, ::-1])
+    run = functools.partial(execution.kernel, group_sizes=jnp.asarray(sizes, jnp.int32), tiles=SMALL)
+    for dw, other in zip(run(gpu.weight_gradients, x, dys), dys, strict=True):
+        np.testing.assert_array_equal(dw, run(gpu.weight_gradient, x, other, races=False))
 
 
 @pytest.mark.parametrize("out_dim", [64, 128, 192, 2048, 14336])
