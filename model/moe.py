@@ -152,7 +152,10 @@ class Experts(nnx.Module):
             y_ND = exchange_experts(x_ND, experts_NA, weights_NA, kernels, feed_forward, num_experts, axes, placement)
         else:
             order = sort_by_expert(experts_NA, num_experts)
-            y_ND = combine(feed_forward(expand(x_ND, order), order.group_sizes, *kernels), weights_NA, order)
+            y_MD = feed_forward(expand(x_ND, order, execution.target), order.group_sizes, *kernels)
+            # Parts of a sum are added up before they are rounded.
+            dtype = jnp.float32 if placement is not None and placement.axes("expert_mlp") else x_BTD.dtype
+            y_ND = combine(y_MD, weights_NA, order, dtype, execution.target)
         if placement is not None:
             # F is split: each shard holds a part of the sum. Tokens are A times fewer than rows: added up here.
             y_ND = jax.lax.psum(y_ND, placement.axes("expert_mlp"))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from kernels import dispatch
+from kernels.target import Target
 
 
 class Order(NamedTuple):
@@ -18,7 +20,6 @@ class Order(NamedTuple):
     """Sorted place of each assignment: the inverse of `sorted_M`."""
     group_sizes: jax.Array
     """Assignments per expert, int32 [E]."""
-    per_token: int
 
 
 _BLOCK = 256
@@ -37,7 +38,7 @@ def sort_by_expert(experts_NA: jax.Array, num_experts: int) -> Order:
     """
     experts_M = experts_NA.reshape(-1)
     counted = experts_M.size * num_experts <= _MOST_COMPARED
-    return Order(*(_counted if counted else _sorted)(experts_M, num_experts), experts_NA.shape[1])
+    return Order(*(_counted if counted else _sorted)(experts_M, num_experts))
 
 
 def _sorted(experts_M: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -73,27 +74,9 @@ def _sums_before(x_L: jax.Array) -> jax.Array:
     return (before_X[:, None] + within_XB).reshape(-1)[: x_L.size]
 
 
-def expand(x_ND: jax.Array, order: Order) -> jax.Array:
-    """Row of each sorted assignment [M, D]."""
-    return _expand(x_ND, order.sorted_M, order.place_M, order.per_token)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _expand(x_ND: jax.Array, sorted_M: jax.Array, place_M: jax.Array, per_token: int) -> jax.Array:
-    return x_ND[sorted_M // per_token]
-
-
-def _expand_forward(x_ND, sorted_M, place_M, per_token):
-    return _expand(x_ND, sorted_M, place_M, per_token), place_M
-
-
-def _expand_backward(per_token, place_M, dy_MD):
-    dy_NAD = dy_MD[place_M].reshape(-1, per_token, dy_MD.shape[-1])
-    # fp32: a sum over choices, like any accumulation.
-    return dy_NAD.astype(jnp.float32).sum(axis=1).astype(dy_MD.dtype), None, None
-
-
-_expand.defvjp(_expand_forward, _expand_backward)
+def expand(x_ND: jax.Array, order: Order, target: Target | None = None) -> jax.Array:
+    """Row of each sorted assignment [M, D]. `target`: device kind; None for the default device."""
+    return dispatch.expand(x_ND, order.sorted_M, order.place_M, target=target)
 
 
 @jax.custom_vjp
@@ -108,7 +91,12 @@ permute.defvjp(
 )
 
 
-def combine(y_MD: jax.Array, weights_NA: jax.Array, order: Order) -> jax.Array:
-    """Weighted sum of each token's rows, float32 [N, D]."""
-    y_NAD = permute(y_MD, order.place_M, order.sorted_M).reshape(*weights_NA.shape, -1)
-    return jnp.sum(y_NAD.astype(jnp.float32) * weights_NA.astype(jnp.float32)[..., None], axis=1)
+def combine(
+    y_MD: jax.Array,
+    weights_NA: jax.Array,
+    order: Order,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    target: Target | None = None,
+) -> jax.Array:
+    """Weighted sum of each token's rows [N, D], added up in float32."""
+    return dispatch.combine(y_MD, weights_NA, order.sorted_M, order.place_M, out_dtype=dtype, target=target)

@@ -12,7 +12,6 @@ of every row, and so a few lines of that matrix in registers, and back those of 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.experimental.pallas as pl
@@ -22,92 +21,9 @@ import numpy as np
 from jax import lax
 
 from kernels import hopper
-from kernels.norm.tiles import LINE, MAX_NARROW, Tiles, choose_tiles
-
-_COMPILER = plgpu.CompilerParams(unsafe_no_auto_barriers=True)
-
-
-class _Rows:
-    """What both directions share: a block's rows, and their pieces."""
-
-    def __init__(self, width: int, num_rows: int, tiles: Tiles):
-        self.width, self.num_rows, self.tiles = width, num_rows, tiles
-        self.piece = tiles.piece
-        # 16 bytes to a thread at a time, side by side; 8 where a piece is narrower.
-        shape = (self.piece // LINE, LINE)
-        self.layout = plgpu.Layout.WG_STRIDED(shape, vec_size=self.piece // 128)
-        self.lines = [pl.ds(start // LINE, self.piece // LINE) for start in range(0, width, self.piece)]
-
-    def read(self, ref, offset: float = 0.0) -> list[Callable[[], jax.Array]]:
-        """What gives the pieces of a row, or of a scale with its offset, float32: from registers where they fit there,
-        and else it reads them again each time."""
-
-        def load(lines):
-            return plgpu.load(ref.at[lines], layout=self.layout, optimized=False)
-
-        def widen(piece):
-            piece = piece.astype(jnp.float32)
-            return piece + offset if offset else piece
-
-        if self.tiles.in_registers:
-            return [functools.partial(widen, load(lines)) for lines in self.lines]
-        return [lambda lines=lines: widen(load(lines)) for lines in self.lines]
-
-    def zero(self):
-        return plgpu.layout_cast(jnp.zeros((self.piece // LINE, LINE), jnp.float32), self.layout)
-
-    def narrow(self, ref, count: int) -> list[jax.Array]:
-        """The first columns of a narrow matrix, whose transposed is in `ref`; all of a row is one piece."""
-        assert len(self.lines) == 1, self.width
-        return [plgpu.load(ref.at[i], layout=self.layout, optimized=False) for i in range(count)]
-
-    def walk(self, inputs, ring, arrived, compute, carry):
-        """`compute(row, buffers, carry, released)` for each row of this block, its inputs in `buffers`; `released` is
-        to be called when they were read for the last time."""
-        program, depth = lax.axis_index("program"), self.tiles.num_buffers
-        count = hopper.floor(self.num_rows - program + self.tiles.num_programs - 1, self.tiles.num_programs)
-
-        def fetch(number, buffer):
-            row = program + number * self.tiles.num_programs
-            for array, smem in zip(inputs, ring, strict=True):
-                plgpu.copy_gmem_to_smem(array.at[row], smem.at[buffer], arrived.at[buffer])
-
-        for number in range(depth):
-            pl.when(number < count)(functools.partial(fetch, number, number))
-
-        def step(number, carry):
-            buffer = hopper.remainder(number, depth)
-            plgpu.barrier_wait(arrived.at[buffer])
-
-            def released():
-                # All four warps are done with the buffer before this one.
-                plgpu.commit_smem()
-                pl.when(number + depth < count)(functools.partial(fetch, number + depth, buffer))
-
-            row = program + number * self.tiles.num_programs
-            return compute(row, [smem.at[buffer] for smem in ring], carry, released)
-
-        return lax.fori_loop(0, count, step, carry)
-
-    def call(self, body, inputs, rows, out_types, name: str, interpret, scratch=()):
-        """`body(*inputs, *rows, *outs, ring, arrived, *scratch)`: `rows` of the inputs go through the ring."""
-        ring = [plgpu.SMEM((self.tiles.num_buffers, *array.shape[1:]), array.dtype) for array in rows]
-        arrived = plgpu.Barrier(num_arrivals=len(rows), num_barriers=self.tiles.num_buffers)
-        run = plgpu.kernel(
-            body,
-            out_type=out_types,
-            kernel_name=name,
-            scratch_types=[tuple(ring), arrived, *scratch],
-            grid=(self.tiles.num_programs,),
-            grid_names=("program",),
-            compiler_params=_COMPILER,
-            interpret=interpret,
-        )
-        return run(*inputs, *rows)
-
-    def lined(self, array):
-        """Rows in lines of what one copy can have of an axis."""
-        return array.reshape(*array.shape[:-1], self.width // LINE, LINE)
+from kernels.hopper_rows import Rows
+from kernels.norm.tiles import MAX_NARROW, choose_tiles
+from kernels.row_tiles import LINE, Tiles
 
 
 # A jit of its own each, so that a model's layers are built once.
@@ -123,7 +39,7 @@ def forward(
     num_rows, width = x.shape
     num_columns = 0 if narrow is None else narrow.shape[1]
     tiles = choose_tiles(num_rows, width, 2, x.dtype.itemsize, num_columns) if tiles is None else tiles
-    kernel = _Rows(width, num_rows, tiles)
+    kernel = Rows(width, num_rows, tiles)
 
     def body(scale_ref, *refs):
         narrow_ref, refs = (refs[0], refs[1:]) if num_columns else (None, refs)
@@ -235,7 +151,7 @@ def _column_sums(row, columns):
     )
 
 
-@functools.partial(jax.jit, static_argnames=("offset", "tiles", "interpret"))
+@functools.partial(jax.jit, static_argnames=("offset", "of_narrow", "tiles", "interpret"))
 def backward(
     x,
     rstd,
@@ -246,6 +162,7 @@ def backward(
     d_products=None,
     *,
     offset: float,
+    of_narrow: bool = True,
     tiles: Tiles | None = None,
     interpret=None,
 ):
@@ -254,9 +171,10 @@ def backward(
     float32 [D], dnarrow float32 [D, C], or None; other arguments as of `forward`."""
     num_rows, width = x.shape
     num_columns = 0 if narrow is None else narrow.shape[1]
+    num_summed = num_columns if of_narrow else 0
     num_wide = 2 + len(d_normed)
     tiles = choose_tiles(num_rows, width, num_wide, x.dtype.itemsize, num_columns) if tiles is None else tiles
-    kernel = _Rows(width, num_rows, tiles)
+    kernel = Rows(width, num_rows, tiles)
 
     def body(scale_ref, rstd_ref, *refs):
         narrow_ref, refs = (refs[0], refs[1:]) if num_columns else (None, refs)
@@ -264,8 +182,9 @@ def backward(
         gain = kernel.read(scale_ref, offset)
         columns = kernel.narrow(narrow_ref, num_columns) if num_columns else []
 
-        def compute(row, buffers, totals, released):
-            rstd = rstd_ref[row]
+        def compute(row, buffers, carry, released):
+            # Of the next row, which would wait for it.
+            (rstd, *totals), following = carry, rstd_ref[jnp.minimum(row + tiles.num_programs, num_rows - 1)]
             pieces = [kernel.read(buffer) for buffer in buffers[:num_wide]]
             x, dy = pieces[0], pieces[1:-1]
             d_products = [buffers[-1][i] for i in range(num_columns)]
@@ -277,31 +196,31 @@ def backward(
 
             if tiles.in_registers:
                 released()
-            products, totals = kernel.zero(), list(totals)
+            products = kernel.zero()
             for i in range(len(kernel.lines)):
                 products = products + gradient(i) * gain[i]() * x[i]()
-            # rstd comes from device memory: what has not waited for it is done by now.
             mean = jnp.sum(products) * (1 / width) * rstd
             for i, lines in enumerate(kernel.lines):
                 normed, dy_piece = x[i]() * rstd, gradient(i)
                 totals[i] = totals[i] + dy_piece * normed
                 dx = (dy_piece * gain[i]() - normed * mean) * rstd + pieces[-1][i]()
                 dx_ref[row, lines] = dx.astype(dx_ref.dtype)
-            for i, one in enumerate(d_products, len(kernel.lines)):
+            for i, one in enumerate(d_products[:num_summed], len(kernel.lines)):
                 totals[i] = totals[i] + one * normed
             if not tiles.in_registers:
                 released()
-            return tuple(totals)
+            return following, *totals
 
-        count = len(kernel.lines) + num_columns
-        totals = kernel.walk(inputs, ring, arrived, compute, tuple(kernel.zero() for _ in range(count)))
-        places = [(0, lines) for lines in kernel.lines] + [(1 + i, kernel.lines[0]) for i in range(num_columns)]
+        first = rstd_ref[jnp.minimum(lax.axis_index("program"), num_rows - 1)]
+        zeros = [kernel.zero() for _ in range(len(kernel.lines) + num_summed)]
+        _, *totals = kernel.walk(inputs, ring, arrived, compute, (first, *zeros))
+        places = [(0, lines) for lines in kernel.lines] + [(1 + i, kernel.lines[0]) for i in range(num_summed)]
         for total, (line, lines) in zip(totals, places, strict=True):
             parts_ref[lax.axis_index("program"), line, lines] = total
 
     outs = [
         jax.ShapeDtypeStruct((num_rows, width // LINE, LINE), x.dtype),
-        jax.ShapeDtypeStruct((tiles.num_programs, 1 + num_columns, width // LINE, LINE), jnp.float32),
+        jax.ShapeDtypeStruct((tiles.num_programs, 1 + num_summed, width // LINE, LINE), jnp.float32),
     ]
     rows = [kernel.lined(array) for array in (x, *d_normed, d_sum)]
     inputs = [kernel.lined(scale), rstd]
@@ -312,5 +231,5 @@ def backward(
     dx, parts = kernel.call(body, inputs, rows, outs, "add_rms_norm_gradient", interpret)
     d_scale, *d_columns = parts.reshape(tiles.num_programs, -1, width).sum(axis=0)
     # Of rows before their factors, which are the same in all of them.
-    d_narrow = jnp.stack(d_columns, axis=1) * (scale.astype(jnp.float32) + offset)[:, None] if num_columns else None
+    d_narrow = jnp.stack(d_columns, axis=1) * (scale.astype(jnp.float32) + offset)[:, None] if num_summed else None
     return dx.reshape(num_rows, width), d_scale, d_narrow

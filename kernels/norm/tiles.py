@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 from kernels import hopper_chip
 from kernels.hopper_chip import NUM_PROCESSORS, SHARED_BYTES
+from kernels.row_tiles import Tiles
 from kernels.target import Target
 
 if TYPE_CHECKING:
     from kernels.norm import NormCase
 
-LINE = 256
-"""Columns in a line of shared memory: the most that one copy has of an axis."""
 MAX_WIDTH = 8192
 MAX_NARROW, MAX_WIDTH_NARROW = 8, 1024
 """Columns of a matrix that is multiplied on the way, and rows with which it is: a thread has its share of the matrix,
@@ -22,17 +20,6 @@ _IN_FLIGHT = 192 * 1024
 """Bytes of rows in shared memory on a processor."""
 _MANY_ROWS, _MEASURED_WIDTHS = 8192, (1024, 4096)
 """From where, and between which, the kernels were measured to be faster than XLA's."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """`piece`: columns of a row that a block takes at a time. `num_buffers` rows of each input are in its shared
-    memory, and what is read of one stays in registers or is read twice."""
-
-    num_programs: int
-    num_buffers: int
-    piece: int
-    in_registers: bool
 
 
 def choose_tiles(num_rows: int, width: int, num_inputs: int, itemsize: int, num_columns: int = 0) -> Tiles:
@@ -53,7 +40,7 @@ def choose_tiles(num_rows: int, width: int, num_inputs: int, itemsize: int, num_
 
 def shared_bytes(tiles: Tiles, width: int, num_inputs: int, itemsize: int, num_columns: int = 0) -> int:
     """Of one block: its buffers, barriers, sums of a narrow product, and what Mosaic takes for reductions."""
-    narrow = 4 * MAX_NARROW * tiles.num_buffers + 1024 if num_columns else 0
+    narrow = 128 * tiles.num_buffers + 1024 if num_columns else 0
     return tiles.num_buffers * (num_inputs * width * itemsize + 8) + narrow + 2048
 
 
