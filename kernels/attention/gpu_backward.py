@@ -4,7 +4,8 @@ A block of threads has 128 keys of a kv head, and walks over the blocks of queri
 heads of the group: dk and dv stay in registers until the end. Two warpgroups multiply, 64 keys each, with the scores as
 [keys, queries], so that the weights and their gradients are multiplied from registers (dv += Pᵀ · dO, dk += dSᵀ · Q).
 dS also goes through shared memory to the fifth product, dq = dS · K over the keys of both. A third warpgroup copies
-queries and output gradients into a ring of buffers. A fourth adds dq, float32, to global memory.
+queries and output gradients into a ring of buffers. The warps of a fourth add dq, float32, to global memory, of even
+steps and of odd ones: while one asks for its turn, the other's additions are on their way.
 
 Keys wider than 128 have sums that the registers of one warpgroup do not hold. Then a block of threads has 64 keys, and
 one warpgroup adds up dk, the other dv. Both compute the same scores, six products where five are counted: the first
@@ -26,7 +27,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -58,8 +58,8 @@ _COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
 @dataclasses.dataclass(frozen=True)
 class BackwardTiles:
     """block_queries: of one step; block_keys: of a block of threads; num_buffers, num_outs: blocks of queries and of
-    output gradients in shared memory; num_pieces: of dq, `piece` columns each, that a warpgroup has there: a step's, or
-    three halves (wide: half of dq is there); wide: one warpgroup has dk and the other dv, of the same keys."""
+    output gradients in shared memory; num_pieces: of dq, `piece` columns each, that a warpgroup has there, whether of
+    one step or of two; wide: one warpgroup has dk and the other dv and dq, of the same keys."""
 
     block_queries: int
     block_keys: int
@@ -99,14 +99,19 @@ class _Statics:
 
     @property
     def dq_columns(self) -> int:
-        """Of one product of a warpgroup for a step's dq, and of its place in shared memory: half of all, or all 64 of
-        half of the queries. Wide, one warpgroup has both halves, one after the other."""
+        """Of one product of a warpgroup for a step's dq: half of all, or all 64 of half of the queries. Wide, one
+        warpgroup has both halves, one after the other."""
         return max(64, self.key_dim // 2)
 
     @property
+    def num_parts(self) -> int:
+        """Warpgroups that have dq."""
+        return 1 if self.tiles.wide else 2
+
+    @property
     def num_dq_pieces(self) -> int:
-        """Of a step, that go out one after the other."""
-        return 2 if self.tiles.wide else self.dq_columns // self.tiles.piece
+        """Of a warpgroup's dq of a step, that go out one after the other."""
+        return (self.key_dim if self.tiles.wide else self.dq_columns) // self.tiles.piece
 
     @property
     def used_masks(self) -> tuple[bool, bool, bool, bool]:
@@ -144,7 +149,8 @@ class _Shared(NamedTuple):
     """Shared memory of a block of threads and its barriers. `arrived`: the copy is there. `free`: both warpgroups are
     done with it. `ds_ready`: both have written their share. Two buffers of `ds` need no `free`: who writes
     the next but one has seen the other's next, which came after its product of this one. Wide, one warpgroup writes dS
-    and the other frees it, and output gradients, of which there may be one buffer, are waited for apart."""
+    and the other frees it, and output gradients, of which there may be one buffer, are waited for apart. `dq_ready`: of
+    each piece of a step's dq, even steps and odd ones apart, as other warps wait for them; `dq_free`: of each place."""
 
     k: Any
     v: Any
@@ -262,7 +268,7 @@ def shared_bytes(key_dim: int, value_dim: int) -> int:
     tiles = choose_backward_tiles(key_dim, value_dim)
     queries, keys = tiles.block_queries, tiles.block_keys
     ring = queries * (2 * tiles.num_buffers * key_dim + 2 * tiles.num_outs * value_dim + 4 * 4 * tiles.num_buffers)
-    dq = 4 * 64 * (key_dim // 2 if tiles.wide else 2 * tiles.num_pieces * tiles.piece)
+    dq = 4 * 64 * (1 if tiles.wide else 2) * tiles.num_pieces * tiles.piece
     return 2 * keys * (key_dim + value_dim) + ring + 2 * 2 * keys * queries + dq + 2 * 4 * keys + 256
 
 
@@ -320,7 +326,6 @@ def _scratch(statics: _Statics, dtype) -> _Shared:
     queries, keys, buffers, outs, piece, pieces, wide = dataclasses.astuple(statics.tiles)
     part = statics.dq_columns
     used, shapes = statics.used_masks, ((buffers, queries), (keys,)) * 2
-    once = plgpu.Barrier(num_barriers=1)
     both = plgpu.Barrier(num_arrivals=2, num_barriers=1)
     return _Shared(
         k=tiled(1, keys, statics.key_dim, part=part),
@@ -330,9 +335,7 @@ def _scratch(statics: _Statics, dtype) -> _Shared:
         shift=plgpu.SMEM((buffers, queries), jnp.float32),
         delta=plgpu.SMEM((buffers, queries), jnp.float32),
         ds=tiled(2, keys, queries, part=part),
-        dq=plgpu.SMEM(
-            (1, 1, 64, statics.dq_columns) if wide else (pieces, 2, 64, piece), jnp.float32, transforms=columns
-        ),
+        dq=plgpu.SMEM((pieces, statics.num_parts, 64, piece), jnp.float32, transforms=columns),
         masks=Marks(
             *(None if not used else plgpu.SMEM(shape, jnp.int32) for used, shape in zip(used, shapes, strict=True))
         ),
@@ -343,8 +346,8 @@ def _scratch(statics: _Statics, dtype) -> _Shared:
         outs_free=plgpu.Barrier(num_arrivals=2, num_barriers=outs) if wide else None,
         ds_ready=plgpu.Barrier(num_barriers=2) if wide else both,
         ds_free=plgpu.Barrier(num_barriers=2) if wide else None,
-        dq_ready=once if wide else plgpu.Barrier(num_barriers=2 * pieces),
-        dq_free=once if wide else plgpu.Barrier(num_barriers=2 * pieces),
+        dq_ready=plgpu.Barrier(num_barriers=2 * statics.num_parts * statics.num_dq_pieces),
+        dq_free=plgpu.Barrier(num_barriers=statics.num_parts * pieces),
     )
 
 
@@ -475,73 +478,97 @@ def _copy(statics: _Statics, work: _Work, inputs: _Inputs, shared: _Shared) -> N
 
 
 def _add_all(statics: _Statics, work: _Work, inputs: _Inputs, dq_ref, shared: _Shared) -> None:
-    """Each step's dq, as soon as it is there and its turn has come."""
-    turns, wide = _turns(statics), statics.tiles.wide
+    """Each step's dq, as soon as it is there and its turn has come. A warp has what one warpgroup computes of every
+    second step, since an addition, from its turn to its signal, takes about as long as a step. An H100 (jax 0.11.2,
+    2026-11-23, T 8192, heads of 128) had 519 TFLOP/s causal where all four warps together had 504, 605 and 407 with the
+    full mask, and at heads of 256 366 and 321."""
 
     @pl.when(work.steps > 0)
     def _():
         # Free at first.
-        for place in range(1 if wide else 2 * statics.tiles.num_pieces):
+        for place in range(statics.num_parts * statics.tiles.num_pieces):
             plgpu.barrier_arrive(shared.dq_free.at[place])
 
-    @pl.loop(0, work.steps)
-    def _(step):
-        query_block = _query_block(statics, work, inputs, step)
-        head = _head(statics, work, step)
-        turn = inputs.turns[_table_row(inputs.walk, work.row), work.key_block, hopper.floor(step, statics.group)]
-        begun = []
-        for piece, warpgroup in itertools.product(range(statics.num_dq_pieces), range(1 if wide else 2)):
-            slot, place = (0, 0) if wide else _piece_place(statics, step, piece, warpgroup)
-            plgpu.barrier_wait(shared.dq_ready.at[place])
-            if (piece, warpgroup) == (0, 0):
-                _await_turn(turns, (work.row, head, query_block), turn)
-            source = shared.dq.at[slot, warpgroup]
-            target = _dq_place(statics, work, dq_ref, query_block, head, warpgroup, piece)
-            pl.when(turn == 0)(functools.partial(_put, source, target))
-            pl.when(turn > 0)(functools.partial(_add, source, target))
-            begun.append(place)
-            if wide:
-                _free_places(shared, begun)
-        _free_places(shared, begun)
-        plgpu.wait_smem_to_gmem(0)
-        _end_turn(turns, (work.row, head, query_block))
+    def add_steps(warp):
+        odd, part = hopper.remainder(warp, 2), hopper.floor(warp, 2)
+        count = jnp.where(part < statics.num_parts, hopper.floor(work.steps + 1 - odd, 2), 0)
+        add = functools.partial(_add_step, statics, work, inputs, dq_ref, shared, part)
+        pl.loop(0, count)(lambda i: add(2 * i + odd))
+
+    plgpu.warp_map(add_steps)
 
 
-def _free_places(shared: _Shared, begun: list) -> None:
-    """Of the copies that have begun, each as soon as it has read its place; none is left."""
+def _add_step(statics: _Statics, work: _Work, inputs: _Inputs, dq_ref, shared: _Shared, part, step) -> None:
+    """A warpgroup's part of a step's dq."""
+    query_block, head = _query_block(statics, work, inputs, step), _head(statics, work, step)
+    turn = inputs.turns[_table_row(inputs.walk, work.row), work.key_block, hopper.floor(step, statics.group)]
+    turns, own = _turns(statics), (work.row, head, query_block, part)
+    # Before the sums are there: asking takes a while, and most often the turn has come.
+    _await_turn(turns, own, turn)
+    begun = []
+    for piece in range(statics.num_dq_pieces):
+        slot, place = _piece_place(statics, step, piece, part)
+        if len(begun) == statics.tiles.num_pieces:
+            # Where the next piece goes.
+            _free_oldest(shared, begun)
+        plgpu.barrier_wait(shared.dq_ready.at[_ready(statics, step, piece, part)])
+        source = shared.dq.at[slot, part]
+        target = _dq_place(statics, work, dq_ref, query_block, head, part, piece)
+        pl.when(turn == 0)(functools.partial(_put, source, target))
+        pl.when(turn > 0)(functools.partial(_add, source, target))
+        begun.append(place)
     while begun:
-        plgpu.wait_smem_to_gmem(len(begun) - 1, wait_read_only=True)
-        plgpu.barrier_arrive(shared.dq_free.at[begun.pop(0)])
+        _free_oldest(shared, begun)
+    plgpu.wait_smem_to_gmem(0)
+    _end_turn(turns, own)
 
 
-def _piece_place(statics: _Statics, step, piece: int, warpgroup):
-    """(slot, barrier) of a warpgroup's half of a step's dq. With a step and a half in shared memory, what waits for its
-    turn holds up the products less: an H100 (jax 0.11.2, 2026-11-23, T 8192) had 492 and 489 TFLOP/s, and 480 and 474
-    with one step, causal, and 530 and 484 with the full mask."""
-    if statics.tiles.num_pieces == statics.num_dq_pieces:
-        return piece, 2 * piece + warpgroup
-    # 0 1, 2 0, 1 2, and again: from one division for both pieces.
-    turn = hopper.remainder(step, 3)
-    slot = jnp.where(turn == 2, 2, 1 - turn) if piece else jnp.where(turn == 0, 0, 3 - turn)
-    return slot, 2 * slot + warpgroup
+def _free_oldest(shared: _Shared, begun: list) -> None:
+    """Of the places whose copies have begun: as soon as it is read."""
+    plgpu.wait_smem_to_gmem(len(begun) - 1, wait_read_only=True)
+    plgpu.barrier_arrive(shared.dq_free.at[begun.pop(0)])
 
 
-def _dq_place(statics: _Statics, work: _Work, dq_ref, query_block, head, warpgroup: int, piece: int):
+def _ready(statics: _Statics, step, piece: int, part):
+    """Barrier of a piece of a step's dq."""
+    return (hopper.remainder(step, 2) * statics.num_parts + part) * statics.num_dq_pieces + piece
+
+
+def _piece_place(statics: _Statics, step, piece: int, part):
+    """(slot, barrier) of a piece of a step's dq, one slot after the other. With a step and a half in shared memory,
+    what waits for its turn holds up the products less: an H100 (jax 0.11.2, 2026-11-23, T 8192) had 492 and 489
+    TFLOP/s, and 480 and 474 with one step, causal, and 530 and 484 with the full mask."""
+    slots, pieces = statics.tiles.num_pieces, statics.num_dq_pieces
+    if slots == 1:
+        slot = _origin(step)
+    elif slots == pieces:
+        slot = piece
+    elif slots == 3 and pieces == 2:
+        # 0 1, 2 0, 1 2, and again: from one division for both pieces.
+        turn = hopper.remainder(step, 3)
+        slot = jnp.where(turn == 2, 2, 1 - turn) if piece else jnp.where(turn == 0, 0, 3 - turn)
+    else:
+        slot = hopper.remainder(hopper.remainder(step, slots) * pieces + piece, slots)
+    return slot, slot * statics.num_parts + part
+
+
+def _dq_place(statics: _Statics, work: _Work, dq_ref, query_block, head, part, piece: int):
     """Where a piece of dq goes: of 64 queries, some of the columns of all, or of a warpgroup's half; with 128 queries a
     warpgroup has 64 of them."""
     base, columns = query_block * statics.tiles.block_queries, statics.tiles.piece
     first = piece * columns
     if statics.tiles.block_queries == 128:
-        base = base + warpgroup * 64
+        base = base + part * 64
     else:
-        first += warpgroup * statics.dq_columns
+        first += part * statics.dq_columns
     return dq_ref.at[work.row, pl.ds(base, 64), head, pl.ds(first, columns)]
 
 
 def _turns(statics: _Statics):
-    """Counters in global memory, 0 at the start of a launch: additions made to each block of queries of a head."""
-    heads = statics.num_kv_heads * statics.group
-    return pl.get_global(plgpu.SemaphoreType.REGULAR((statics.batch, heads, statics.query_blocks)))
+    """Counters in global memory, 0 at the start of a launch: additions made to each part of each block of queries of a
+    head."""
+    shape = (statics.batch, statics.num_kv_heads * statics.group, statics.query_blocks, statics.num_parts)
+    return pl.get_global(plgpu.SemaphoreType.REGULAR(shape))
 
 
 def _await_turn(turns, place, turn) -> None:
@@ -707,7 +734,8 @@ def _wide_dv(statics: _Statics, work: _Work, shared: _Shared, dv_ref) -> None:
     @pl.when(work.steps > 0)
     def _():
         _wide_dq(statics, shared, work.steps - 1)
-        plgpu.barrier_wait(shared.dq_free.at[0])
+        for place in range(statics.tiles.num_pieces):
+            plgpu.barrier_wait(shared.dq_free.at[place])
 
 
 def _wide_dv_step(statics: _Statics, work: _Work, shared: _Shared, step, sums, first=False, masked=True):
@@ -740,18 +768,22 @@ def _store_wide(statics: _Statics, work: _Work, sums, ref) -> None:
 
 def _wide_dq(statics: _Statics, shared: _Shared, step) -> None:
     """dq of a step, half of its columns at a time."""
-    place = hopper.remainder(step, 2)
-    plgpu.barrier_wait(shared.ds_ready.at[place])
+    ds_place = hopper.remainder(step, 2)
+    plgpu.barrier_wait(shared.ds_ready.at[ds_place])
     for half in range(2):
         columns = pl.ds(half * statics.dq_columns, statics.dq_columns)
-        operands = (shared.ds.at[place].T, shared.k.at[_origin(step), :, columns])
+        operands = (shared.ds.at[ds_place].T, shared.k.at[_origin(step), :, columns])
         dq = _product(_zeros(64, statics.dq_columns), *operands)
         if half:
-            plgpu.barrier_arrive(shared.ds_free.at[place])
-        plgpu.barrier_wait(shared.dq_free.at[0])
-        shared.dq[_origin(step), 0] = dq
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(shared.dq_ready.at[0])
+            plgpu.barrier_arrive(shared.ds_free.at[ds_place])
+        num_pieces, width = statics.num_dq_pieces // 2, statics.tiles.piece
+        for i in range(num_pieces):
+            piece = half * num_pieces + i
+            slot, place = _piece_place(statics, step, piece, 0)
+            plgpu.barrier_wait(shared.dq_free.at[place])
+            shared.dq[slot, 0] = dq[:, i * width : (i + 1) * width]
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(shared.dq_ready.at[_ready(statics, step, piece, 0)])
 
 
 def _dq_operands(statics: _Statics, warpgroup, shared: _Shared, step):
@@ -777,7 +809,7 @@ def _store_pieces(statics: _Statics, shared: _Shared, warpgroup, step, dq) -> No
         shared.dq[slot, warpgroup] = dq[:, piece * columns : (piece + 1) * columns]
     plgpu.commit_smem()
     for piece in range(statics.num_dq_pieces):
-        plgpu.barrier_arrive(shared.dq_ready.at[_piece_place(statics, step, piece, warpgroup)[1]])
+        plgpu.barrier_arrive(shared.dq_ready.at[_ready(statics, step, piece, warpgroup)])
 
 
 def _start(statics: _Statics, shared: _Shared, buffer):
