@@ -25,6 +25,7 @@ from model.layers import MLP, activate, residual_stddev
 from model.parameter import Creator, RouterBias, normal, zeros
 from model.permute import combine, expand, sort_by_expert
 from model.products import grouped_operand, whole
+from model.routing import log_sum, pick, shares, softmax, top
 from parallel.sharding import Placement, constrain, map_shards
 from quantization.qarray import QArray
 
@@ -70,17 +71,17 @@ class Router(nnx.Module):
                 "btd,de->bte", x_BTD.astype(jnp.float32), self.kernel[...], precision=jax.lax.Precision.HIGHEST
             )
         if moe.scoring == "softmax":
-            scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+            scores_BTE = softmax(logits_BTE)
         else:
             scores_BTE = jax.nn.sigmoid(logits_BTE)
         ranked_BTE = scores_BTE if self.bias is None else scores_BTE + self.bias[...]
         if moe.force_balance:
             experts_BTA = _in_turn(moe, x_BTD.shape[:2])
         else:
-            _, experts_BTA = jax.lax.top_k(jax.lax.stop_gradient(ranked_BTE), moe.experts_per_token)
-        weights_BTA = jnp.take_along_axis(scores_BTE, experts_BTA, axis=-1)
+            experts_BTA = top(jax.lax.stop_gradient(ranked_BTE), moe.experts_per_token)
+        weights_BTA = pick(scores_BTE, experts_BTA)
         if moe.normalize_weights:
-            weights_BTA = weights_BTA / (weights_BTA.sum(axis=-1, keepdims=True) + 1e-20)
+            weights_BTA = shares(weights_BTA)
         routing = Routing(experts_BTA, weights_BTA * moe.weight_scale)
         return routing, _metrics(moe, logits_BTE, scores_BTE, experts_BTA, valid_BT)
 
@@ -97,10 +98,9 @@ def _metrics(
     count = jnp.maximum(valid_BT.sum(), 1.0)
     chosen_BTE = jax.nn.one_hot(experts_BTA, moe.num_experts, dtype=jnp.float32).sum(axis=-2)
     load_E = jnp.einsum("bte,bt->e", chosen_BTE, valid_BT)
-    share_BTE = scores_BTE / (scores_BTE.sum(axis=-1, keepdims=True) + 1e-20)
-    probability_E = jnp.einsum("bte,bt->e", share_BTE, valid_BT) / count
+    probability_E = jnp.einsum("bte,bt->e", shares(scores_BTE), valid_BT) / count
     fraction_E = load_E / (count * moe.experts_per_token)
-    z_BT = jax.nn.logsumexp(logits_BTE, axis=-1) ** 2
+    z_BT = log_sum(logits_BTE) ** 2
     return MoEMetrics(
         load_E=load_E,
         load_balance=moe.num_experts * jnp.sum(fraction_E * probability_E),
