@@ -483,6 +483,9 @@ def _add_all(statics: _Statics, work: _Work, inputs: _Inputs, dq_ref, shared: _S
     2026-11-23, T 8192, heads of 128) had 519 TFLOP/s causal where all four warps together had 504, 605 and 407 with the
     full mask, and at heads of 256 366 and 321."""
 
+    # Asked for here, which a warp cannot (JAX 0.11.2).
+    turns = _turns(statics)
+
     @pl.when(work.steps > 0)
     def _():
         # Free at first.
@@ -492,17 +495,17 @@ def _add_all(statics: _Statics, work: _Work, inputs: _Inputs, dq_ref, shared: _S
     def add_steps(warp):
         odd, part = hopper.remainder(warp, 2), hopper.floor(warp, 2)
         count = jnp.where(part < statics.num_parts, hopper.floor(work.steps + 1 - odd, 2), 0)
-        add = functools.partial(_add_step, statics, work, inputs, dq_ref, shared, part)
+        add = functools.partial(_add_step, statics, work, inputs, dq_ref, turns, shared, part)
         pl.loop(0, count)(lambda i: add(2 * i + odd))
 
     plgpu.warp_map(add_steps)
 
 
-def _add_step(statics: _Statics, work: _Work, inputs: _Inputs, dq_ref, shared: _Shared, part, step) -> None:
+def _add_step(statics: _Statics, work: _Work, inputs: _Inputs, dq_ref, turns, shared: _Shared, part, step) -> None:
     """A warpgroup's part of a step's dq."""
     query_block, head = _query_block(statics, work, inputs, step), _head(statics, work, step)
     turn = inputs.turns[_table_row(inputs.walk, work.row), work.key_block, hopper.floor(step, statics.group)]
-    turns, own = _turns(statics), (work.row, head, query_block, part)
+    own = (work.row, head, query_block, part)
     # Before the sums are there: asking takes a while, and most often the turn has come.
     _await_turn(turns, own, turn)
     begun = []
