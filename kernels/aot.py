@@ -66,7 +66,7 @@ class GradientsCase:
 class GroupedProductCase:
     """One of the grouped products of a feed-forward [in_dim] -> [out_dim] -> [in_dim]."""
 
-    which: Literal["product", "transposed", "weight gradient", "hidden", "hidden gradient", "sum"]
+    which: Literal["product", "transposed", "weight gradient", "weight gradients", "hidden", "hidden gradient", "sum"]
     shape: GroupedCase
 
 
@@ -195,12 +195,15 @@ CASES = {
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Per thread: `registers`, `spilled_bytes`. Per block of threads: `shared_bytes`, by the tiles' own account."""
+    """Per thread: `registers`, `spilled_bytes`. Per block of threads: `shared_bytes`, by the tiles' own account.
+    `serialized`: each product of the tensor cores is waited for before the next one starts, since ptxas could not keep
+    its sums in place."""
 
     name: str
     registers: int
     spilled_bytes: int
     shared_bytes: int
+    serialized: bool
 
 
 def missing() -> str | None:
@@ -232,7 +235,7 @@ def _parse(output: str) -> Iterator[Report]:
         registers = [int(n) for n in re.findall(r"Used (\d+) registers", section)]
         spilled = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", section)]
         assert registers and spilled, f"no report of ptxas for {name}: {section}"
-        yield Report(name, max(registers), max(spilled), _shared_bytes(case))
+        yield Report(name, max(registers), max(spilled), _shared_bytes(case), "are serialized" in section)
 
 
 def _shared_bytes(
@@ -294,7 +297,7 @@ def _grouped_shared_bytes(case: GroupedProductCase) -> int:
             chosen = grouped_tiles.choose_tiles(case.shape.in_dim, True)
         case "hidden gradient":
             chosen = grouped_tiles.choose_tiles(case.shape.out_dim, True)
-        case "weight gradient":
+        case "weight gradient" | "weight gradients":
             chosen = grouped_tiles.choose_gradient_tiles(case.shape.out_dim)
         case "hidden":
             chosen = grouped_tiles.choose_gated_tiles()
@@ -437,6 +440,7 @@ def _compile_grouped(case: GroupedProductCase, mesh: jax.sharding.Mesh) -> None:
         "product": (gpu.product, (x, w)),
         "transposed": (functools.partial(gpu.product, transpose=True), (dy, w)),
         "weight gradient": (gpu.weight_gradient, (x, dy)),
+        "weight gradients": (lambda x, *dys, group_sizes: gpu.weight_gradients(x, dys, group_sizes), (x, dy, dy)),
         "hidden": (functools.partial(gpu_gated.hidden, with_parts=True), (x, w, w)),
         "hidden gradient": (gpu_gated.hidden_gradient, (x, down, dy, dy)),
         "sum": (gpu_gated.summed_product, (dy, w, dy, w)),
@@ -574,7 +578,8 @@ def main() -> None:
         parser.exit(2, f"python -m kernels.aot {lacking}\n")
     print(f"{'kernel':<32}{'registers':>10}{'spilled':>9}{'shared':>9}")
     for report in reports():
-        print(f"{report.name:<32}{report.registers:>10}{report.spilled_bytes:>9}{report.shared_bytes:>9}")
+        note = "  products are serialized" if report.serialized else ""
+        print(f"{report.name:<32}{report.registers:>10}{report.spilled_bytes:>9}{report.shared_bytes:>9}{note}")
 
 
 if __name__ == "__main__":

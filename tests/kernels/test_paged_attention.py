@@ -124,9 +124,11 @@ def test_kernels_compile_for_an_h100_without_spills():
         pytest.skip(f"python -m kernels.aot {aot.missing()}")
     reports = aot.reports()
     assert [report.name for report in reports] == list(aot.CASES)
-    # The backward pass of the widest heads, and that with all masks, put a few words of addresses aside in each step.
-    backward = {name for name, case in aot.CASES.items() if isinstance(case, aot.GradientsCase)}
-    assert not [report for report in reports if report.spilled_bytes > (64 if report.name in backward else 0)]
+    # The backward pass of the widest heads, and that with all masks, put a few words of addresses aside in each step;
+    # so does the feed-forward's first product, in each tile.
+    few = {name for name, case in aot.CASES.items() if isinstance(case, aot.GradientsCase)} | {"grouped hidden"}
+    assert not [report for report in reports if report.spilled_bytes > (64 if report.name in few else 0)]
+    assert not [report for report in reports if report.serialized]
     assert not [report for report in reports if report.registers > 255]
     # Two blocks of threads on a processor in decode, so that one computes while the other waits for its copies.
     assert 2 * reports[0].shared_bytes <= SHARED_BYTES and 2 * 128 * reports[0].registers <= 65536
