@@ -17,13 +17,14 @@ Impl = Literal["auto", "reference", "xla", "pallas"]
 
 @dataclasses.dataclass(frozen=True)
 class DispatchCase:
-    """The static facts of one call: dtype, tokens (of one shard, where sharded), length of their rows, and how many
-    places a token has."""
+    """The static facts of one call: dtype, tokens (of one shard, where sharded), length of their rows, how many
+    places a token has, and whether its sum is rounded to their dtype."""
 
     dtype: str
     num_tokens: int
     width: int
     per_token: int
+    rounded: bool = True
 
 
 def supports(impl: Impl, case: DispatchCase, target: Target) -> str | None:
@@ -93,7 +94,8 @@ def combine(
     if y_MD.shape[:1] != place_M.shape or weights_NA.ndim != 2 or weights_NA.size != place_M.size:
         given = f"y {list(y_MD.shape)}, weights {list(weights_NA.shape)} and {place_M.size} places"
         raise ValueError(f"combine of {given}: needs y [A · N, D] and weights [N, A]")
-    impl = _chosen(jax.ShapeDtypeStruct(shape, y_MD.dtype), weights_NA.shape[1], impl, target)
+    rounded = jnp.dtype(out_dtype) == y_MD.dtype
+    impl = _chosen(jax.ShapeDtypeStruct(shape, y_MD.dtype), weights_NA.shape[1], impl, target, rounded)
     return _combine((impl, jnp.dtype(out_dtype)), y_MD, weights_NA, sorted_M, place_M)
 
 
@@ -105,8 +107,8 @@ def _check(name: str, shape: tuple[int, ...], sorted_M: jax.Array, place_M: jax.
     return place_M.size // shape[0] if shape[0] else 1
 
 
-def _chosen(x_ND, per_token: int, impl: Impl, target: Target | None) -> Impl:
-    case = DispatchCase(jnp.dtype(x_ND.dtype).name, *x_ND.shape, per_token)
+def _chosen(x_ND, per_token: int, impl: Impl, target: Target | None, rounded: bool = True) -> Impl:
+    case = DispatchCase(jnp.dtype(x_ND.dtype).name, *x_ND.shape, per_token, rounded)
     if impl in ("auto", "pallas"):
         target = default_target() if target is None else target
     impl, _ = choose(impl, case, target)
@@ -148,7 +150,7 @@ def _combine_forward(statics, y_MD, weights_NA, sorted_M, place_M):
 
 def _combine_backward(statics, saved, dy_ND):
     y_MD, weights_NA, sorted_M, place_M = saved
-    if statics[0] == "pallas" and dy_ND.dtype == y_MD.dtype:
+    if statics[0] == "pallas":
         from kernels.dispatch import gpu
 
         wide_NA = weights_NA.astype(jnp.float32)

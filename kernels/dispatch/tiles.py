@@ -39,6 +39,8 @@ def unsupported(case: DispatchCase, target: Target) -> str | None:
         return reason
     if case.dtype not in ("bfloat16", "float16"):
         return f"the kernel takes bfloat16 and float16, not {case.dtype}"
+    if not case.rounded:
+        return f"the kernel takes gradients of sums in the rows' dtype {case.dtype}"
     if case.width % 512 or not 0 < case.width <= MAX_WIDTH:
         return f"the kernel takes rows of a multiple of 512 up to {MAX_WIDTH}, not of {case.width}"
     num_inputs = 1 + case.per_token
