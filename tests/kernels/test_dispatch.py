@@ -105,7 +105,7 @@ def test_sums_in_float32_have_gradients_of_xla():
     y, weights, dy = draw((6, 512), 0), draw((3, 2), 1, "float32"), draw((3, 512), 2, "float32")
     assert combine(y, weights, sorted_M, place_M, impl="xla").dtype == "float32"
     rows = y.astype(jnp.bfloat16)
-    with pytest.raises(ValueError, match="of sums in the rows' dtype|needs JAX"):
+    with pytest.raises(ValueError, match=r"of sums in the rows' dtype|needs JAX"):
         combine(rows, weights, sorted_M, place_M, impl="pallas", target=H100)
     _, pull = jax.vjp(lambda y: combine(y, weights, sorted_M, place_M, impl="xla"), y)
     assert_rounded_once(pull(dy)[0], (wide(dy)[:, None] * wide(weights)[..., None]).reshape(6, -1)[sorted_M])

@@ -110,8 +110,11 @@ def test_loads_and_losses_ignore_padding():
 def test_losses_of_a_uniform_router(scoring):
     config = moe(scoring=scoring)
     _, metrics = router(config, np.zeros((config.embed_dim, E)))(hidden(config), VALID)
-    assert float(metrics.load_balance) == pytest.approx(1.0, rel=1e-5)
-    assert float(metrics.router_z) == pytest.approx(np.log(E) ** 2, rel=1e-5)
+    # Logits that are given are not computed.
+    _, given = router(config)(hidden(config), VALID, jnp.zeros((B, T, E)))
+    for each in (metrics, given):
+        assert float(each.load_balance) == pytest.approx(1.0, rel=1e-5)
+        assert float(each.router_z) == pytest.approx(np.log(E) ** 2, rel=1e-5)
 
 
 def test_losses_of_a_collapsed_router():
