@@ -48,13 +48,15 @@ def choose_halves(run: TrainRun, definition: Definition, placement: Placement, t
     if asked == "xla":
         return NO_HALVES, "asked for by name"
     copies, logical = (traverse_util.flatten_dict(tree) for tree in (definition.copies[0], definition.logical[0]))
+    # Of a single microbatch as products give it: in the dtype of what they read.
+    gradient = precision.compute if run.accumulation == 1 else precision.gradient
     settings, reasons = [], {}
     for path, copy in copies.items():
         how = adamw_settings(run.optimizer, logical[path])
         if how is None or (copy.dtype, jnp.dtype(precision.param)) != (jnp.bfloat16, jnp.float32):
             continue
         shard = placement.sharding(*logical[path]).shard_shape(copy.shape)
-        case = AdamWCase(precision.gradient, run.optimizer.moment_dtype, math.prod(shard))
+        case = AdamWCase(gradient, run.optimizer.moment_dtype, math.prod(shard))
         impl, reason = adamw.choose(asked, case, target)
         reasons.setdefault(impl, reason)
         if impl == "pallas":

@@ -62,7 +62,9 @@ def make_train_step(
 
             gradient_fn = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
             (_, metrics), (gradient, magnitudes) = gradient_fn(state.weights, state.magnitudes)
-            total = jax.tree.map(lambda sum_, g: sum_ + g.astype(gradient_dtype), carry[0], gradient)
+            total = gradient
+            if spec.accumulation > 1:
+                total = jax.tree.map(lambda sum_, g: sum_ + g.astype(gradient_dtype), carry[0], gradient)
             # The gradient of magnitudes is what they become, with this step's: the largest of any microbatch.
             return (total, jax.tree.map(jnp.maximum, carry[1], magnitudes)), metrics
 
@@ -149,6 +151,8 @@ def _update(
 ) -> tuple[TrainState, Metrics]:
     definition, old_params = spec.definition, state.full_params
     loss = metrics["loss_sum"] / jnp.maximum(metrics["weight_sum"], 1.0)
+    # A kernel reads a single microbatch's as its products gave it: written wide, it would be six bytes a parameter.
+    own, gradient = gradient, jax.tree.map(lambda g: g.astype(spec.execution.precision.gradient), gradient)
     gradient_norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
     good = finite & (state.bad_step < 0)
@@ -177,7 +181,7 @@ def _update(
     if spec.halves.settings:
         clip = clip_factor(spec.halves, gradient_norm)
         factors = {"apply": good, "clip": clip, "learning_rate": schedule(state.step), "count": state.step + 1}
-        after = _with_halves(after, state, gradient, factors, spec)
+        after = _with_halves(after, state, own, factors, spec)
     return after, report
 
 

@@ -19,3 +19,6 @@ class Tiles:
 TILES = Tiles(lines=8, vector=4)
 NUMBERS = TILES.lines * LANES
 """Of a block: parameters are multiples of it."""
+MANY = 1 << 23
+"""From where the kernel is faster than XLA. What it saves of fewer is less than what it may cost: XLA's update reads a
+gradient in the layout that a product gives it, and the kernel wants it copied (attention's projections of moe-1b)."""

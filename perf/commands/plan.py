@@ -20,7 +20,7 @@ from perf.chips import Chip
 from perf.commands.plan_compile import Job, answer, chip_of, run_jobs
 from perf.commands.plan_decode import decode_groups
 from perf.commands.plan_settings import Settings, check, gpu_named
-from perf.commands.roofline import find_config, train_state
+from perf.commands.roofline import HOPPER, find_config, train_state
 from perf.formats import CACHE
 from perf.operations import Work, train_weights
 from perf.plan import (
@@ -149,10 +149,6 @@ def apply(run: TrainRun, candidate: Candidate) -> TrainRun:
     )
 
 
-# Chips that the Pallas kernels of grouped products are written for.
-_HOPPER = ("H100", "H200")
-
-
 def program(run: TrainRun, candidate: Candidate, chip: Chip) -> Program:
     """What the analytic model takes. Kernels that are "auto" are those that such a chip gets."""
     is_tpu = chip.name.startswith("TPU")
@@ -167,10 +163,10 @@ def program(run: TrainRun, candidate: Candidate, chip: Chip) -> Program:
         activation_bytes=activation_bytes,
         attention="unfused" if attention in ("xla", "reference") or (is_tpu and attention == "auto") else "fused",
         remat=candidate.remat,
-        state=train_state(run),
+        state=train_state(run, chip, candidate.accumulation),
     )
     if grouped == "auto":
-        grouped = "ragged_dot" if is_tpu else "pallas" if chip.name.startswith(_HOPPER) else "batched"
+        grouped = "ragged_dot" if is_tpu else "pallas" if chip.name.startswith(HOPPER) else "batched"
     return Program(work, candidate.accumulation, candidate.scan, grouped, run.loss.chunk_tokens)
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 import tyro
 
 import configs
+from perf.chips import Chip
 from perf.command import Output
 from perf.formats import CACHE, WEIGHTS, Format
 from perf.operations import AttentionForm, Mode, TrainState, Work, train_weights
@@ -19,6 +20,8 @@ from perf.roofline_report import roofline_report
 
 Precision = Literal["fp32", "bf16", "fp8", "int8", "int4"]
 
+HOPPER = ("H100", "H200")
+"""Chips that kernels are written for which "auto" takes there."""
 # Tokens of a request where none are given: a page of text in, a page out.
 DEFAULT_LENGTH = 4096
 
@@ -63,8 +66,9 @@ def report(settings: Settings) -> Report:
     """Raises ValueError for settings that can't be, with what can."""
     module = find_config(settings.name)
     chip = chip_named(settings.chip)
-    question = train_question if settings.mode == "train" else serve_question
-    config, work, compute, assumptions = question(settings, module)
+    is_train = settings.mode == "train"
+    found = train_question(settings, module, chip) if is_train else serve_question(settings, module)
+    config, work, compute, assumptions = found
     launch = None if settings.launch_us is None else settings.launch_us * 1e-6
     on = machine(chip, settings.devices, COMPUTE_DTYPES[compute], launch)
     name = str(settings.name)
@@ -77,7 +81,7 @@ def find_config(name: str | None) -> ModuleType:
     return configs.load(name)
 
 
-def train_question(settings: Settings, module: ModuleType):
+def train_question(settings: Settings, module: ModuleType, chip: Chip):
     """(model, work, compute precision, assumptions) of a train step."""
     refuse(settings, "train", "context", "weights", "cache")
     if not hasattr(module, "train"):
@@ -85,7 +89,7 @@ def train_question(settings: Settings, module: ModuleType):
     run = module.train()
     names = {dtype: name for name, dtype in COMPUTE_DTYPES.items()}
     compute = settings.compute or names[run.precision.compute]
-    activation_bytes, state = 4 if compute == "fp32" else 2, train_state(run)
+    activation_bytes, state = 4 if compute == "fp32" else 2, train_state(run, chip, run.accumulation)
     work = Work(
         mode="train",
         batch=run.data.batch_size if settings.batch is None else settings.batch,
@@ -105,15 +109,18 @@ def train_question(settings: Settings, module: ModuleType):
     return run.model, work, compute, assumptions
 
 
-def train_state(run) -> TrainState:
-    """What the steps of a TrainRun keep and move."""
+def train_state(run, chip: Chip, accumulation: int) -> TrainState:
+    """What the steps of a TrainRun keep and move. The few small matrices that `kernels.adamw` "auto" leaves to XLA
+    count as the others do."""
+    asked, narrow = run.kernels.adamw, run.precision.compute == "bfloat16"
+    chosen = asked == "auto" and chip.name.startswith(HOPPER) and accumulation == 1
     return TrainState(
         parameter=element_bytes(run.precision.param),
         gradient=element_bytes(run.precision.gradient),
         first_moment=element_bytes(run.optimizer.moment_dtype),
         clip=run.optimizer.clip_norm is not None,
         muon=run.optimizer.kind == "muon",
-        halves=run.kernels.adamw == "pallas" and run.optimizer.kind == "adamw",
+        halves=(asked == "pallas" or chosen) and narrow and run.optimizer.kind == "adamw",
     )
 
 

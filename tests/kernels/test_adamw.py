@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from kernels.adamw import AdamWCase, Hyperparameters, adamw, choose, join, split, step_factors, supports
-from kernels.adamw.tiles import NUMBERS, Tiles
+from kernels.adamw.tiles import MANY, NUMBERS, Tiles
 from kernels.target import Target
 
 H100 = Target("gpu", (9, 0))
@@ -141,7 +141,8 @@ def test_what_the_kernel_takes():
     fine = AdamWCase("bfloat16", "float32", 4 * NUMBERS)
     assert "compute capability" in supports("pallas", fine, Target("gpu", (10, 0)))
     assert supports("xla", fine, Target("cpu")) is None
-    assert choose("auto", fine, H100)[0] == "xla"
+    for other in (Target("cpu"), Target("tpu"), Target("gpu", (8, 0))):
+        assert choose("auto", fine, other)[0] == "xla"
     with pytest.raises(ValueError, match="impl='cudnn' is unknown"):
         supports("cudnn", fine, H100)
     with pytest.raises(ValueError, match=r"kernels\.adamw='pallas' can't run: .*set it to 'auto' or 'xla'"):
@@ -160,7 +161,13 @@ def test_what_the_kernel_takes():
 )
 def test_what_the_kernel_refuses(case, reason):
     assert reason in supports("pallas", case, H100)
-    assert supports("pallas", AdamWCase("float32", "bfloat16", NUMBERS), H100) is None
+    assert choose("auto", case, H100)[0] == "xla"
+    for mean in ("float32", "bfloat16"):
+        fine = AdamWCase("bfloat16", mean, MANY)
+        assert supports("pallas", fine, H100) is None and choose("auto", fine, H100)[0] == "pallas"
+    # Not measured.
+    for other in (AdamWCase("float32", "float32", MANY), AdamWCase("bfloat16", "float32", MANY - NUMBERS)):
+        assert supports("pallas", other, H100) is None and choose("auto", other, H100)[0] == "xla"
 
 
 def test_what_disagrees_is_refused():

@@ -43,10 +43,11 @@ class Case:
     optimizer: str = "adamw"
     moments: str = "float32"
     clip_norm: float = 1e-2
+    accumulation: int = 1
 
 
 PLAIN = Case()
-SHARDED = Case(mesh=MeshConfig(fsdp=2, tensor=2), clip_norm=1e4)
+SHARDED = Case(mesh=MeshConfig(fsdp=2, tensor=2), clip_norm=1e4, accumulation=2)
 CASES = [
     pytest.param(PLAIN, id="clipped"),
     pytest.param(SHARDED, id="sharded"),
@@ -74,7 +75,7 @@ def training(case: Case, impl: str | None = "xla", only: str | None = None) -> T
         muon=MuonConfig(ns_steps=2),
     )
     halves = NO_HALVES if impl is None else halves_of(definition, settings, impl, only)
-    spec = StepSpec(definition, run, LossConfig(chunk_tokens=64), halves=halves)
+    spec = StepSpec(definition, run, LossConfig(chunk_tokens=64), case.accumulation, halves=halves)
     optimizer = make_optimizer(settings, 10, definition.logical[0])
     shardings = state_shardings(definition, optimizer, placement)
     step = jax.jit(
@@ -228,11 +229,12 @@ def test_what_is_held_in_halves(monkeypatch):
     cases, line, halves = asked(monkeypatch, {"optimizer.moment_dtype": "bfloat16", "optimizer.clip_norm": 0.5})
     assert {path[-1] for path in halves.paths} >= {"query", "up", "down"}
     assert "embedding" not in {path[-1] for path in halves.paths}
-    assert {(case.gradient, case.mean) for case in cases} == {("float32", "bfloat16")}
+    assert {(case.gradient, case.mean) for case in cases} == {("bfloat16", "bfloat16")}
     assert halves.clip_norm == 0.5 and halves.impl == "pallas"
     assert line == f"adamw: pallas, here; {len(cases)} of {len(cases)} copies are halves of what they are copies of"
     whole = sum(case.num_elements for case in cases)
-    cases, _, _ = asked(monkeypatch, {"mesh.fsdp": 4}, devices=4)
+    cases, _, _ = asked(monkeypatch, {"accumulation": 2, "mesh.fsdp": 4}, devices=4)
+    assert {(case.gradient, case.mean) for case in cases} == {("float32", "float32")}
     assert sum(case.num_elements for case in cases) == whole // 4
 
 
