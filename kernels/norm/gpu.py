@@ -229,7 +229,7 @@ def backward(
         rows.append(jnp.pad(d_products, ((0, 0), (0, MAX_NARROW - num_columns))))
         inputs.append(kernel.lined(narrow.T))
     dx, parts = kernel.call(body, inputs, rows, outs, "add_rms_norm_gradient", interpret)
-    d_scale, *d_columns = parts.reshape(tiles.num_programs, -1, width).sum(axis=0)
+    sums = parts.reshape(tiles.num_programs, -1, width).sum(axis=0)
     # Of rows before their factors, which are the same in all of them.
-    d_narrow = jnp.stack(d_columns, axis=1) * (scale.astype(jnp.float32) + offset)[:, None] if num_summed else None
-    return dx.reshape(num_rows, width), d_scale, d_narrow
+    d_narrow = (sums[1:] * (scale.astype(jnp.float32) + offset)).T if num_summed else None
+    return dx.reshape(num_rows, width), sums[0], d_narrow
