@@ -22,7 +22,7 @@ from tests.training.stepping import Training
 from training.config import LossConfig
 from training.diagnose import find_non_finite
 from training.halves import NO_HALVES, Halves, clip_factor
-from training.optimizer import MuonConfig, OptimizerConfig, adamw_settings, make_optimizer
+from training.optimizer import MuonConfig, OptimizerConfig, adamw_moments, adamw_settings, make_optimizer
 from training.resolve import resolve
 from training.schedule import ScheduleConfig
 from training.state import abstract_state, init_state, place_copies, state_shardings
@@ -147,6 +147,23 @@ def test_steps_are_those_with_copies(case):
     muon = {"lm_head"} if case.optimizer == "muon" else {"lm_head", "up", "query"}
     assert muon <= {path[-1] for path in run.spec.halves.paths}
     assert ("up" in {path[-1] for path in run.spec.halves.paths}) == (case.optimizer == "adamw")
+
+
+def test_a_step_has_all_of_a_parameter_from_one_update(monkeypatch):
+    """Both halves and both moments, and none of it as Optax would have it: that may be rounded otherwise."""
+
+    def marked(gradient, *state, impl, target):
+        *arrays, _, _ = state
+        return tuple(jnp.full_like(one, number) for number, one in enumerate(arrays, 1))
+
+    monkeypatch.setattr(adamw, "adamw", marked)
+    run = training.__wrapped__(PLAIN, only="up")
+    after, _ = steps(run, 1)
+    moments, (path,) = adamw_moments(after.opt_state), run.spec.halves.paths
+    copies, params = traverse_util.flatten_dict(after.copies), traverse_util.flatten_dict(after.params)
+    for number, leaf in enumerate((copies[path], params[path], moments["mu", path], moments["nu", path]), 1):
+        np.testing.assert_array_equal(leaf, np.full_like(leaf, number))
+    assert all(leaf.dtype == jnp.float32 for other, leaf in params.items() if other != path)
 
 
 def test_a_step_by_the_kernel(execution_of_kernels):
