@@ -46,8 +46,8 @@ def choose(impl: Impl, case: DispatchCase, target: Target) -> tuple[Impl, str]:
         if (reason := tiles.unsupported(case, target)) is not None:
             return "xla", f"pallas can't: {reason}"
         if not tiles.beats_xla(case):
-            return "xla", "pallas was not measured to be faster"
-        return "pallas", "fastest measured on an H100"
+            return "xla", "pallas was measured for 16384 tokens and more with 2 rows of 1024"
+        return "pallas", "fastest measured on an H100 (16384 tokens, 2 rows of 1024: 40 us, back 65; XLA 53 and 85)"
     reason = supports(impl, case, target)
     if reason is not None:
         raise ValueError(f"dispatch impl={impl!r} can't run: {reason}; set it to 'auto' or 'xla'")

@@ -263,6 +263,9 @@ def test_what_is_chosen(monkeypatch):
         ({}, "pallas"),
         ({"num_rows": 8192, "width": 4096, "added": False}, "pallas"),
         ({"num_rows": 8191}, "xla"),
+        ({"num_columns": 8}, "pallas"),
+        ({"num_columns": 8, "num_rows": 16383}, "xla"),
+        ({"num_columns": 8, "width": 512}, "xla"),
         ({"width": 512}, "xla"),
         ({"width": 8192}, "xla"),
     ):

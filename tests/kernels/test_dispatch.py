@@ -134,7 +134,9 @@ CASE = DispatchCase("bfloat16", 16384, 1024, 2)
 def test_what_is_chosen(monkeypatch):
     monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", (0, 11, 2))
     assert supports("pallas", CASE, H100) is None and choose("pallas", CASE, H100)[0] == "pallas"
-    assert choose("auto", CASE, Target("cpu"))[0] == "xla"
+    assert choose("auto", CASE, Target("cpu"))[0] == "xla" and choose("auto", CASE, H100)[0] == "pallas"
+    assert choose("auto", DispatchCase("bfloat16", 8192, 1024, 2), H100)[0] == "xla"
+    assert choose("auto", DispatchCase("bfloat16", 16384, 1024, 1), H100)[0] == "xla"
     for case, words in (
         (DispatchCase("float32", 16384, 1024, 2), "not float32"),
         (DispatchCase("bfloat16", 16384, 1024, 2, rounded=False), "in the rows' dtype bfloat16"),
