@@ -79,9 +79,7 @@ def kernels(monkeypatch, execution):
     execution.put_plainly(monkeypatch, gpu_gated, reciprocal=lambda x: 1 / x)
     # Proved by themselves, in test_grouped_matmul_gpu.
     product = jax.jit(loop.product, static_argnames="transpose")
-    gradient = jax.jit(loop.weight_gradient)
-    gradients = {"weight_gradients": lambda x, dys, sizes: [gradient(x, dy, sizes) for dy in dys]}
-    execution.put_plainly(monkeypatch, gpu, product=product, weight_gradient=gradient, **gradients)
+    execution.put_plainly(monkeypatch, gpu, product=product, weight_gradient=jax.jit(loop.weight_gradient))
 
 
 @pytest.mark.parametrize(
