@@ -480,8 +480,8 @@ def _copy(statics: _Statics, work: _Work, inputs: _Inputs, shared: _Shared) -> N
 def _add_all(statics: _Statics, work: _Work, inputs: _Inputs, dq_ref, shared: _Shared) -> None:
     """Each step's dq, as soon as it is there and its turn has come. A warp has what one warpgroup computes of every
     second step, since an addition, from its turn to its signal, takes about as long as a step. An H100 (jax 0.11.2,
-    2026-11-23, T 8192, heads of 128) had 519 TFLOP/s causal where all four warps together had 504, 605 and 407 with the
-    full mask, and at heads of 256 366 and 321."""
+    2026-11-23, T 8192, heads of 128) had 519 and 524 TFLOP/s causal where all four warps together had 510 and 490, 560
+    and 504 with the full mask, and at heads of 256 355 and 315."""
 
     # Asked for here, which a warp cannot (JAX 0.11.2).
     turns = _turns(statics)
@@ -506,8 +506,10 @@ def _add_step(statics: _Statics, work: _Work, inputs: _Inputs, dq_ref, turns, sh
     query_block, head = _query_block(statics, work, inputs, step), _head(statics, work, step)
     turn = inputs.turns[_table_row(inputs.walk, work.row), work.key_block, hopper.floor(step, statics.group)]
     own = (work.row, head, query_block, part)
-    # Before the sums are there: asking takes a while, and most often the turn has come.
-    _await_turn(turns, own, turn)
+    if statics.tiles.wide:
+        # Before the sums are there: an H100 had 355 TFLOP/s so at heads of 256, 306 and 336 the other way. At heads of
+        # 128 it had 498 and 517, and 519 and 524 the other way (jax 0.11.2, 2026-11-23, T 8192, causal).
+        _await_turn(turns, own, turn)
     begun = []
     for piece in range(statics.num_dq_pieces):
         slot, place = _piece_place(statics, step, piece, part)
@@ -515,6 +517,8 @@ def _add_step(statics: _Statics, work: _Work, inputs: _Inputs, dq_ref, turns, sh
             # Where the next piece goes.
             _free_oldest(shared, begun)
         plgpu.barrier_wait(shared.dq_ready.at[_ready(statics, step, piece, part)])
+        if piece == 0 and not statics.tiles.wide:
+            _await_turn(turns, own, turn)
         source = shared.dq.at[slot, part]
         target = _dq_place(statics, work, dq_ref, query_block, head, part, piece)
         pl.when(turn == 0)(functools.partial(_put, source, target))
