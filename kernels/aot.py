@@ -66,7 +66,7 @@ class GradientsCase:
 class GroupedProductCase:
     """One of the grouped products of a feed-forward [in_dim] -> [out_dim] -> [in_dim]."""
 
-    which: Literal["product", "transposed", "weight gradient", "weight gradients", "hidden", "hidden gradient", "sum"]
+    which: Literal["product", "transposed", "weight gradient", "hidden", "hidden gradient", "sum"]
     shape: GroupedCase
 
 
@@ -297,7 +297,7 @@ def _grouped_shared_bytes(case: GroupedProductCase) -> int:
             chosen = grouped_tiles.choose_tiles(case.shape.in_dim, True)
         case "hidden gradient":
             chosen = grouped_tiles.choose_tiles(case.shape.out_dim, True)
-        case "weight gradient" | "weight gradients":
+        case "weight gradient":
             chosen = grouped_tiles.choose_gradient_tiles(case.shape.out_dim)
         case "hidden":
             chosen = grouped_tiles.choose_gated_tiles()
@@ -440,7 +440,6 @@ def _compile_grouped(case: GroupedProductCase, mesh: jax.sharding.Mesh) -> None:
         "product": (gpu.product, (x, w)),
         "transposed": (functools.partial(gpu.product, transpose=True), (dy, w)),
         "weight gradient": (gpu.weight_gradient, (x, dy)),
-        "weight gradients": (lambda x, *dys, group_sizes: gpu.weight_gradients(x, dys, group_sizes), (x, dy, dy)),
         "hidden": (functools.partial(gpu_gated.hidden, with_parts=True), (x, w, w)),
         "hidden gradient": (gpu_gated.hidden_gradient, (x, down, dy, dy)),
         "sum": (gpu_gated.summed_product, (dy, w, dy, w)),

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 
 from kernels.grouped_matmul import persistent
 from kernels.grouped_matmul.gpu_weight_gradient import weight_gradient as weight_gradient
-from kernels.grouped_matmul.gpu_weight_gradient import weight_gradients as weight_gradients
 from kernels.grouped_matmul.persistent import Tile, rows_from
 from kernels.grouped_matmul.tiles import ROW_ALIGNMENT, WIDTH, Tiles, choose_tiles
 

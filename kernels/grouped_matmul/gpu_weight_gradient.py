@@ -7,7 +7,6 @@ whatever they hold, zero times it would be NaN if that is not finite.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -23,11 +22,8 @@ from kernels.grouped_matmul.tiles import ROW_ALIGNMENT, WIDTH, Tiles, choose_gra
 _SORTED_GROUPS = 16
 
 
-@dataclasses.dataclass(frozen=True)
-class _WeightGradients(persistent.Kernel):
-    """x [M, K] and `count` dy [M, N]; tiles of as many [E, K, N]. Both warpgroups mask a tile's first step together."""
-
-    count: int
+class _WeightGradient(persistent.Kernel):
+    """x [M, K] and dy [M, N]; tiles of [E, K, N]. Both warpgroups mask a tile's first step together."""
 
     name = "grouped_matmul_weight_gradient"
 
@@ -42,15 +38,6 @@ class _WeightGradients(persistent.Kernel):
     @property
     def num_row_tiles(self) -> int:
         return -(-self.in_dim // self.rows)
-
-    @property
-    def columns_each(self) -> int:
-        """Tiles side by side in one of the results."""
-        return super().num_columns
-
-    @property
-    def num_columns(self) -> int:
-        return self.count * self.columns_each
 
     @property
     def max_tiles(self) -> int:
@@ -73,32 +60,10 @@ class _WeightGradients(persistent.Kernel):
 
     def copy(self, tile: Tile, step, inputs, buffers, arrived) -> None:
         rows = rows_from(aligned(tile.begin) + step * WIDTH, WIDTH)
-        (x, *dys), (x_smem, dy_smem) = inputs, buffers
+        (x, dy), (x_smem, dy_smem) = inputs, buffers
         plgpu.copy_gmem_to_smem(x.at[rows, pl.ds(tile.row, self.tiles.rows)], x_smem, arrived)
-        for i, dy in enumerate(dys):
-
-            @self.when_of(i, tile)
-            def _(own: Tile, dy=dy):
-                columns = pl.ds(own.column, self.tiles.columns)
-                plgpu.copy_gmem_to_smem(dy.at[rows, columns], dy_smem, arrived, **self.for_cluster)
-
-    def when_of(self, i: int, tile: Tile):
-        """Runs what it decorates where a tile is of the i-th result, with the tile as it lies there."""
-        if self.count == 1:
-            return lambda body: body(tile)
-        width = self.columns_each * self.tiles.columns
-        mine = (tile.column >= i * width) & (tile.column < (i + 1) * width)
-        own = tile._replace(column=pl.multiple_of(tile.column - i * width, WIDTH))
-        return lambda body: pl.when(mine)(lambda: body(own))
-
-    def emit(self, tile: Tile, start, warpgroup, sums, outs, shared) -> None:
-        del start
-        values = sums[0].astype(outs[0].dtype)
-        for i, out in enumerate(outs):
-
-            @self.when_of(i, tile)
-            def _(own: Tile, out=out):
-                persistent.store(self, warpgroup, out, shared, own, values)
+        columns = pl.ds(tile.column, self.tiles.columns)
+        plgpu.copy_gmem_to_smem(dy.at[rows, columns], dy_smem, arrived, **self.for_cluster)
 
     def prepare(self, tile: Tile, step, buffers, warpgroup, masked) -> None:
         row = aligned(tile.begin) + step * WIDTH
@@ -135,25 +100,20 @@ def _keep_rows(smem, first, last) -> None:
         part[...] = jnp.where((row >= first) & (row < last), values, jnp.zeros_like(values))
 
 
+# A jit of its own, so that a model's layers are built once.
+@functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
 def weight_gradient(x, dy, group_sizes, *, tiles: Tiles | None = None, interpret=None) -> jax.Array:
     """[E, K, N]: xᵀ dy over each group's rows, of x [M, K] and dy [M, N].
 
     `tiles`: None for the choice of `choose_gradient_tiles`. `interpret`: parameters of Pallas's interpreter, which
     tests give.
     """
-    (dw,) = weight_gradients(x, (dy,), group_sizes, tiles=tiles, interpret=interpret)
-    return dw
-
-
-# A jit of its own, so that a model's layers are built once.
-@functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
-def weight_gradients(x, dys, group_sizes, *, tiles: Tiles | None = None, interpret=None) -> list[jax.Array]:
-    """`weight_gradient` of one x and each of several dy of one width, in one launch."""
-    num_groups, num_rows, in_dim, out_dim = group_sizes.shape[0], *x.shape, dys[0].shape[1]
+    num_groups, num_rows, in_dim, out_dim = group_sizes.shape[0], *x.shape, dy.shape[1]
     tiles = choose_gradient_tiles(out_dim) if tiles is None else tiles
     # Copies fill shared memory by eight rows.
     padding = -num_rows % ROW_ALIGNMENT
-    x, *dys = (jnp.pad(array, ((0, padding), (0, 0))) if padding else array for array in (x, *dys))
-    kernel = _WeightGradients(num_groups, num_rows + padding, in_dim, out_dim, tiles, len(dys))
+    x, dy = (jnp.pad(array, ((0, padding), (0, 0))) if padding else array for array in (x, dy))
+    kernel = _WeightGradient(num_groups, num_rows + padding, in_dim, out_dim, tiles)
     out_type = jax.ShapeDtypeStruct((num_groups, in_dim, out_dim), x.dtype)
-    return persistent.call(kernel, (x, *dys), group_sizes, [out_type] * len(dys), interpret)
+    (dw,) = persistent.call(kernel, (x, dy), group_sizes, [out_type], interpret)
+    return dw

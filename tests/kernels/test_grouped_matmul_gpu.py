@@ -161,16 +161,6 @@ def test_rows_of_other_groups_may_hold_anything(execution, gpu):
         np.testing.assert_allclose(actual[others].astype(np.float64), true[others], rtol=2**-8, atol=1e-3)
 
 
-def test_gradients_of_two_matrices_in_one_launch(execution, gpu):
-    """The same bits as one after the other: which program takes a tile, and when, changes nothing of it."""
-    sizes = (37, 0, 91)
-    x, _, dy = operands(136, 64, 192, sizes)
-    dys = (dy, -2 * dy[:, ::-1])
-    run = functools.partial(execution.kernel, group_sizes=jnp.asarray(sizes, jnp.int32), tiles=SMALL)
-    for dw, other in zip(run(gpu.weight_gradients, x, dys), dys, strict=True):
-        np.testing.assert_array_equal(dw, run(gpu.weight_gradient, x, other, races=False))
-
-
 @pytest.mark.parametrize("out_dim", [64, 128, 192, 2048, 14336])
 def test_chosen_tiles_fit(out_dim):
     products = [choose_tiles(out_dim, False), choose_tiles(out_dim, True), choose_gradient_tiles(out_dim)]
