@@ -32,6 +32,7 @@ from kernels.target import Target, default_target
 PASSES = ("forward", "dx", "dw")
 OURS = ("pallas", "batched", "ragged_dot")
 IMPLS = ("dense", *OURS, "jax_mosaic", "torch")
+# What rivals, each of its own library, say no with: of ours, and of the dense product, every one is an error.
 _REFUSALS = (AttributeError, ImportError, NotImplementedError, RuntimeError, TypeError, ValueError)
 FEED_FORWARD_WORKS = ("moe-1b up, even", "moe-1b up, uneven")
 
@@ -293,7 +294,6 @@ def measure_all(works: list[Work], impls: list[str], repeats: int) -> Iterator[d
                 try:
                     row |= measure(impl, work, which, programs[impl, which].result(), given, repeats)
                 except _REFUSALS as error:
-                    # A rival may refuse a shape in its own way; a failure of ours is an error.
                     if impl in ("dense", *OURS):
                         raise
                     reason = f"{type(error).__name__}: {error}"[:300]

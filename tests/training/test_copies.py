@@ -17,7 +17,7 @@ from parallel.sharding import Placement
 from quantization.rules import ProductRules
 from tests.model.tiny import VOCAB, assert_close, dense, execution, moe, packed_batch
 from tests.training.runs import DENSE, losses_of, prepare, records_of, run_dir, run_of, train_here
-from tests.training.stepping import Training
+from tests.training.stepping import EXACT, Training, assert_same, batch_of, steps
 from training.config import LossConfig
 from training.diagnose import find_non_finite
 from training.optimizer import MuonConfig, OptimizerConfig, make_optimizer
@@ -26,9 +26,6 @@ from training.schedule import ScheduleConfig
 from training.state import TrainState, abstract_state, abstract_weights, init_state, place_copies, state_shardings
 from training.step import StepSpec, make_eval_step, make_train_step
 
-# As XLA compiles by default, it may leave out a rounding to bfloat16 that is followed by a cast to float32: which ones,
-# depends on where the casts stand.
-EXACT = {"xla_backend_optimization_level": 0, "xla_allow_excess_precision": False}
 ROUTED = {"shared_mlp_dim": 16, "load_balance_coef": 0.02, "router_bias": True, "bias_update_rate": 0.01}
 MODELS = {
     "dense": dense(num_layers=1, qkv_bias=True, mlp_bias=True, qk_norm=True),
@@ -89,24 +86,6 @@ def training(case: Case, copy_dtype: str | None) -> Training:
         compiler_options=EXACT,
     )
     return Training(definition, spec, optimizer, placement, step, init_state(definition, optimizer, 0, placement))
-
-
-def batch_of(run: Training):
-    shardings = run.placement.sharding("batch", "sequence")
-    return {name: jax.device_put(x, shardings) for name, x in packed_batch().items()}
-
-
-def steps(run: Training, number: int, state: TrainState | None = None):
-    """The last state, and the metrics of each step."""
-    state, metrics = run.state if state is None else state, []
-    for _ in range(number):
-        state, found = run.step(state, batch_of(run))
-        metrics.append(jax.device_get(found))
-    return state, metrics
-
-
-def assert_same(got, want) -> None:
-    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def assert_copied(run: Training, state: TrainState) -> None:

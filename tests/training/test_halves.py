@@ -16,9 +16,9 @@ from kernels.target import Target
 from model.transformer import Definition
 from parallel.mesh import MeshConfig, make_mesh
 from parallel.sharding import Placement
-from tests.model.tiny import assert_close, dense, execution, moe, packed_batch
+from tests.model.tiny import assert_close, dense, execution, moe
 from tests.training.runs import DENSE, run_of
-from tests.training.stepping import Training
+from tests.training.stepping import EXACT, Training, assert_same, batch_of, steps
 from training.config import LossConfig
 from training.diagnose import find_non_finite
 from training.halves import NO_HALVES, Halves, clip_factor
@@ -29,8 +29,6 @@ from training.state import abstract_state, init_state, place_copies, state_shard
 from training.step import StepSpec, make_train_step
 
 H100 = Target("gpu", (9, 0))
-# Or XLA may leave out roundings to bfloat16, and compute a parameter once for each of its halves.
-EXACT = {"xla_backend_optimization_level": 0, "xla_allow_excess_precision": False}
 MODELS = {"dense": dense(num_layers=1, qkv_bias=True), "moe": moe(num_layers=1)}
 
 
@@ -95,24 +93,6 @@ def halves_of(definition, settings, impl, only) -> Halves:
         if how is not None and only in (None, path[-1]):
             found.append((path, how))
     return Halves(tuple(found), settings.clip_norm, impl)
-
-
-def batch_of(run: Training):
-    shardings = run.placement.sharding("batch", "sequence")
-    return {name: jax.device_put(x, shardings) for name, x in packed_batch().items()}
-
-
-def steps(run: Training, number: int, state=None):
-    """The last state, and the metrics of each step."""
-    state, metrics = run.state if state is None else state, []
-    for _ in range(number):
-        state, found = run.step(state, batch_of(run))
-        metrics.append(jax.device_get(found))
-    return state, metrics
-
-
-def assert_same(got, want) -> None:
-    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def assert_halves(run: Training, state) -> None:
