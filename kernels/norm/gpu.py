@@ -151,7 +151,7 @@ def _column_sums(row, columns):
     )
 
 
-@functools.partial(jax.jit, static_argnames=("offset", "of_narrow", "tiles", "interpret"))
+@functools.partial(jax.jit, static_argnames=("offset", "tiles", "interpret"))
 def backward(
     x,
     rstd,
@@ -162,7 +162,6 @@ def backward(
     d_products=None,
     *,
     offset: float,
-    of_narrow: bool = True,
     tiles: Tiles | None = None,
     interpret=None,
 ):
@@ -171,7 +170,6 @@ def backward(
     float32 [D], dnarrow float32 [D, C], or None; other arguments as of `forward`."""
     num_rows, width = x.shape
     num_columns = 0 if narrow is None else narrow.shape[1]
-    num_summed = num_columns if of_narrow else 0
     num_wide = 2 + len(d_normed)
     tiles = choose_tiles(num_rows, width, num_wide, x.dtype.itemsize, num_columns) if tiles is None else tiles
     kernel = Rows(width, num_rows, tiles)
@@ -205,22 +203,22 @@ def backward(
                 totals[i] = totals[i] + dy_piece * normed
                 dx = (dy_piece * gain[i]() - normed * mean) * rstd + pieces[-1][i]()
                 dx_ref[row, lines] = dx.astype(dx_ref.dtype)
-            for i, one in enumerate(d_products[:num_summed], len(kernel.lines)):
+            for i, one in enumerate(d_products, len(kernel.lines)):
                 totals[i] = totals[i] + one * normed
             if not tiles.in_registers:
                 released()
             return following, *totals
 
         first = rstd_ref[jnp.minimum(lax.axis_index("program"), num_rows - 1)]
-        zeros = [kernel.zero() for _ in range(len(kernel.lines) + num_summed)]
+        zeros = [kernel.zero() for _ in range(len(kernel.lines) + num_columns)]
         _, *totals = kernel.walk(inputs, ring, arrived, compute, (first, *zeros))
-        places = [(0, lines) for lines in kernel.lines] + [(1 + i, kernel.lines[0]) for i in range(num_summed)]
+        places = [(0, lines) for lines in kernel.lines] + [(1 + i, kernel.lines[0]) for i in range(num_columns)]
         for total, (line, lines) in zip(totals, places, strict=True):
             parts_ref[lax.axis_index("program"), line, lines] = total
 
     outs = [
         jax.ShapeDtypeStruct((num_rows, width // LINE, LINE), x.dtype),
-        jax.ShapeDtypeStruct((tiles.num_programs, 1 + num_summed, width // LINE, LINE), jnp.float32),
+        jax.ShapeDtypeStruct((tiles.num_programs, 1 + num_columns, width // LINE, LINE), jnp.float32),
     ]
     rows = [kernel.lined(array) for array in (x, *d_normed, d_sum)]
     inputs = [kernel.lined(scale), rstd]
@@ -231,5 +229,5 @@ def backward(
     dx, parts = kernel.call(body, inputs, rows, outs, "add_rms_norm_gradient", interpret)
     sums = parts.reshape(tiles.num_programs, -1, width).sum(axis=0)
     # Of rows before their factors, which are the same in all of them.
-    d_narrow = (sums[1:] * (scale.astype(jnp.float32) + offset)).T if num_summed else None
+    d_narrow = (sums[1:] * (scale.astype(jnp.float32) + offset)).T if num_columns else None
     return dx.reshape(num_rows, width), sums[0], d_narrow
