@@ -8,8 +8,9 @@ can't keep residuals; the first round differentiates like any code.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,23 +46,26 @@ def exchange_experts(
     axes: tuple[str, ...],
     placement: Placement,
     round_factor: float = ROUND_FACTOR,
+    **dispatch: Any,
 ) -> jax.Array:
     """Sum over each token's experts of weight · expert(x), float32 [N, D], experts split over the mesh axes `axes`.
 
     `kernels` are this device's num_experts / P experts. `feed_forward(rows_MD, group_sizes, *kernels)` takes rows
-    sorted by local expert, and may leave rows past the groups' sum unwritten by returning zeros there.
+    sorted by local expert, and may leave rows past the groups' sum unwritten by returning zeros there. `dispatch`: impl
+    and target of `model.permute.expand` and `combine`.
     """
     num_devices = placement.size("experts")
     local_experts = num_experts // num_devices
     order = sort_by_expert(experts_NA, num_experts)
-    rows_MD = expand(x_ND, order)
+    rows_of = functools.partial(expand, **dispatch)
+    rows_MD = rows_of(x_ND, order)
     count_P = order.group_sizes.reshape(num_devices, local_experts).sum(axis=1)
     plan = Plan(experts_NA.reshape(-1)[order.sorted_M], jnp.cumsum(count_P) - count_P, count_P)
     num_rows = rows_MD.shape[0]
     capacity = min(-(-int(round_factor * num_rows) // num_devices), num_rows)
 
     def one_round(number: jax.Array, rows_MD: jax.Array, kernels: Kernels, plan: Plan) -> jax.Array:
-        return _round(number, rows_MD, kernels, plan, feed_forward, capacity, local_experts, axes)
+        return _round(number, rows_MD, kernels, plan, rows_of, feed_forward, capacity, local_experts, axes)
 
     # The same number of rounds on every device of the mesh: a collective must be entered by all.
     most = jax.lax.pmax(jnp.max(count_P), placement.mesh.axis_names)
@@ -69,10 +73,10 @@ def exchange_experts(
     y_MD = one_round(jnp.int32(0), rows_MD, kernels, plan)
     if capacity < num_rows:
         y_MD = y_MD + _further_rounds(one_round, num_rounds, rows_MD, kernels, plan)
-    return combine(y_MD, weights_NA, order)
+    return combine(y_MD, weights_NA, order, **dispatch)
 
 
-def _round(number, rows_MD, kernels, plan, feed_forward, capacity, local_experts, axes) -> jax.Array:
+def _round(number, rows_MD, kernels, plan, rows_of, feed_forward, capacity, local_experts, axes) -> jax.Array:
     """Results of the rows [number · capacity, (number + 1) · capacity) of each destination; zeros elsewhere."""
     num_devices = plan.count_P.size
     first = number * capacity
@@ -93,7 +97,7 @@ def _round(number, rows_MD, kernels, plan, feed_forward, capacity, local_experts
 
     # Empty slots count as one expert more, so they sort behind every group.
     order = sort_by_expert(expert_S[:, None], local_experts + 1)
-    y_SD = feed_forward(expand(received_SD, order), order.group_sizes[:local_experts], *kernels)
+    y_SD = feed_forward(rows_of(received_SD, order), order.group_sizes[:local_experts], *kernels)
     y_SD = _all_to_all(permute(y_SD, order.place_M, order.sorted_M), axes, num_devices)
     return _gather(y_SD, place_M, inside_M, source_PC.reshape(-1), filled_PC.reshape(-1))
 

@@ -16,7 +16,8 @@ Remat = Literal["none", "dots", "full"]
 class Execution:
     """Static argument of the forward pass. `attention`, `paged_attention` and `grouped_matmul` are concrete kernel
     implementations, the first one for each entry of the model's `window_pattern`; `paged_attention`,
-    `quantized_matmul`, `quantized_activations` and `norm` may be "auto", since prefill and decode take different ones.
+    `quantized_matmul`, `quantized_activations`, `norm` and `dispatch` may be "auto", since prefill and decode take
+    different ones.
 
     `remat` is what the backward pass recomputes in each layer: nothing, everything but matrix products without a
     batch dimension (`dots`), or the whole layer from its input (`full`).
@@ -30,6 +31,7 @@ class Execution:
     quantized_matmul: str = "auto"
     quantized_activations: str = "auto"
     norm: str = "auto"
+    dispatch: str = "auto"
     target: Target | None = None
     """Device kind of the kernels; None for the default device's."""
     remat: Remat = "none"

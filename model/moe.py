@@ -147,15 +147,17 @@ class Experts(nnx.Module):
         weights_NA = weights_BTA.reshape(experts_NA.shape)
         kernels = (_gather(up, 1, placement), _gather(gate, 1, placement), _gather(down, 2, placement))
         feed_forward = functools.partial(self._feed_forward, execution)
+        how = {"impl": execution.dispatch, "target": execution.target}
         axes = () if placement is None else placement.axes("experts")
         if axes:
-            y_ND = exchange_experts(x_ND, experts_NA, weights_NA, kernels, feed_forward, num_experts, axes, placement)
+            over = (feed_forward, num_experts, axes, placement)
+            y_ND = exchange_experts(x_ND, experts_NA, weights_NA, kernels, *over, **how)
         else:
             order = sort_by_expert(experts_NA, num_experts)
-            y_MD = feed_forward(expand(x_ND, order, execution.target), order.group_sizes, *kernels)
+            y_MD = feed_forward(expand(x_ND, order, **how), order.group_sizes, *kernels)
             # Parts of a sum are added up before they are rounded.
             dtype = jnp.float32 if placement is not None and placement.axes("expert_mlp") else x_BTD.dtype
-            y_ND = combine(y_MD, weights_NA, order, dtype, execution.target)
+            y_ND = combine(y_MD, weights_NA, order, dtype, **how)
         if placement is not None:
             # F is split: each shard holds a part of the sum. Tokens are A times fewer than rows: added up here.
             y_ND = jax.lax.psum(y_ND, placement.axes("expert_mlp"))

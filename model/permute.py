@@ -74,9 +74,9 @@ def _sums_before(x_L: jax.Array) -> jax.Array:
     return (before_X[:, None] + within_XB).reshape(-1)[: x_L.size]
 
 
-def expand(x_ND: jax.Array, order: Order, target: Target | None = None) -> jax.Array:
+def expand(x_ND: jax.Array, order: Order, impl: dispatch.Impl = "auto", target: Target | None = None) -> jax.Array:
     """Row of each sorted assignment [M, D]. `target`: device kind; None for the default device."""
-    return dispatch.expand(x_ND, order.sorted_M, order.place_M, target=target)
+    return dispatch.expand(x_ND, order.sorted_M, order.place_M, impl=impl, target=target)
 
 
 @jax.custom_vjp
@@ -96,7 +96,9 @@ def combine(
     weights_NA: jax.Array,
     order: Order,
     dtype: jax.typing.DTypeLike = jnp.float32,
+    impl: dispatch.Impl = "auto",
     target: Target | None = None,
 ) -> jax.Array:
     """Weighted sum of each token's rows [N, D], added up in float32."""
-    return dispatch.combine(y_MD, weights_NA, order.sorted_M, order.place_M, out_dtype=dtype, target=target)
+    how = {"out_dtype": dtype, "impl": impl, "target": target}
+    return dispatch.combine(y_MD, weights_NA, order.sorted_M, order.place_M, **how)

@@ -8,11 +8,13 @@ from typing import NamedTuple
 import jax
 
 from kernels import attention as attention_op
+from kernels import dispatch as dispatch_op
 from kernels import grouped_matmul as grouped_op
 from kernels import norm as norm_op
 from kernels import paged_attention as paged_op
 from kernels import quantized_matmul as quantized_op
 from kernels.attention import xla as attention_xla
+from kernels.dispatch import DispatchCase
 from kernels.norm import NormCase
 from kernels.quantized_matmul import activations as activations_op
 from kernels.quantized_matmul.activations import ActivationCase
@@ -46,6 +48,7 @@ def select_kernels(
     grouped_matmul: str,
     quantized_matmul: str,
     norm: str,
+    dispatch: str,
     dtype: str,
     rows: int,
     sequence_length: int,
@@ -55,7 +58,7 @@ def select_kernels(
 ) -> Selection:
     """Implementations for batches of `rows` rows of `sequence_length` tokens over all devices of `placement`.
 
-    `attention`, `grouped_matmul` and `norm` are "auto" or a name. Raises ValueError for a named one that can't run.
+    The first five arguments are "auto" or a name. Raises ValueError for a named one that can't run.
     """
     config, target = definition.config, target_of(device)
     chosen, reasons = [], []
@@ -83,6 +86,10 @@ def select_kernels(
     grouped, reason = _select_grouped(config, grouped_matmul, dtype, tokens, placement, target)
     if config.moe is not None and config.moe.dispatch == "dropless":
         reasons.append(f"grouped product: {grouped}, {reason}")
+        # Parts of a token's sum, from several devices, stay in float32.
+        whole = placement.size("experts") == placement.size("expert_mlp") == 1
+        case = DispatchCase(dtype, tokens, config.embed_dim, config.moe.experts_per_token, rounded=whole)
+        reasons.append("dispatch to experts: {}, {}".format(*dispatch_op.choose(dispatch, case, target)))
     if config.norm_placement != "post":
         # Layers choose by themselves, the same but for how many read a norm.
         case = NormCase(dtype, tokens // placement.size("sequence"), config.embed_dim, added=True)

@@ -61,6 +61,8 @@ class KernelConfig:
     """Products of expert-sorted rows with their experts' weights."""
     quantized_matmul: Literal["auto", "reference", "xla", "pallas"] = "auto"
     """Products in FP8, where `precision.products` asks for them."""
+    dispatch: Literal["auto", "xla", "pallas"] = "auto"
+    """Tokens to rows sorted by expert, and the gradients of their weighted sums."""
     norm: Literal["auto", "xla", "pallas"] = "auto"
     """Sums with the residual stream and their norms."""
     cross_entropy: Literal["auto", "xla", "pallas"] = "auto"

@@ -63,6 +63,7 @@ def resolve(run: TrainRun, devices: Sequence[jax.Device]) -> Resolved:
         grouped_matmul=run.kernels.grouped_matmul,
         quantized_matmul=run.kernels.quantized_matmul,
         norm=run.kernels.norm,
+        dispatch=run.kernels.dispatch,
         dtype=run.precision.compute,
         rows=run.data.batch_size // run.accumulation,
         sequence_length=run.data.sequence_length,
@@ -78,6 +79,7 @@ def resolve(run: TrainRun, devices: Sequence[jax.Device]) -> Resolved:
         grouped_matmul=selection.grouped_matmul,
         quantized_matmul=selection.quantized_matmul,
         norm=run.kernels.norm,
+        dispatch=run.kernels.dispatch,
         remat=run.layers.remat,
     )
     loss, reason = choose_cross_entropy(run, definition, placement, selection.target)

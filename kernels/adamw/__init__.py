@@ -17,6 +17,7 @@ from kernels.adamw import reference
 from kernels.adamw.halves import join, split
 from kernels.adamw.reference import Hyperparameters, step_factors
 from kernels.adamw.tiles import MANY, NUMBERS
+from kernels.choice import by_name
 from kernels.target import Target, default_target
 
 Impl = Literal["auto", "xla", "pallas"]
@@ -68,10 +69,7 @@ def choose(impl: Impl, case: AdamWCase, target: Target) -> tuple[Impl, str]:
         if case.num_elements < MANY:
             return "xla", f"pallas was measured for {MANY >> 20} million numbers and more"
         return "pallas", "fastest measured on an H100 (29 million numbers: 272 us; XLA 291, with a copy)"
-    reason = supports(impl, case, target)
-    if reason is not None:
-        raise ValueError(f"kernels.adamw={impl!r} can't run: {reason}; set it to 'auto' or 'xla'")
-    return impl, "asked for by name"
+    return by_name("adamw", impl, supports(impl, case, target))
 
 
 def adamw(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.attention import cudnn, float8, reference, tiles, tpu_tiles, xla
+from kernels.choice import by_name
 from kernels.target import Target, default_target
 
 Impl = Literal["auto", "reference", "xla", "cudnn", "pallas"]
@@ -22,8 +23,8 @@ _PREFERRED: tuple[tuple[Impl, str], ...] = (
     ("cudnn", "fastest measured on an H100 of what takes the case"),
 )
 # (of keys, of values), where pallas is that, forward alone and with the backward pass. Elsewhere cuDNN is: at 256 with
-# 627 TFLOP/s forward and 397 with the backward pass (pallas 593 and 345), at 80 and 96 with 337 and 380 with the
-# backward pass (pallas 306 and 353).
+# 627 TFLOP/s forward and 423 with the backward pass (pallas 593 and 418), at 80 and 96 with 337 and 380 with the
+# backward pass (pallas 306 and 353; at 80 another time 339 and 340).
 _FORWARD_FASTEST = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128))
 _BOTH_FASTEST = ((64, 64), (128, 128), (192, 128))
 
@@ -86,10 +87,7 @@ def choose(impl: Impl, case: AttentionCase, target: Target) -> tuple[Impl, str]:
     Raises ValueError, with the reason, for a named implementation that can't run.
     """
     if impl != "auto":
-        reason = supports(impl, case, target)
-        if reason is not None:
-            raise ValueError(f"attention impl={impl!r} can't run: {reason}; set the attention impl to 'auto' or 'xla'")
-        return impl, "asked for by name"
+        return by_name("attention", impl, supports(impl, case, target))
     if target.platform == "tpu":
         return "xla", "pallas has been compiled for TPU, and not measured there"
     if target.platform != "gpu":
@@ -109,12 +107,14 @@ def choose(impl: Impl, case: AttentionCase, target: Target) -> tuple[Impl, str]:
 
 
 def _pallas_is_fastest(case: AttentionCase) -> bool:
-    """Of two that take the case. Without a causal mask the two are equal with the backward pass (542 and 543 TFLOP/s),
-    and cuDNN's forward is as fast or faster (611-674, pallas 620-627). With a window of 1,024 of 8,192 tokens cuDNN's
-    backward pass is faster (312, pallas 239)."""
+    """Of two that take the case. Without a causal mask pallas is faster with the backward pass, where that was measured
+    (heads of 128, T 8192: 591 TFLOP/s, cuDNN 527), and cuDNN's forward is as fast or faster (599-674, pallas 601-627). With a
+    window of 1,024 of 8,192 tokens cuDNN's backward pass is faster (302, pallas 235)."""
+    widths = (case.key_dim, case.value_dim)
     windowed = case.gradient and case.window is not None and case.window < case.kv_length
     fastest = _BOTH_FASTEST if case.gradient else _FORWARD_FASTEST
-    return (case.key_dim, case.value_dim) in fastest and case.causal and not windowed
+    masked = case.causal or (case.gradient and widths == (128, 128))
+    return widths in fastest and masked and not windowed
 
 
 def attention(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import hopper_chip
+from kernels.choice import by_name
 from kernels.cross_entropy import reference
 from kernels.cross_entropy.reference import Rows, statistics
 from kernels.target import Target, default_target
@@ -66,10 +67,7 @@ def choose(impl: Impl, case: CrossEntropyCase, target: Target) -> tuple[Impl, st
             "pallas",
             "fastest measured on an H100 (4096 rows of 32,000: 0.30 ms, XLA 0.66; 2048 of 128,256: 0.91, 1.22)",
         )
-    reason = supports(impl, case, target)
-    if reason is not None:
-        raise ValueError(f"kernels.cross_entropy={impl!r} can't run: {reason}; set it to 'auto' or 'xla'")
-    return impl, "asked for by name"
+    return by_name("cross_entropy", impl, supports(impl, case, target))
 
 
 def cross_entropy_rows(

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from kernels.choice import by_name
 from kernels.dispatch import reference, tiles
 from kernels.target import Target, default_target
 
@@ -48,10 +49,7 @@ def choose(impl: Impl, case: DispatchCase, target: Target) -> tuple[Impl, str]:
         if not tiles.beats_xla(case):
             return "xla", "pallas was measured for 16384 tokens and more with 2 rows of 1024"
         return "pallas", "fastest measured on an H100 (16384 tokens, 2 rows of 1024: 40 us, back 65; XLA 53 and 85)"
-    reason = supports(impl, case, target)
-    if reason is not None:
-        raise ValueError(f"dispatch impl={impl!r} can't run: {reason}; set it to 'auto' or 'xla'")
-    return impl, "asked for by name"
+    return by_name("dispatch", impl, supports(impl, case, target))
 
 
 def expand(

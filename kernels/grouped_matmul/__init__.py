@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from kernels.choice import by_name
 from kernels.debug import check_group_sizes
 from kernels.grouped_matmul import batched, loop, ragged_dot, reference, tiles, tpu_tiles
 from kernels.target import Target, default_target
@@ -50,10 +51,7 @@ def choose(impl: Impl, case: GroupedCase, target: Target) -> tuple[Impl, str]:
     Raises ValueError for an unknown name and, with the reason, for a named implementation that can't run.
     """
     if impl != "auto":
-        reason = supports(impl, case, target)
-        if reason is not None:
-            raise ValueError(f"grouped_matmul impl={impl!r} can't run: {reason}; set the grouped_matmul impl to 'auto'")
-        return impl, "asked for by name"
+        return by_name("grouped_matmul", impl, supports(impl, case, target), "'auto'")
     match target.platform:
         case "tpu":
             return "ragged_dot", "native on TPU; pallas has been compiled for TPU, and not measured there"

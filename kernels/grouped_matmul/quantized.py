@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from kernels.choice import by_name
 from kernels.debug import check_group_sizes
 from kernels.grouped_matmul import grouped_matmul, reference, scaled_tiles, tpu_scaled_tiles, weight_only_tiles
 from kernels.quantized_matmul import Activation, QuantizedCase
@@ -47,13 +48,8 @@ def choose(impl: Impl, case: QuantizedGroupedCase, target: Target) -> tuple[Impl
     Raises ValueError for an unknown name and, with the reason, for a named implementation that can't run.
     """
     if impl != "auto":
-        reason = supports(impl, case, target)
-        if reason is not None:
-            raise ValueError(
-                f"quantized_grouped_matmul impl={impl!r} can't run: {reason}; "
-                "set the quantized_grouped_matmul impl to 'auto' or 'widened'"
-            )
-        return impl, "asked for by name"
+        lacking = supports(impl, case, target)
+        return by_name("quantized_grouped_matmul", impl, lacking, "'auto' or 'widened'", setting="quantized_matmul")
     if target.platform != "gpu":
         return "widened", "the product of dequantised weights"
     reason = supports("pallas", case, target)

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from kernels.choice import by_name
 from kernels.norm import reference, tiles
 from kernels.target import Target, default_target
 
@@ -50,10 +51,7 @@ def choose(impl: Impl, case: NormCase, target: Target) -> tuple[Impl, str]:
         if not tiles.beats_xla(case):
             return "xla", "pallas was measured for 8192 rows and more of 1024 to 4096"
         return "pallas", "fastest measured on an H100 (16384 rows of 1024: 52 us, back 54; XLA 62 and 86)"
-    reason = supports(impl, case, target)
-    if reason is not None:
-        raise ValueError(f"kernels.norm={impl!r} can't run: {reason}; set it to 'auto' or 'xla'")
-    return impl, "asked for by name"
+    return by_name("norm", impl, supports(impl, case, target))
 
 
 def add_rms_norm(

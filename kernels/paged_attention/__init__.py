@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels.choice import by_name
 from kernels.debug import check_pages, check_written_pages
 from kernels.paged_attention import reference, tiles, tpu_tiles, xla
 from kernels.paged_attention.quantize import LARGEST, quantize_heads
@@ -56,12 +57,7 @@ def choose(impl: Impl, target: Target, case: PagedAttentionCase | None = None) -
     if impl not in get_args(Impl):
         raise ValueError(f"paged_attention impl={impl!r} is unknown; choose one of {', '.join(get_args(Impl))}")
     if impl != "auto":
-        reason = None if case is None else supports(impl, case, target)
-        if reason is not None:
-            raise ValueError(
-                f"paged_attention impl={impl!r} can't run: {reason}; set the paged_attention impl to 'auto' or 'xla'"
-            )
-        return impl, "asked for by name"
+        return by_name("paged_attention", impl, None if case is None else supports(impl, case, target))
     if target.platform == "tpu":
         return "xla", "pallas has been compiled for TPU, and not measured there"
     if target.platform != "gpu":

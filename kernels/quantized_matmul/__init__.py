@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from kernels.choice import by_name
 from kernels.quantized_matmul import reference, xla
 from kernels.target import Target, default_target
 from quantization.qarray import QArray, quantize
@@ -76,12 +77,7 @@ def choose(impl: Impl, case: QuantizedCase, target: Target) -> tuple[Impl, str]:
     Raises ValueError, with the reason, for a named implementation that can't run.
     """
     if impl != "auto":
-        reason = supports(impl, case, target)
-        if reason is not None:
-            raise ValueError(
-                f"quantized_matmul impl={impl!r} can't run: {reason}; set the quantized_matmul impl to 'auto' or 'xla'"
-            )
-        return impl, "asked for by name"
+        return by_name("quantized_matmul", impl, supports(impl, case, target))
     if target.platform == "cpu":
         return "xla", "the only fast implementation for cpu"
     if target.platform == "tpu":

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import hopper_chip
+from kernels.choice import by_name
 from kernels.quantized_matmul import Activation, Impl
 from kernels.target import Target, default_target
 from quantization.qarray import QArray, quantize
@@ -66,13 +67,7 @@ def choose(impl: Impl, case: ActivationCase, target: Target) -> tuple[Impl, str]
         if case.num_rows >= _MANY_ROWS:
             return "pallas", "fastest measured on an H100 (8192 rows of 4096: 50 us, XLA 115)"
         return "xla", "fastest measured on an H100 (1024 rows of 4096: 26 us, pallas 32; of fewer they are equal)"
-    reason = supports(impl, case, target)
-    if reason is not None:
-        raise ValueError(
-            f"quantized_activations impl={impl!r} can't run: {reason}; set the quantized_activations impl to 'auto' or "
-            "'xla'"
-        )
-    return impl, "asked for by name"
+    return by_name("quantized_activations", impl, supports(impl, case, target))
 
 
 def rms_norm_quantized(

@@ -297,6 +297,8 @@ WIDE = {"key_dim": 256, "value_dim": 256}
         ({}, "pallas", "cudnn"),
         ({"gradient": True}, "pallas", "cudnn"),
         ({"causal": False}, "cudnn", "cudnn"),
+        ({"causal": False, "gradient": True}, "pallas", "cudnn"),
+        ({"causal": False, "gradient": True, "key_dim": 64, "value_dim": 64}, "cudnn", "cudnn"),
         ({"window": 1024}, "pallas", "cudnn"),
         ({"window": 1024, "gradient": True}, "cudnn", "cudnn"),
         ({"window": 1024, "sinks": True, "gradient": True}, "pallas", "xla"),

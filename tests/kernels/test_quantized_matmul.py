@@ -197,7 +197,7 @@ FP8_WEIGHT = quantize(draw((32, 8), 1), "float8_e4m3fn", (None, 1))
         (ROWS, WEIGHT, {"bias": draw((4,), 0)}, r"bias \[4\]"),
         (ROWS, WEIGHT, {"out_dtype": jnp.int8}, "out_dtype"),
         (ROWS, WEIGHT, {"impl": "cutlass"}, "'cutlass' is unknown"),
-        (ROWS, WEIGHT, {"impl": "pallas"}, "can't run: .*set the quantized_matmul impl"),
+        (ROWS, WEIGHT, {"impl": "pallas"}, r"can't run: .*kernels\.quantized_matmul\) to 'auto'"),
         (jnp.ones((4, 32), jnp.int32), WEIGHT, {}, "x int32"),
         (quantize(draw((4, 32), 0), "int8", (1, None), layout="columns"), WEIGHT, {}, r"\[M, K\] in rows"),
         (ROWS, QArray(WEIGHT.values, jnp.ones((1, 7))), {}, "must divide its own"),

@@ -1,12 +1,14 @@
 """The settings of training's kernels reach what runs: a named one that can't run here says so."""
 
 import dataclasses
+import math
 
 import jax
 import pytest
 
 import configs
 from kernels import cross_entropy
+from model.config import MoEConfig
 from parallel.mesh import MeshConfig
 from tests.model.tiny import packed_batch
 from training.config import KernelConfig
@@ -15,23 +17,40 @@ from training.state import abstract_state, state_shardings
 from training.step import make_train_step
 
 RUN = dataclasses.replace(configs.load("quickstart").train(), mesh=MeshConfig(fsdp=1))
+_MOE = MoEConfig(num_experts=4, experts_per_token=2, mlp_dim=64)
+EXPERTS = dataclasses.replace(RUN, model=dataclasses.replace(RUN.model, moe=_MOE))
 
 
-def named(**kernels):
-    return dataclasses.replace(RUN, kernels=KernelConfig(**kernels))
+def named(run=RUN, **kernels):
+    return dataclasses.replace(run, kernels=KernelConfig(**kernels))
 
 
-@pytest.mark.parametrize("kernel", ["cross_entropy", "norm"])
+@pytest.mark.parametrize("kernel", ["cross_entropy", "norm", "dispatch"])
 def test_a_named_kernel_is_refused_where_it_cannot_run(kernel):
-    with pytest.raises(ValueError, match=f"kernels.{kernel}='pallas' can't run: .*compute capability 9.0"):
-        resolve(named(**{kernel: "pallas"}), jax.devices()[:1])
+    with pytest.raises(
+        ValueError, match=f"^{kernel} impl='pallas' can't run: .*compute capability 9.0.*kernels.{kernel}"
+    ):
+        resolve(named(EXPERTS, **{kernel: "pallas"}), jax.devices()[:1])
 
 
 def test_settings_are_the_programs_own():
-    resolved = resolve(named(norm="xla", cross_entropy="xla"), jax.devices()[:1])
-    assert (resolved.spec.execution.norm, resolved.spec.cross_entropy) == ("xla", "xla")
+    resolved = resolve(named(EXPERTS, norm="xla", cross_entropy="xla", dispatch="xla"), jax.devices()[:1])
+    execution = resolved.spec.execution
+    assert (execution.norm, execution.dispatch, resolved.spec.cross_entropy) == ("xla", "xla", "xla")
+    assert "dispatch to experts: xla, asked for by name" in resolved.choices
     assert "cross-entropy: xla, asked for by name" in resolved.choices
     assert "residual sums and their norms: xla, asked for by name" in resolved.choices
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 1}, {"expert": 2}])
+def test_a_steps_dispatch_is_the_named_one(mesh):
+    run = dataclasses.replace(EXPERTS, mesh=MeshConfig(**mesh))
+    resolved = resolve(run, jax.devices()[: math.prod(mesh.values())])
+    spec, optimizer = resolved.spec, resolved.optimizer
+    spec = dataclasses.replace(spec, execution=dataclasses.replace(spec.execution, dispatch="pallas"))
+    state = abstract_state(spec.definition, optimizer, state_shardings(spec.definition, optimizer, resolved.placement))
+    with pytest.raises(ValueError, match=r"^dispatch impl='pallas' can't run: .*kernels\.dispatch"):
+        jax.eval_shape(make_train_step(spec, optimizer, resolved.schedule), state, packed_batch())
 
 
 @pytest.mark.parametrize("kernel", ["cross_entropy", "norm"])
@@ -43,7 +62,7 @@ def test_a_step_is_traced_with_them(kernel):
     else:
         spec = dataclasses.replace(spec, cross_entropy="pallas")
     state = abstract_state(spec.definition, optimizer, state_shardings(spec.definition, optimizer, resolved.placement))
-    with pytest.raises(ValueError, match=f"kernels.{kernel}='pallas' can't run"):
+    with pytest.raises(ValueError, match=f"^{kernel} impl='pallas' can't run: .*kernels.{kernel}"):
         jax.eval_shape(make_train_step(spec, optimizer, resolved.schedule), state, packed_batch())
 
 
