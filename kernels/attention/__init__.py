@@ -108,8 +108,8 @@ def choose(impl: Impl, case: AttentionCase, target: Target) -> tuple[Impl, str]:
 
 def _pallas_is_fastest(case: AttentionCase) -> bool:
     """Of two that take the case. Without a causal mask pallas is faster with the backward pass, where that was measured
-    (heads of 128, T 8192: 591 TFLOP/s, cuDNN 527), and cuDNN's forward is as fast or faster (599-674, pallas 601-627). With a
-    window of 1,024 of 8,192 tokens cuDNN's backward pass is faster (302, pallas 235)."""
+    (heads of 128, T 8192: 591 TFLOP/s, cuDNN 527), and cuDNN's forward is as fast or faster (599-674, pallas 601-627).
+    With a window of 1,024 of 8,192 tokens cuDNN's backward pass is faster (302, pallas 235)."""
     widths = (case.key_dim, case.value_dim)
     windowed = case.gradient and case.window is not None and case.window < case.kv_length
     fastest = _BOTH_FASTEST if case.gradient else _FORWARD_FASTEST
