@@ -74,8 +74,8 @@ class Work:
     @property
     def num_copies(self) -> int:
         """Products of one timed program. Of few rows, several with weights of their own: more than caches hold, and
-        longer than it takes to launch them."""
-        return 1 if self.flops() > 1e11 else max(4, -(-(2**29) // (self.in_dim * self.out_dim)))
+        longer than the host takes to call the program (of four, 50 us each, an H100 waited for its host)."""
+        return 1 if self.flops() > 1e11 else max(16, -(-(2**29) // (self.in_dim * self.out_dim)))
 
     def weight_bytes(self) -> float:
         """Of values and scales."""
