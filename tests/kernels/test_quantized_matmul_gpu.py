@@ -130,7 +130,7 @@ def case(**changes) -> QuantizedCase:
 def test_what_it_does_not_take(monkeypatch, changes, words):
     monkeypatch.setattr("kernels.hopper_chip.JAX_VERSION", (0, 11, 2))
     assert words in supports("pallas", case(**changes), H100)
-    with pytest.raises(ValueError, match="kernels\.quantized_matmul\) to 'auto'"):
+    with pytest.raises(ValueError, match=r"kernels\.quantized_matmul\) to 'auto'"):
         choose("pallas", case(**changes), H100)
 
 

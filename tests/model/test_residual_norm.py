@@ -149,7 +149,7 @@ def test_the_log_says_what_norms_run_on(model, said):
     placement = Placement(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]))
     selection = select_kernels(
         Definition(MODELS[model], False),
-        **dict.fromkeys(("attention", "grouped_matmul", "quantized_matmul", "norm"), "auto"),
+        **dict.fromkeys(("attention", "grouped_matmul", "quantized_matmul", "norm", "dispatch"), "auto"),
         dtype="float32",
         rows=2,
         sequence_length=8,
