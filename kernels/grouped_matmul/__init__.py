@@ -51,7 +51,8 @@ def choose(impl: Impl, case: GroupedCase, target: Target) -> tuple[Impl, str]:
     Raises ValueError for an unknown name and, with the reason, for a named implementation that can't run.
     """
     if impl != "auto":
-        return by_name("grouped_matmul", impl, supports(impl, case, target), "'auto'")
+        remedy = "impl (of a run: kernels.grouped_matmul) to 'auto'"
+        return by_name("grouped_matmul", impl, supports(impl, case, target), remedy)
     match target.platform:
         case "tpu":
             return "ragged_dot", "native on TPU; pallas has been compiled for TPU, and not measured there"

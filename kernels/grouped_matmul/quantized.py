@@ -48,8 +48,8 @@ def choose(impl: Impl, case: QuantizedGroupedCase, target: Target) -> tuple[Impl
     Raises ValueError for an unknown name and, with the reason, for a named implementation that can't run.
     """
     if impl != "auto":
-        lacking = supports(impl, case, target)
-        return by_name("quantized_grouped_matmul", impl, lacking, "'auto' or 'widened'", setting="quantized_matmul")
+        remedy = "impl to 'auto' or 'widened' (of a run: kernels.quantized_matmul to 'auto' or 'xla')"
+        return by_name("quantized_grouped_matmul", impl, supports(impl, case, target), remedy)
     if target.platform != "gpu":
         return "widened", "the product of dequantised weights"
     reason = supports("pallas", case, target)

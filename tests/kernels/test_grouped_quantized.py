@@ -122,7 +122,9 @@ def test_tiles_fit_shared_memory():
 def test_what_the_hopper_kernel_refuses_by_name(change, reason):
     case = dataclasses.replace(CASE, **change)
     assert reason in supports("pallas", case, HOPPER)
-    with pytest.raises(ValueError, match=r"set impl .*kernels\.quantized_matmul\) to 'auto' or 'widened'"):
+    with pytest.raises(
+        ValueError, match=r"set impl to 'auto' or 'widened' .*kernels\.quantized_matmul to 'auto' or 'xla'"
+    ):
         choose("pallas", case, HOPPER)
 
 
