@@ -150,8 +150,9 @@ class Experts(nnx.Module):
         how = {"impl": execution.dispatch, "target": execution.target}
         axes = () if placement is None else placement.axes("experts")
         if axes:
-            over = (feed_forward, num_experts, axes, placement)
-            y_ND = exchange_experts(x_ND, experts_NA, weights_NA, kernels, *over, **how)
+            y_ND = exchange_experts(
+                x_ND, experts_NA, weights_NA, kernels, feed_forward, num_experts, axes, placement, **how
+            )
         else:
             order = sort_by_expert(experts_NA, num_experts)
             y_MD = feed_forward(expand(x_ND, order, **how), order.group_sizes, *kernels)

@@ -86,10 +86,12 @@ def select_kernels(
     grouped, reason = _select_grouped(config, grouped_matmul, dtype, tokens, placement, target)
     if config.moe is not None and config.moe.dispatch == "dropless":
         reasons.append(f"grouped product: {grouped}, {reason}")
-        # Parts of a token's sum, from several devices, stay in float32.
-        whole = placement.size("experts") == placement.size("expert_mlp") == 1
-        case = DispatchCase(dtype, tokens, config.embed_dim, config.moe.experts_per_token, rounded=whole)
-        reasons.append("dispatch to experts: {}, {}".format(*dispatch_op.choose(dispatch, case, target)))
+        reasons += _select_dispatch(config, dispatch, dtype, tokens, placement, target)
+    elif dispatch == "pallas":
+        raise ValueError(
+            "kernels.dispatch='pallas' can't run: it is for experts with model.moe.dispatch='dropless', and the model "
+            "has none; set it to 'auto' or 'xla'"
+        )
     if config.norm_placement != "post":
         # Layers choose by themselves, the same but for how many read a norm.
         case = NormCase(dtype, tokens // placement.size("sequence"), config.embed_dim, added=True)
@@ -137,6 +139,16 @@ def _select_grouped(config, impl, dtype, tokens, placement, target) -> tuple[str
         out_dim=config.mlp_dim if moe is None else moe.mlp_dim // placement.size("expert_mlp"),
     )
     return grouped_op.choose(impl, case, target)
+
+
+def _select_dispatch(config, impl, dtype, tokens, placement, target) -> list[str]:
+    """Lines about the two ways, which take different ones where the sums are in float32."""
+    case = DispatchCase(dtype, tokens, config.embed_dim, config.moe.experts_per_token)
+    cases = {"dispatch to experts": case}
+    if placement.size("experts") * placement.size("expert_mlp") > 1:
+        # Parts from several devices are added up before they are rounded.
+        cases["gradients of what comes back"] = dataclasses.replace(case, rounded=False)
+    return [f"{way}: {{}}, {{}}".format(*dispatch_op.choose(impl, case, target)) for way, case in cases.items()]
 
 
 class PagedSelection(NamedTuple):

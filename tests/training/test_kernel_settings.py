@@ -7,8 +7,7 @@ import jax
 import pytest
 
 import configs
-from kernels import cross_entropy
-from model.config import MoEConfig
+from kernels import cross_entropy, dispatch
 from parallel.mesh import MeshConfig
 from tests.model.tiny import packed_batch
 from training.config import KernelConfig
@@ -17,12 +16,10 @@ from training.state import abstract_state, state_shardings
 from training.step import make_train_step
 
 RUN = dataclasses.replace(configs.load("quickstart").train(), mesh=MeshConfig(fsdp=1))
-_MOE = MoEConfig(num_experts=4, experts_per_token=2, mlp_dim=64)
-EXPERTS = dataclasses.replace(RUN, model=dataclasses.replace(RUN.model, moe=_MOE))
 
 
-def named(run=RUN, **kernels):
-    return dataclasses.replace(run, kernels=KernelConfig(**kernels))
+def named(**kernels):
+    return dataclasses.replace(RUN, kernels=KernelConfig(**kernels))
 
 
 @pytest.mark.parametrize("kernel", ["cross_entropy", "norm", "dispatch"])
@@ -30,11 +27,11 @@ def test_a_named_kernel_is_refused_where_it_cannot_run(kernel):
     with pytest.raises(
         ValueError, match=f"^{kernel} impl='pallas' can't run: .*compute capability 9.0.*kernels.{kernel}"
     ):
-        resolve(named(EXPERTS, **{kernel: "pallas"}), jax.devices()[:1])
+        resolve(named(**{kernel: "pallas"}), jax.devices()[:1])
 
 
 def test_settings_are_the_programs_own():
-    resolved = resolve(named(EXPERTS, norm="xla", cross_entropy="xla", dispatch="xla"), jax.devices()[:1])
+    resolved = resolve(named(norm="xla", cross_entropy="xla", dispatch="xla"), jax.devices()[:1])
     execution = resolved.spec.execution
     assert (execution.norm, execution.dispatch, resolved.spec.cross_entropy) == ("xla", "xla", "xla")
     assert "dispatch to experts: xla, asked for by name" in resolved.choices
@@ -42,9 +39,26 @@ def test_settings_are_the_programs_own():
     assert "residual sums and their norms: xla, asked for by name" in resolved.choices
 
 
+def test_dispatch_is_refused_to_a_model_without_experts():
+    run = named(dispatch="pallas")
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, moe=None))
+    with pytest.raises(ValueError, match=r"kernels\.dispatch='pallas' can't run: .*model\.moe\.dispatch='dropless'"):
+        resolve(run, jax.devices()[:1])
+
+
+@pytest.mark.parametrize(("mesh", "split"), [({"fsdp": 2}, False), ({"expert": 2}, True), ({"tensor": 2}, True)])
+def test_dispatch_is_chosen_for_each_way(monkeypatch, mesh, split):
+    asked = []
+    monkeypatch.setattr(dispatch, "choose", lambda impl, case, target: asked.append(case.rounded) or ("xla", "here"))
+    resolved = resolve(dataclasses.replace(RUN, mesh=MeshConfig(**mesh)), jax.devices()[:2])
+    assert asked == ([True, False] if split else [True])
+    assert "dispatch to experts: xla, here" in resolved.choices
+    assert ("gradients of what comes back: xla, here" in resolved.choices) == split
+
+
 @pytest.mark.parametrize("mesh", [{"fsdp": 1}, {"expert": 2}])
 def test_a_steps_dispatch_is_the_named_one(mesh):
-    run = dataclasses.replace(EXPERTS, mesh=MeshConfig(**mesh))
+    run = dataclasses.replace(RUN, mesh=MeshConfig(**mesh))
     resolved = resolve(run, jax.devices()[: math.prod(mesh.values())])
     spec, optimizer = resolved.spec, resolved.optimizer
     spec = dataclasses.replace(spec, execution=dataclasses.replace(spec.execution, dispatch="pallas"))
